@@ -1,0 +1,152 @@
+"""What a transformer is: one frozen, validated description.  No jax import, so a config is checked before anything expensive.
+
+The same `ModelConfig` describes GPT-2, Llama, Mistral, Qwen, Gemma, Falcon, Phi and OLMo; `model/presets.py` names them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Positions = Literal["learned", "rope", "none"]
+RopeScaling = Literal["none", "linear", "llama3", "yarn"]
+Norm = Literal["layernorm", "rmsnorm"]
+NormPlacement = Literal["pre", "post", "sandwich"]
+QkNorm = Literal["none", "head", "full"]
+Mlp = Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"]
+Remat = Literal["none", "full", "dots"]
+DType = Literal["float32", "bfloat16"]
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ValueError(message) unless `condition`: every config error names the fields and the fix."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (arXiv:2104.09864) and its context extensions.
+
+    Attributes:
+      theta: base of the geometric progression of wavelengths.
+      local_theta: base for sliding-window layers (Gemma 3); 0 means `theta`. Scaling never applies to these layers then.
+      fraction: share of each head's dimensions that rotates (Phi, GPT-NeoX); the rest passes through.
+      scaling: `linear` (arXiv:2306.15595), `llama3`, or `yarn` (arXiv:2309.00071), by `factor`.
+      original_max_len: context length the unscaled model was trained at (llama3, yarn).
+    """
+
+    theta: float = 10_000.0
+    local_theta: float = 0.0
+    fraction: float = 1.0
+    scaling: RopeScaling = "none"
+    factor: float = 1.0
+    original_max_len: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self.theta > 0 and self.local_theta >= 0, "rope.theta must be positive")
+        check(0 < self.fraction <= 1, f"rope.fraction={self.fraction} must lie in (0, 1]")
+        check(self.factor >= 1, f"rope.factor={self.factor} must be at least 1")
+        check(
+            self.scaling not in ("llama3", "yarn") or self.original_max_len > 0,
+            f"rope.scaling={self.scaling!r} needs rope.original_max_len, the context length before extension",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer.
+
+    Attributes:
+      window_pattern: sliding-window size per layer, repeated over the layers; 0 is full causal attention.
+        A window of w lets position i see positions i-w+1..i.
+      norm_placement: `pre` x+f(n(x)); `post` x+n(f(x)) (OLMo 2); `sandwich` x+n(f(n(x))) (Gemma 2).
+      norm_zero_centered: the scale is stored as w and applied as 1+w (Gemma).
+      qk_norm: RMSNorm of queries and keys over each head (`head`: Qwen3, Gemma 3) or over all heads (`full`: OLMo 2).
+      attention_scale: multiplies q·k; 0 means head_dim**-0.5.
+      attention_soft_cap, logit_soft_cap: c*tanh(x/c); 0 is off.
+      parallel_block: attention and MLP read the same normalised input and are added together (Falcon, Phi).
+      remat: what the backward pass recomputes: `none`, `full` (everything but layer inputs), `dots` (all but matmuls).
+      dtype: of activations and matmuls; parameters are stored in `param_dtype`.
+    """
+
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    d_ff: int
+    max_seq_len: int
+    num_kv_heads: int = 0  # 0: as many as num_heads
+    head_dim: int = 0  # 0: d_model // num_heads
+    positions: Positions = "rope"
+    rope: RopeConfig = RopeConfig()
+    norm: Norm = "rmsnorm"
+    norm_placement: NormPlacement = "pre"
+    norm_eps: float = 1e-5
+    norm_bias: bool = False
+    norm_zero_centered: bool = False
+    qk_norm: QkNorm = "none"
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    window_pattern: tuple[int, ...] = (0,)
+    attention_scale: float = 0.0
+    attention_soft_cap: float = 0.0
+    mlp: Mlp = "swiglu"
+    mlp_bias: bool = False
+    parallel_block: bool = False
+    tie_embeddings: bool = False
+    head_bias: bool = False
+    scale_embeddings: bool = False  # multiply embeddings by sqrt(d_model) (Gemma)
+    logit_soft_cap: float = 0.0
+    init_std: float = 0.02
+    scan_layers: bool = False
+    remat: Remat = "none"
+    dtype: DType = "float32"
+    param_dtype: DType = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "max_seq_len"):
+            check(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
+        if not self.num_kv_heads:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if not self.head_dim:
+            check(
+                self.d_model % self.num_heads == 0,
+                f"model.d_model={self.d_model} is not divisible by model.num_heads={self.num_heads}: "
+                "change one of them, or set model.head_dim",
+            )
+            object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+        check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} is not divisible by model.num_kv_heads={self.num_kv_heads}: "
+            "each key-value head serves an equal group of query heads",
+        )
+        check(
+            self.positions != "rope" or self.rotary_dim % 2 == 0,
+            f"rope rotates pairs, but head_dim={self.head_dim} x rope.fraction={self.rope.fraction} is odd",
+        )
+        check(
+            len(self.window_pattern) > 0 and all(w >= 0 for w in self.window_pattern),
+            f"model.window_pattern={self.window_pattern} must hold window sizes >= 0, where 0 is full attention",
+        )
+        check(
+            not self.parallel_block or self.norm_placement == "pre",
+            "model.parallel_block needs model.norm_placement='pre'",
+        )
+        check(not (self.norm_bias and self.norm == "rmsnorm"), "model.norm_bias needs model.norm='layernorm'")
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.rope.fraction)
+
+    @property
+    def gated_mlp(self) -> bool:
+        return self.mlp in ("swiglu", "geglu")
+
+    def window(self, layer: int) -> int:
+        """Sliding-window size of a layer; 0 is full causal attention."""
+        return self.window_pattern[layer % len(self.window_pattern)]

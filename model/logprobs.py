@@ -1,0 +1,165 @@
+"""The one function that turns hidden states into token log-probabilities: pretraining loss, scoring, RL and evaluation all call it.
+
+Logits of one chunk exist at a time, so memory does not grow with vocabulary x tokens; the gradient is written out by hand and
+recomputes a chunk's logits instead of keeping them. Log-sum-exp, probabilities and sums are float32.
+
+Axes: B rows, T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from model.attention import soft_cap
+from model.config import ModelConfig
+from model.params import Params
+from model.transformer import head_weights
+
+
+@flax.struct.dataclass
+class TokenLogprobs:
+    """Per token, float32 [B, T].
+
+    Attributes:
+      logprobs: of the target.
+      log_z: log-sum-exp of the logits, whose square is the z-loss.
+      entropy: of the whole distribution, nats.
+      correct: 1 where the target is the most likely token; no gradient.
+    """
+
+    logprobs: jax.Array
+    log_z: jax.Array
+    entropy: jax.Array
+    correct: jax.Array
+
+
+class Head(NamedTuple):
+    """Output matrix [D, V] and bias [V] or None."""
+
+    matrix: jax.Array
+    bias: jax.Array | None
+
+
+def token_logprobs(
+    params: Params, config: ModelConfig, hidden: jax.Array, targets: jax.Array, chunk_tokens: int = 0
+) -> TokenLogprobs:
+    """Log-probabilities of `targets` int32 [B, T] after `hidden` [B, T, D] (the output of `forward`).
+
+    Args:
+      chunk_tokens: how many tokens' logits may exist at once. 0 keeps all logits for the backward pass, the fastest way for a
+        small vocabulary. Chunks are cut along T, so that rows stay where their mesh axis put them.
+    """
+    head = Head(*head_weights(params, config))
+    T = targets.shape[1]
+    if not chunk_tokens:
+        return _logprobs(config.logit_soft_cap, T, head, hidden, targets)
+    longest = max(1, chunk_tokens // targets.shape[0])
+    chunk = max(c for c in range(1, min(T, longest) + 1) if T % c == 0)
+    return _logprobs(config.logit_soft_cap, chunk, head, hidden, targets)
+
+
+def _logits(cap: float, head: Head, hidden: jax.Array) -> jax.Array:
+    B, T, D = hidden.shape
+    logits = jnp.matmul(
+        hidden.reshape(B * T, D), head.matrix.astype(hidden.dtype), preferred_element_type=jnp.float32
+    ).reshape(B, T, -1)
+    return soft_cap(logits if head.bias is None else logits + head.bias.astype(jnp.float32), cap)
+
+
+def _outputs(logits: jax.Array, targets: jax.Array) -> TokenLogprobs:
+    highest = jnp.max(logits, axis=-1)
+    shifted = logits - highest[..., None]
+    unnormalised = jnp.exp(shifted)
+    total = jnp.sum(unnormalised, axis=-1)
+    target_shifted = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
+    log_total = jnp.log(total)
+    return TokenLogprobs(
+        logprobs=target_shifted - log_total,
+        log_z=highest + log_total,
+        entropy=log_total - jnp.sum(unnormalised * shifted, axis=-1) / total,
+        correct=(target_shifted >= 0).astype(jnp.float32),
+    )
+
+
+def _split(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [T / chunk, B, chunk, ...]."""
+    B, T = x.shape[:2]
+    return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """[chunks, B, chunk, ...] -> [B, chunks * chunk, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _logprobs(cap: float, chunk: int, head: Head, hidden: jax.Array, targets: jax.Array) -> TokenLogprobs:
+    return _logprobs_forward(cap, chunk, head, hidden, targets)[0]
+
+
+def _logprobs_forward(cap: float, chunk: int, head: Head, hidden: jax.Array, targets: jax.Array):
+    if chunk == targets.shape[1]:
+        logits = _logits(cap, head, hidden)
+        outputs = _outputs(logits, targets)
+        return outputs, (head, hidden, targets, outputs, logits)
+
+    def step(_, inputs):
+        chunk_hidden, chunk_targets = inputs
+        return None, _outputs(_logits(cap, head, chunk_hidden), chunk_targets)
+
+    _, outputs = jax.lax.scan(step, None, (_split(hidden, chunk), _split(targets, chunk)))
+    outputs = jax.tree.map(_join, outputs)
+    return outputs, (head, hidden, targets, outputs, None)
+
+
+def _chunk_backward(cap: float, head: Head, hidden, targets, outputs: TokenLogprobs, cotangents: TokenLogprobs, logits):
+    """Gradients with respect to the head (float32) and the hidden states of one chunk.
+
+    With p the probabilities and H the entropy, of a logit z_v: d logprob = [v = target] - p, d log_z = p,
+    d H = -p (log p + H), and the soft cap multiplies by 1 - (z / cap)^2.
+    """
+    log_p = logits - outputs.log_z[..., None]
+    slope = (cotangents.log_z - cotangents.logprobs)[..., None] - cotangents.entropy[..., None] * (
+        log_p + outputs.entropy[..., None]
+    )
+    is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+    d_logits = jnp.exp(log_p) * slope + jnp.where(is_target, cotangents.logprobs[..., None], 0.0)
+    if cap:
+        d_logits = d_logits * (1 - jnp.square(logits / cap))
+    B, T, V = logits.shape
+    d_flat = d_logits.reshape(B * T, V).astype(hidden.dtype)
+    hidden_flat = hidden.reshape(B * T, -1)
+    d_hidden = (d_flat @ head.matrix.astype(hidden.dtype).T).reshape(hidden.shape)
+    d_matrix = jnp.matmul(hidden_flat.T, d_flat, preferred_element_type=jnp.float32)
+    d_bias = None if head.bias is None else jnp.sum(d_logits, axis=(0, 1))
+    return Head(d_matrix, d_bias), d_hidden
+
+
+def _logprobs_backward(cap: float, chunk: int, residuals, cotangents: TokenLogprobs):
+    head, hidden, targets, outputs, logits = residuals
+    if logits is not None:
+        d_head, d_hidden = _chunk_backward(cap, head, hidden, targets, outputs, cotangents, logits)
+    else:
+
+        def step(d_head: Head, inputs):
+            chunk_hidden, chunk_targets, chunk_outputs, chunk_cotangents = inputs
+            d_chunk, d_hidden = _chunk_backward(
+                cap, head, chunk_hidden, chunk_targets, chunk_outputs, chunk_cotangents, _logits(cap, head, chunk_hidden)
+            )
+            return jax.tree.map(jnp.add, d_head, d_chunk), d_hidden
+
+        inputs = jax.tree.map(lambda x: _split(x, chunk), (hidden, targets, outputs, cotangents))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
+        d_head, d_hidden = jax.lax.scan(step, zeros, inputs)
+        d_hidden = _join(d_hidden)
+    d_head = jax.tree.map(lambda d, x: d.astype(x.dtype), d_head, head)
+    return d_head, d_hidden, None
+
+
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward)

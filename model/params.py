@@ -1,0 +1,230 @@
+"""One declaration of the parameters.  From a tree of `ParamSpec` come initialisation, abstract shapes, shardings and counts.
+
+The tree is a nested dict.  Without `scan_layers`, `blocks` is a tuple of per-layer dicts; with it, the layers of one period of
+the window pattern are separate entries whose leaves are stacked over the repetitions (`block_layout`), so that a scan runs over
+the repetitions and every layer still knows its window statically.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from model.config import ModelConfig
+
+Params = Any  # nested dicts and tuples of jax.Array, of the structure of `param_specs`
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """Declares one parameter.
+
+    Attributes:
+      axes: logical name of each dimension; the rules of a mesh map them to mesh axes.
+      init: `normal` with standard deviation `scale`, or a constant.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Literal["normal", "zeros", "ones"] = "normal"
+    scale: float = 0.02
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        assert len(self.shape) == len(self.axes), self
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, ParamSpec)
+
+
+def block_layout(config: ModelConfig) -> tuple[int, int]:
+    """(period, repetitions): the scan runs `repetitions` times over `period` unlike layers; the rest follows unrolled."""
+    period = len(config.window_pattern)
+    return period, config.num_layers // period
+
+
+def _norm_spec(config: ModelConfig, size: int, axis: str | None) -> dict[str, ParamSpec]:
+    spec = {"scale": ParamSpec((size,), (axis,), "zeros" if config.norm_zero_centered else "ones")}
+    if config.norm_bias:
+        spec["bias"] = ParamSpec((size,), (axis,), "zeros")
+    return spec
+
+
+def _attention_spec(config: ModelConfig, out_std: float) -> dict[str, Any]:
+    d_model, heads, kv_heads, head_dim = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+    spec: dict[str, Any] = {
+        "query": ParamSpec((d_model, heads, head_dim), ("embed", "heads", "head_dim"), scale=config.init_std),
+        "key": ParamSpec((d_model, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), scale=config.init_std),
+        "value": ParamSpec((d_model, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), scale=config.init_std),
+        "out": ParamSpec((heads, head_dim, d_model), ("heads", "head_dim", "embed"), scale=out_std),
+    }
+    if config.qkv_bias:
+        spec["query_bias"] = ParamSpec((heads, head_dim), ("heads", "head_dim"), "zeros")
+        spec["key_bias"] = ParamSpec((kv_heads, head_dim), ("kv_heads", "head_dim"), "zeros")
+        spec["value_bias"] = ParamSpec((kv_heads, head_dim), ("kv_heads", "head_dim"), "zeros")
+    if config.attention_out_bias:
+        spec["out_bias"] = ParamSpec((d_model,), ("embed",), "zeros")
+    if config.qk_norm == "head":
+        init = "zeros" if config.norm_zero_centered else "ones"
+        spec["query_norm"] = ParamSpec((head_dim,), ("head_dim",), init)
+        spec["key_norm"] = ParamSpec((head_dim,), ("head_dim",), init)
+    elif config.qk_norm == "full":
+        spec["query_norm"] = ParamSpec((heads, head_dim), ("heads", "head_dim"), "ones")
+        spec["key_norm"] = ParamSpec((kv_heads, head_dim), ("kv_heads", "head_dim"), "ones")
+    return spec
+
+
+def _mlp_spec(config: ModelConfig, out_std: float) -> dict[str, ParamSpec]:
+    d_model, d_ff = config.d_model, config.d_ff
+    spec = {
+        "up": ParamSpec((d_model, d_ff), ("embed", "mlp"), scale=config.init_std),
+        "down": ParamSpec((d_ff, d_model), ("mlp", "embed"), scale=out_std),
+    }
+    if config.gated_mlp:
+        spec["gate"] = ParamSpec((d_model, d_ff), ("embed", "mlp"), scale=config.init_std)
+    if config.mlp_bias:
+        spec["up_bias"] = ParamSpec((d_ff,), ("mlp",), "zeros")
+        spec["down_bias"] = ParamSpec((d_model,), ("embed",), "zeros")
+        if config.gated_mlp:
+            spec["gate_bias"] = ParamSpec((d_ff,), ("mlp",), "zeros")
+    return spec
+
+
+def _block_spec(config: ModelConfig) -> dict[str, Any]:
+    # Residual outputs start smaller by sqrt(2 * layers), so that the stream's variance does not grow with depth (GPT-2).
+    out_std = config.init_std / math.sqrt(2 * config.num_layers)
+    spec: dict[str, Any] = {"attention": _attention_spec(config, out_std), "mlp": _mlp_spec(config, out_std)}
+    norms = {
+        "pre": ("attention_norm",) if config.parallel_block else ("attention_norm", "mlp_norm"),
+        "post": ("attention_out_norm", "mlp_out_norm"),
+        "sandwich": ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm"),
+    }
+    for name in norms[config.norm_placement]:
+        spec[name] = _norm_spec(config, config.d_model, "embed")
+    return spec
+
+
+def param_specs(config: ModelConfig) -> Params:
+    """The tree of ParamSpec of a model."""
+    vocab, d_model = config.vocab_size, config.d_model
+    specs: dict[str, Any] = {"embedding": ParamSpec((vocab, d_model), ("vocab", "embed"), scale=config.init_std)}
+    if config.positions == "learned":
+        specs["position_embedding"] = ParamSpec((config.max_seq_len, d_model), (None, "embed"), scale=config.init_std)
+    block = _block_spec(config)
+    if config.scan_layers:
+        period, repetitions = block_layout(config)
+
+        def stack(spec: ParamSpec) -> ParamSpec:
+            return dataclasses.replace(spec, shape=(repetitions, *spec.shape), axes=("layers", *spec.axes))
+
+        stacked = jax.tree.map(stack, block, is_leaf=is_spec)
+        specs["scanned_blocks"] = tuple(stacked for _ in range(period)) if repetitions else ()
+        specs["blocks"] = tuple(block for _ in range(config.num_layers - period * repetitions))
+    else:
+        specs["blocks"] = tuple(block for _ in range(config.num_layers))
+    specs["final_norm"] = _norm_spec(config, d_model, "embed")
+    if not config.tie_embeddings:
+        specs["head"] = ParamSpec((d_model, vocab), ("embed", "vocab"), scale=config.init_std)
+    if config.head_bias:
+        specs["head_bias"] = ParamSpec((vocab,), ("vocab",), "zeros")
+    return jax.tree.map(lambda s: dataclasses.replace(s, dtype=config.param_dtype), specs, is_leaf=is_spec)
+
+
+def unstack_layers(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
+    """The same network with a separate entry per layer (`scan_layers=False`), which decoding with a cache needs."""
+    if not config.scan_layers:
+        return params, config
+    _, repetitions = block_layout(config)
+    scanned = params["scanned_blocks"]
+    blocks = [jax.tree.map(lambda leaf, i=i: leaf[i], layer) for i in range(repetitions) for layer in scanned]
+    unstacked = {name: leaf for name, leaf in params.items() if name != "scanned_blocks"}
+    unstacked["blocks"] = (*blocks, *params["blocks"])
+    return unstacked, dataclasses.replace(config, scan_layers=False)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`blocks/0/attention/query` for a jax key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def init_params(specs: Params, key: jax.Array) -> Params:
+    """Draws every parameter from its own key, folded from its path: adding one parameter changes no other."""
+
+    def init(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
+        if spec.init == "normal":
+            leaf_key = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
+            return (spec.scale * jax.random.normal(leaf_key, spec.shape, jnp.float32)).astype(spec.dtype)
+        return jnp.full(spec.shape, 0.0 if spec.init == "zeros" else 1.0, spec.dtype)
+
+    return jax.tree_util.tree_map_with_path(init, specs, is_leaf=is_spec)
+
+
+def abstract_params(specs: Params) -> Params:
+    """ShapeDtypeStruct of every parameter."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)), specs, is_leaf=is_spec)
+
+
+def partition_specs(specs: Params, rules: dict[str, str | tuple[str, ...] | None]) -> Params:
+    """PartitionSpec of every parameter under the rules that map logical axes to mesh axes.
+
+    Raises:
+      ValueError: a logical axis without a rule, or two dimensions of one parameter on the same mesh axis.
+    """
+
+    def partition(path: tuple[Any, ...], spec: ParamSpec) -> PartitionSpec:
+        for axis in spec.axes:
+            if axis is not None and axis not in rules:
+                raise ValueError(f"parameter {path_name(path)}: logical axis {axis!r} has no rule; add it to the rules table")
+        mesh_axes = [rules[axis] if axis else None for axis in spec.axes]
+        used = [name for axes in mesh_axes if axes for name in ((axes,) if isinstance(axes, str) else axes)]
+        if len(set(used)) < len(used):
+            raise ValueError(f"parameter {path_name(path)}: axes {spec.axes} map to mesh axes {mesh_axes}, one of them twice")
+        return PartitionSpec(*mesh_axes)
+
+    return jax.tree_util.tree_map_with_path(partition, specs, is_leaf=is_spec)
+
+
+def param_shardings(specs: Params, rules: dict[str, str | tuple[str, ...] | None], mesh: Mesh) -> Params:
+    """NamedSharding of every parameter.
+
+    Raises:
+      ValueError: additionally to `partition_specs`, a dimension that its mesh axes do not divide.
+    """
+
+    def shard(path: tuple[Any, ...], spec: ParamSpec, partition: PartitionSpec) -> NamedSharding:
+        sharding = NamedSharding(mesh, partition)
+        try:
+            sharding.shard_shape(spec.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"parameter {path_name(path)} of shape {spec.shape} (axes {spec.axes}) does not divide over the mesh "
+                f"{dict(mesh.shape)} as {partition}: choose a mesh axis size that divides the dimension"
+            ) from error
+        return sharding
+
+    return jax.tree_util.tree_map_with_path(shard, specs, partition_specs(specs, rules), is_leaf=is_spec)
+
+
+def num_parameters(specs: Params) -> int:
+    return sum(spec.size for spec in jax.tree.leaves(specs, is_leaf=is_spec))
+
+
+def parameter_groups(specs: Params) -> dict[str, int]:
+    """Parameters per top-level group and per kind of block parameter, for `loam inspect`."""
+    groups: dict[str, int] = {}
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec):
+        names = path_name(path).split("/")
+        group = f"blocks/{names[2]}" if names[0] in ("blocks", "scanned_blocks") else names[0]
+        groups[group] = groups.get(group, 0) + spec.size
+    return groups

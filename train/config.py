@@ -1,0 +1,251 @@
+"""What a training job is.  Frozen and validated without importing jax, so a mistake is told before anything expensive."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Literal
+
+from data.config import DataConfig
+from model.config import ModelConfig, check
+
+OptimizerName = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
+ScheduleName = Literal["cosine", "wsd", "linear", "constant"]
+WriterName = Literal["tensorboard", "wandb", "trackio"]
+
+DURATION = re.compile(r"(\d[\d_]*(?:\.\d+)?)\s*(steps|tokens|%)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over time: linear warm-up to the peak, then the named shape down to `end_fraction` of the peak.
+
+    Durations are "500 steps", "2_000_000 tokens" or "10 %" (of all steps).
+
+    Attributes:
+      decay: length of the final decay; for `wsd` (warm-up, stable, decay: arXiv:2404.06395) only.
+    """
+
+    name: ScheduleName = "cosine"
+    warmup: str = "2 %"
+    decay: str = "20 %"
+    end_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in ("warmup", "decay"):
+            check_duration(f"optimizer.schedule.{field}", getattr(self, field))
+        check(0 <= self.end_fraction <= 1, "optimizer.schedule.end_fraction must lie in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamRule:
+    """Applies to the parameters whose path (`blocks/attention/query`) matches `pattern` entirely; the first match wins.
+
+    Attributes:
+      weight_decay: whether decay applies.
+      learning_rate_scale: multiplies the learning rate; 0 freezes.
+    """
+
+    pattern: str
+    weight_decay: bool = True
+    learning_rate_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"optimizer.rules: {self.pattern!r} is not a regular expression: {error}") from error
+        check(self.learning_rate_scale >= 0, f"optimizer.rules: {self.pattern!r} has a negative learning_rate_scale")
+
+
+# Norm scales, biases and one-dimensional parameters are not decayed; matrices are.
+DEFAULT_RULES = (
+    ParamRule(r".*(norm|bias)[^/]*(/.*)?", weight_decay=False),
+    ParamRule(r".*"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Attributes:
+    learning_rate: peak. For `muon` it is that of the matrices; `adam_learning_rate` serves embeddings, head, norms, biases.
+    weight_decay: decoupled (arXiv:1711.05101), multiplied by the learning rate, for parameters whose rule says so.
+    clip_norm: global gradient norm above which gradients are scaled down; 0 is off.
+    ema_decay: keep an exponential moving average of the parameters, used for evaluation and sampling; 0 is off.
+    """
+
+    name: OptimizerName = "adamw"
+    learning_rate: float = 1e-3
+    adam_learning_rate: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0
+    schedule: ScheduleConfig = ScheduleConfig()
+    rules: tuple[ParamRule, ...] = DEFAULT_RULES
+
+    def __post_init__(self) -> None:
+        check(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
+        check(self.clip_norm >= 0, "optimizer.clip_norm must be >= 0 (0 is off)")
+        check(0 <= self.ema_decay < 1, "optimizer.ema_decay must lie in [0, 1)")
+        check(
+            self.name != "muon" or self.adam_learning_rate > 0,
+            "optimizer.name='muon' needs optimizer.adam_learning_rate for the parameters that are not hidden matrices",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Attributes:
+    z_loss: weight of log(Z)^2 (arXiv:2204.02311), which keeps the log-sum-exp near zero.
+    chunk_tokens: tokens per chunk of the cross-entropy; logits of one chunk exist at a time. 0 takes all at once.
+    """
+
+    z_loss: float = 0.0
+    chunk_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.z_loss >= 0, "loss.z_loss must be >= 0")
+        check(self.chunk_tokens >= 0, "loss.chunk_tokens must be >= 0 (0: no chunks)")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Attributes:
+    every: steps between checkpoints (the last step is always saved).
+    keep: how many of the newest to keep; at least 2, so that a damaged one has a fallback.
+    """
+
+    every: int = 200
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        check(self.every > 0, f"checkpoint.every={self.every} must be positive")
+        check(self.keep >= 2, f"checkpoint.keep={self.keep} must be at least 2: a damaged newest one needs a fallback")
+
+
+@dataclasses.dataclass(frozen=True)
+class RollbackConfig:
+    """When a loss is not finite, or above `spike_factor` x the median of the last `window` losses, the run goes back to the
+    last checkpoint and skips the data between it and the incident.
+
+    Attributes:
+      spike_factor: 0 looks at non-finite losses only.
+      max_incidents: the run gives up after so many.
+    """
+
+    spike_factor: float = 0.0
+    window: int = 50
+    max_incidents: int = 3
+
+    def __post_init__(self) -> None:
+        check(self.spike_factor == 0 or self.spike_factor > 1, "rollback.spike_factor must be 0 (off) or above 1")
+        check(self.window > 0 and self.max_incidents >= 0, "rollback.window must be positive, max_incidents >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Attributes:
+    every: steps between evaluations on held-out data; the last step is always evaluated.
+    max_batches: held-out batches per evaluation during training; 0 is all. The final evaluation always takes all.
+    sample_prompts, sample_tokens: text continued at every evaluation, for the report.
+    """
+
+    every: int = 500
+    max_batches: int = 0
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = 100
+    sample_temperature: float = 0.8
+
+    def __post_init__(self) -> None:
+        check(self.every > 0 and self.max_batches >= 0, "eval.every must be positive and eval.max_batches >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one axis may be -1, and takes all that remain."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        check(all(size == -1 or size > 0 for size in sizes), f"mesh sizes {sizes} must be positive, or -1 for the rest")
+        check(sizes.count(-1) <= 1, f"mesh sizes {sizes}: only one axis can be -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A pretraining run: `steps` optimizer updates of `batch_size` rows each.
+
+    Attributes:
+      name: the config file's; the run lives in `runs/<name>` unless `run_dir` says otherwise.
+      batch_size: rows of `data.seq_len` tokens per step, over all hosts and micro-batches.
+      accumulation: micro-batches per step; gradients are weighted by their tokens.
+      cpu_devices: how many devices the CPU is split into (0: one per core up to what divides the batch). Ignored elsewhere.
+      xz_baseline: also report what `xz -9e` needs for each held-out document (`baseline_xz_bits_per_byte`).
+    """
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    steps: int
+    batch_size: int
+    accumulation: int = 1
+    seed: int = 0
+    run_dir: str = ""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    rollback: RollbackConfig = RollbackConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+    writers: tuple[WriterName, ...] = ("tensorboard",)
+    log_every: int = 1
+    cpu_devices: int = 0
+    xz_baseline: bool = False
+
+    def __post_init__(self) -> None:
+        check(bool(self.name), "name is empty: a run is named after its config file")
+        if not self.run_dir:
+            object.__setattr__(self, "run_dir", f"runs/{self.name}")
+        for field in ("steps", "batch_size", "accumulation", "log_every"):
+            check(getattr(self, field) > 0, f"{field}={getattr(self, field)} must be positive")
+        check(
+            self.batch_size % self.accumulation == 0,
+            f"batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}",
+        )
+        check(
+            self.data.seq_len <= self.model.max_seq_len,
+            f"data.seq_len={self.data.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}: "
+            "shorten the rows or train a longer context",
+        )
+        check(
+            self.model.positions != "learned" or not self.data.attend_across_documents or self.data.seq_len <= self.model.max_seq_len,
+            "learned positions end at model.max_seq_len",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.data.seq_len
+
+
+def check_duration(name: str, text: str) -> None:
+    """Raises ValueError unless `text` is a duration such as "500 steps", "2_000_000 tokens" or "10 %"."""
+    check(
+        DURATION.fullmatch(text.strip()) is not None,
+        f'{name}={text!r} is not a duration: write "500 steps", "2_000_000 tokens" or "10 %"',
+    )
+
+
+def duration_in_steps(text: str, total_steps: int, tokens_per_step: int) -> int:
+    """Number of steps of a duration, rounded to the nearest."""
+    match = DURATION.fullmatch(text.strip())
+    assert match is not None, text
+    amount, unit = float(match[1].replace("_", "")), match[2]
+    steps_per_unit = {"steps": 1.0, "tokens": 1 / tokens_per_step, "%": total_steps / 100}[unit]
+    return round(amount * steps_per_unit)
