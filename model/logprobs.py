@@ -65,9 +65,9 @@ def token_logprobs(
 
 def _logits(cap: float, head: Head, hidden: jax.Array) -> jax.Array:
     B, T, D = hidden.shape
-    logits = jnp.matmul(
-        hidden.reshape(B * T, D), head.matrix.astype(hidden.dtype), preferred_element_type=jnp.float32
-    ).reshape(B, T, -1)
+    logits = jnp.matmul(hidden.reshape(B * T, D), head.matrix.astype(hidden.dtype), preferred_element_type=jnp.float32).reshape(
+        B, T, -1
+    )
     return soft_cap(logits if head.bias is None else logits + head.bias.astype(jnp.float32), cap)
 
 

@@ -1,11 +1,10 @@
-"""Named model configurations: the published checkpoints that Loam can express, and a tiny sibling of each family for tests.
+"""Named model configurations: published checkpoints that `ModelConfig` can express, and a tiny sibling of each family.
 
 The hyper-parameters are those of the checkpoints' own configuration files; `PUBLISHED_PARAMETERS` proves the shapes.
-Where a checkpoint and the convention of `ModelConfig` differ:
-1. `vocab_size` is the number of stored rows, so it includes the padding of the published table (Llama 3, Qwen 3, Phi, OLMo 2,
-   Gemma 3 from 4B).
-2. Phi-3's `sliding_window` of 2047 counts the previous positions only; a `ModelConfig` window counts the current one too.
-3. Gemma 3 from 4B is multimodal; the preset and its count are the language model, without the vision encoder and projector.
+Where a checkpoint and the conventions of `ModelConfig` differ:
+1. `vocab_size` is the number of stored rows, padding included (Llama 3, Qwen 3, Phi, OLMo 2, Gemma 3 from 4B).
+2. Phi-3's `sliding_window` of 2047 counts the previous positions only; a window here counts the current one too.
+3. Gemma 3 from 4B is multimodal; the preset and its count are the language model, without vision encoder and projector.
 """
 
 from __future__ import annotations
@@ -37,81 +36,18 @@ def _gpt2(num_layers: int, d_model: int, num_heads: int) -> ModelConfig:
     )
 
 
-def _llama(
-    num_layers: int, d_model: int, num_heads: int, num_kv_heads: int, d_ff: int, theta: float = 10_000.0, **rest: Any
-) -> ModelConfig:
-    """The Llama 2 block (arXiv:2307.09288), which Mistral, Phi-3, Qwen 3, SmolLM2 and OLMo 2 vary."""
+def _llama(layers: int, d_model: int, heads: int, kv_heads: int, d_ff: int, **rest: Any) -> ModelConfig:
+    """The block of Llama 2, which is the default of ModelConfig; `rest` holds what a family sets or changes."""
+    return ModelConfig(num_layers=layers, d_model=d_model, num_heads=heads, num_kv_heads=kv_heads, d_ff=d_ff, **rest)
+
+
+def _gemma(layers: int, d_model: int, heads: int, kv_heads: int, head_dim: int, d_ff: int, **rest: Any) -> ModelConfig:
+    """What Gemma 2 and 3 share; their GeGLU takes the tanh approximation of GELU."""
     return ModelConfig(
-        num_layers=num_layers,
+        num_layers=layers,
         d_model=d_model,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        d_ff=d_ff,
-        **{"vocab_size": 32_000, "max_seq_len": 4096, "rope": RopeConfig(theta=theta), **rest},
-    )
-
-
-def _llama3(num_layers: int, d_model: int, num_heads: int, d_ff: int, **rest: Any) -> ModelConfig:
-    """arXiv:2407.21783."""
-    shared = {"theta": 500_000.0, "vocab_size": 128_256, "max_seq_len": 8192}
-    return _llama(num_layers, d_model, num_heads, 8, d_ff, **(shared | rest))
-
-
-def _llama3_long(factor: float, tie_embeddings: bool) -> dict[str, Any]:
-    """The 128k context of Llama 3.1 and 3.2."""
-    rope = RopeConfig(theta=500_000.0, scaling="llama3", factor=factor, original_max_len=8192)
-    return {"rope": rope, "max_seq_len": 131_072, "tie_embeddings": tie_embeddings}
-
-
-def _qwen3(num_layers: int, d_model: int, num_heads: int, d_ff: int, tie_embeddings: bool) -> ModelConfig:
-    """arXiv:2505.09388.  The context is that of the post-trained checkpoints; the base ones say 32,768."""
-    return _llama(
-        num_layers,
-        d_model,
-        num_heads,
-        8,
-        d_ff,
-        theta=1_000_000.0,
-        vocab_size=151_936,
-        max_seq_len=40_960,
-        head_dim=128,
-        norm_eps=1e-6,
-        qk_norm="head",
-        tie_embeddings=tie_embeddings,
-    )
-
-
-def _smollm2(num_layers: int, d_model: int, num_heads: int, num_kv_heads: int, d_ff: int, **rest: Any) -> ModelConfig:
-    """arXiv:2502.02737."""
-    shared = {"theta": 100_000.0, "vocab_size": 49_152, "max_seq_len": 8192, "tie_embeddings": True}
-    return _llama(num_layers, d_model, num_heads, num_kv_heads, d_ff, **(shared | rest))
-
-
-def _olmo2(num_layers: int, d_model: int, num_heads: int, d_ff: int) -> ModelConfig:
-    """arXiv:2501.00656."""
-    return _llama(
-        num_layers,
-        d_model,
-        num_heads,
-        num_heads,
-        d_ff,
-        theta=500_000.0,
-        vocab_size=100_352,
-        norm_eps=1e-6,
-        norm_placement="post",
-        qk_norm="full",
-    )
-
-
-def _gemma(
-    num_layers: int, d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, d_ff: int, **rest: Any
-) -> ModelConfig:
-    """What Gemma 2 and 3 share: sandwich norms, scales stored as w - 1, GeGLU, scaled and tied embeddings."""
-    return ModelConfig(
-        num_layers=num_layers,
-        d_model=d_model,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         d_ff=d_ff,
         norm_placement="sandwich",
@@ -124,7 +60,38 @@ def _gemma(
     )
 
 
-# Gemma 2 (arXiv:2408.00118): local and global layers alternate, the first is local; soft caps.
+def _llama3_rope(factor: float) -> RopeConfig:
+    return RopeConfig(theta=500_000.0, scaling="llama3", factor=factor, original_max_len=8192)
+
+
+# What each family fixes, by paper.
+_LLAMA2 = {"vocab_size": 32_000, "max_seq_len": 4096}  # arXiv:2307.09288
+# arXiv:2407.21783; 3.1 and 3.2 scale rope
+_LLAMA3 = {"vocab_size": 128_256, "max_seq_len": 8192, "rope": RopeConfig(theta=500_000.0)}
+_LLAMA3_1 = {"vocab_size": 128_256, "max_seq_len": 131_072}
+_MISTRAL = {"vocab_size": 32_000, "max_seq_len": 32_768, "window_pattern": (4096,)}  # v0.1, arXiv:2310.06825
+_PHI3 = {"vocab_size": 32_064, "max_seq_len": 4096, "window_pattern": (2048,)}  # 4k variant, arXiv:2404.14219
+_PHI4 = {"vocab_size": 100_352, "max_seq_len": 16_384, "rope": RopeConfig(theta=250_000.0)}  # arXiv:2412.08905
+_SMOLLM2 = {"vocab_size": 49_152, "max_seq_len": 8192, "tie_embeddings": True}  # arXiv:2502.02737
+# arXiv:2505.09388; the context is that of the post-trained checkpoints, the base ones say 32,768
+_QWEN3 = {
+    "vocab_size": 151_936,
+    "max_seq_len": 40_960,
+    "head_dim": 128,
+    "rope": RopeConfig(theta=1_000_000.0),
+    "norm_eps": 1e-6,
+    "qk_norm": "head",
+}
+# arXiv:2501.00656
+_OLMO2 = {
+    "vocab_size": 100_352,
+    "max_seq_len": 4096,
+    "rope": RopeConfig(theta=500_000.0),
+    "norm_eps": 1e-6,
+    "norm_placement": "post",
+    "qk_norm": "full",
+}
+# arXiv:2408.00118: local and global layers alternate, the first is local
 _GEMMA2 = {
     "vocab_size": 256_000,
     "max_seq_len": 8192,
@@ -132,7 +99,7 @@ _GEMMA2 = {
     "attention_soft_cap": 50.0,
     "logit_soft_cap": 30.0,
 }
-# Gemma 3 (arXiv:2503.19786): five local layers, then a global one; query and key norms instead of the caps.
+# arXiv:2503.19786: five local layers, then a global one; query and key norms instead of the caps
 _GEMMA3_1B = {
     "vocab_size": 262_144,
     "max_seq_len": 32_768,
@@ -140,12 +107,11 @@ _GEMMA3_1B = {
     "rope": RopeConfig(theta=1_000_000.0, local_theta=10_000.0),
     "qk_norm": "head",
 }
-_GEMMA3 = {
+_GEMMA3 = _GEMMA3_1B | {
     "vocab_size": 262_208,
     "max_seq_len": 131_072,
     "window_pattern": (1024, 1024, 1024, 1024, 1024, 0),
     "rope": RopeConfig(theta=1_000_000.0, local_theta=10_000.0, scaling="linear", factor=8.0),
-    "qk_norm": "head",
 }
 
 PRESETS: dict[str, ModelConfig] = {
@@ -154,21 +120,27 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt2-774m": _gpt2(36, 1280, 20),
     "gpt2-1.5b": _gpt2(48, 1600, 25),
     # layers, width, heads, key-value heads, width of the MLP
-    "llama2-7b": _llama(32, 4096, 32, 32, 11_008),
-    "llama2-13b": _llama(40, 5120, 40, 40, 13_824),
-    "llama2-70b": _llama(80, 8192, 64, 8, 28_672),
-    # layers, width, heads, width of the MLP
-    "llama3-8b": _llama3(32, 4096, 32, 14_336),
-    "llama3-70b": _llama3(80, 8192, 64, 28_672),
-    "llama3.1-8b": _llama3(32, 4096, 32, 14_336, **_llama3_long(8.0, tie_embeddings=False)),
-    "llama3.2-1b": _llama3(16, 2048, 32, 8192, **_llama3_long(32.0, tie_embeddings=True)),
-    "llama3.2-3b": _llama3(28, 3072, 24, 8192, **_llama3_long(32.0, tie_embeddings=True)),
-    # v0.1 (arXiv:2310.06825); later versions drop the window and change theta
-    "mistral-7b": _llama(32, 4096, 32, 8, 14_336, max_seq_len=32_768, window_pattern=(4096,)),
-    "qwen3-0.6b": _qwen3(28, 1024, 16, 3072, tie_embeddings=True),
-    "qwen3-1.7b": _qwen3(28, 2048, 16, 6144, tie_embeddings=True),
-    "qwen3-4b": _qwen3(36, 2560, 32, 9728, tie_embeddings=True),
-    "qwen3-8b": _qwen3(36, 4096, 32, 12_288, tie_embeddings=False),
+    "llama2-7b": _llama(32, 4096, 32, 32, 11_008, **_LLAMA2),
+    "llama2-13b": _llama(40, 5120, 40, 40, 13_824, **_LLAMA2),
+    "llama2-70b": _llama(80, 8192, 64, 8, 28_672, **_LLAMA2),
+    "llama3-8b": _llama(32, 4096, 32, 8, 14_336, **_LLAMA3),
+    "llama3-70b": _llama(80, 8192, 64, 8, 28_672, **_LLAMA3),
+    "llama3.1-8b": _llama(32, 4096, 32, 8, 14_336, rope=_llama3_rope(8.0), **_LLAMA3_1),
+    "llama3.2-1b": _llama(16, 2048, 32, 8, 8192, rope=_llama3_rope(32.0), tie_embeddings=True, **_LLAMA3_1),
+    "llama3.2-3b": _llama(28, 3072, 24, 8, 8192, rope=_llama3_rope(32.0), tie_embeddings=True, **_LLAMA3_1),
+    "mistral-7b": _llama(32, 4096, 32, 8, 14_336, **_MISTRAL),
+    "phi-3-mini": _llama(32, 3072, 32, 32, 8192, **_PHI3),
+    "phi-4": _llama(40, 5120, 40, 10, 17_920, **_PHI4),
+    "smollm2-135m": _llama(30, 576, 9, 3, 1536, rope=RopeConfig(theta=100_000.0), init_std=1 / 24, **_SMOLLM2),
+    "smollm2-360m": _llama(32, 960, 15, 5, 2560, rope=RopeConfig(theta=100_000.0), **_SMOLLM2),
+    "smollm2-1.7b": _llama(24, 2048, 32, 32, 8192, rope=RopeConfig(theta=130_000.0), **_SMOLLM2),
+    "qwen3-0.6b": _llama(28, 1024, 16, 8, 3072, tie_embeddings=True, **_QWEN3),
+    "qwen3-1.7b": _llama(28, 2048, 16, 8, 6144, tie_embeddings=True, **_QWEN3),
+    "qwen3-4b": _llama(36, 2560, 32, 8, 9728, tie_embeddings=True, **_QWEN3),
+    "qwen3-8b": _llama(36, 4096, 32, 8, 12_288, **_QWEN3),
+    "olmo2-1b": _llama(16, 2048, 16, 16, 8192, **_OLMO2),
+    "olmo2-7b": _llama(32, 4096, 32, 32, 11_008, **_OLMO2),
+    "olmo2-13b": _llama(40, 5120, 40, 40, 13_824, **_OLMO2),
     # layers, width, heads, key-value heads, head_dim, width of the MLP; the 27B models scale by d_model / num_heads
     "gemma2-2b": _gemma(26, 2304, 8, 4, 256, 9216, **_GEMMA2),
     "gemma2-9b": _gemma(42, 3584, 16, 8, 256, 14_336, **_GEMMA2),
@@ -210,20 +182,10 @@ PRESETS: dict[str, ModelConfig] = {
         parallel_block=True,
         head_bias=True,
     ),
-    # the 4k variant (arXiv:2404.14219)
-    "phi-3-mini": _llama(32, 3072, 32, 32, 8192, vocab_size=32_064, window_pattern=(2048,)),
-    # arXiv:2412.08905
-    "phi-4": _llama(40, 5120, 40, 10, 17_920, theta=250_000.0, vocab_size=100_352, max_seq_len=16_384),
-    "smollm2-135m": _smollm2(30, 576, 9, 3, 1536, init_std=1 / 24),
-    "smollm2-360m": _smollm2(32, 960, 15, 5, 2560),
-    "smollm2-1.7b": _smollm2(24, 2048, 32, 32, 8192, theta=130_000.0),
-    "olmo2-1b": _olmo2(16, 2048, 16, 8192),
-    "olmo2-7b": _olmo2(32, 4096, 32, 11_008),
-    "olmo2-13b": _olmo2(40, 5120, 40, 13_824),
 }
 
-# Tiny siblings: every mechanism of the family, with sizes that make a wrong axis fail (d_model != num_heads * head_dim,
-# windows and original contexts shorter than a test's sequence, layers that the window pattern does not divide).
+# Tiny siblings: every mechanism of the family, at sizes that let mistakes show.  Windows and original contexts are
+# shorter than max_seq_len, layers are left over after whole window patterns, head_dim is free where the family's is.
 _TINY = {
     "vocab_size": 512,
     "num_layers": 2,
@@ -233,26 +195,23 @@ _TINY = {
     "d_ff": 96,
     "max_seq_len": 128,
 }
-_TINY_ROPE = RopeConfig(theta=500_000.0, scaling="llama3", factor=4.0, original_max_len=32)
-_TINY_LOCAL_ROPE = RopeConfig(theta=1_000_000.0, local_theta=10_000.0, scaling="linear", factor=8.0)
-_TINY_GEMMA = {**_TINY, "num_kv_heads": 2, "d_model": 48, "attention_scale": 24**-0.5}
+_TINY_GQA = _TINY | {"num_kv_heads": 2}
+_TINY_GEMMA = _TINY_GQA | {"d_model": 48, "attention_scale": 24**-0.5}
+_TINY_LLAMA_ROPE = replace(_llama3_rope(4.0), original_max_len=32)
 
 PRESETS |= {
-    "tiny-gpt2": replace(PRESETS["gpt2-124m"], **{**_TINY, "num_kv_heads": 4}),
-    "tiny-llama": replace(PRESETS["llama3.1-8b"], **{**_TINY, "num_kv_heads": 2, "rope": _TINY_ROPE}),
-    "tiny-qwen3": replace(PRESETS["qwen3-0.6b"], **{**_TINY, "num_kv_heads": 2, "d_model": 48}),
-    "tiny-gemma2": replace(PRESETS["gemma2-27b"], **{**_TINY_GEMMA, "num_layers": 3, "window_pattern": (8, 0)}),
-    "tiny-gemma3": replace(
-        PRESETS["gemma3-27b"],
-        **{**_TINY_GEMMA, "num_layers": 4, "window_pattern": (8, 8, 0), "rope": _TINY_LOCAL_ROPE},
-    ),
+    "tiny-gpt2": replace(PRESETS["gpt2-124m"], **_TINY, num_kv_heads=4),
+    "tiny-llama": replace(PRESETS["llama3.1-8b"], **_TINY_GQA, rope=_TINY_LLAMA_ROPE),
+    "tiny-qwen3": replace(PRESETS["qwen3-0.6b"], **_TINY_GQA | {"d_model": 48}),
+    "tiny-gemma2": replace(PRESETS["gemma2-27b"], **_TINY_GEMMA | {"num_layers": 3, "window_pattern": (8, 0)}),
+    "tiny-gemma3": replace(PRESETS["gemma3-27b"], **_TINY_GEMMA | {"num_layers": 4, "window_pattern": (8, 8, 0)}),
     "tiny-falcon": replace(PRESETS["falcon-7b"], **_TINY),
-    "tiny-phi": replace(PRESETS["phi-2"], **{**_TINY, "num_kv_heads": 4, "rope": RopeConfig(fraction=0.5)}),
-    "tiny-olmo2": replace(PRESETS["olmo2-1b"], **{**_TINY, "num_kv_heads": 2}),
+    "tiny-phi": replace(PRESETS["phi-2"], **_TINY, num_kv_heads=4, rope=RopeConfig(fraction=0.5)),
+    "tiny-olmo2": replace(PRESETS["olmo2-1b"], **_TINY, num_kv_heads=4),
 }
 
-# Parameters of the published checkpoints: trained arrays only (no rotary tables), a tied embedding once even where the file
-# stores it twice, Gemma 3 from 4B without its vision encoder and projector.
+# Parameters of the published checkpoints: trained arrays only (no rotary tables), a tied embedding once even where the
+# file stores it twice, Gemma 3 from 4B without its vision encoder and projector.
 PUBLISHED_PARAMETERS: dict[str, int] = {
     "gpt2-124m": 124_439_808,
     "gpt2-355m": 354_823_168,
@@ -294,8 +253,8 @@ PUBLISHED_PARAMETERS: dict[str, int] = {
 def preset(name: str, **overrides: Any) -> ModelConfig:
     """The named configuration with some fields replaced.
 
-    A preset's `num_kv_heads` and `head_dim` are numbers, not derived from the other fields: override them with `num_heads`,
-    or set them to 0 to derive them again.
+    A preset's `num_kv_heads` and `head_dim` do not follow `num_heads` and `d_model`: override them together, or set
+    them to 0 to derive them again.
 
     Raises:
       ValueError: no preset of that name, or the result is not a valid configuration.

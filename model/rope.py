@@ -47,9 +47,7 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, local: bool = False) 
     return frequencies * (keep + (1 - keep) / rope.factor), 0.1 * math.log(rope.factor) + 1.0
 
 
-def rope_table(
-    positions: jax.Array, rope: RopeConfig, rotary_dim: int, local: bool = False
-) -> tuple[jax.Array, jax.Array]:
+def rope_table(positions: jax.Array, rope: RopeConfig, rotary_dim: int, local: bool = False) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, T, 1, rotary_dim / 2], of int32 positions [B, T]."""
     frequencies, temperature = inverse_frequencies(rope, rotary_dim, local)
     angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)

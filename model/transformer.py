@@ -110,9 +110,7 @@ def attention_block(
         v_BTKD = cache[1].at[rows, context.positions].set(v_BTKD, mode="drop")
         cache = (k_BTKD, v_BTKD)
     scale = config.attention_scale or config.head_dim**-0.5
-    out_BTHD = attention(
-        q_BTHD, k_BTKD, v_BTKD, context.allowed[window], scale=scale, cap=config.attention_soft_cap
-    )
+    out_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, context.allowed[window], scale=scale, cap=config.attention_soft_cap)
     return linear(out_BTHD, params["out"], params.get("out_bias"), contract=2), cache
 
 

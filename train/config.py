@@ -16,6 +16,23 @@ WriterName = Literal["tensorboard", "wandb", "trackio"]
 DURATION = re.compile(r"(\d[\d_]*(?:\.\d+)?)\s*(steps|tokens|%)")
 
 
+def check_duration(name: str, text: str) -> None:
+    """Raises ValueError unless `text` is a duration such as "500 steps", "2_000_000 tokens" or "10 %"."""
+    check(
+        DURATION.fullmatch(text.strip()) is not None,
+        f'{name}={text!r} is not a duration: write "500 steps", "2_000_000 tokens" or "10 %"',
+    )
+
+
+def duration_in_steps(text: str, total_steps: int, tokens_per_step: int) -> int:
+    """Number of steps of a duration, rounded to the nearest."""
+    match = DURATION.fullmatch(text.strip())
+    assert match is not None, text
+    amount, unit = float(match[1].replace("_", "")), match[2]
+    steps_per_unit = {"steps": 1.0, "tokens": 1 / tokens_per_step, "%": total_steps / 100}[unit]
+    return round(amount * steps_per_unit)
+
+
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     """Learning rate over time: linear warm-up to the peak, then the named shape down to `end_fraction` of the peak.
@@ -224,28 +241,7 @@ class TrainConfig:
             f"data.seq_len={self.data.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}: "
             "shorten the rows or train a longer context",
         )
-        check(
-            self.model.positions != "learned" or not self.data.attend_across_documents or self.data.seq_len <= self.model.max_seq_len,
-            "learned positions end at model.max_seq_len",
-        )
 
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.data.seq_len
-
-
-def check_duration(name: str, text: str) -> None:
-    """Raises ValueError unless `text` is a duration such as "500 steps", "2_000_000 tokens" or "10 %"."""
-    check(
-        DURATION.fullmatch(text.strip()) is not None,
-        f'{name}={text!r} is not a duration: write "500 steps", "2_000_000 tokens" or "10 %"',
-    )
-
-
-def duration_in_steps(text: str, total_steps: int, tokens_per_step: int) -> int:
-    """Number of steps of a duration, rounded to the nearest."""
-    match = DURATION.fullmatch(text.strip())
-    assert match is not None, text
-    amount, unit = float(match[1].replace("_", "")), match[2]
-    steps_per_unit = {"steps": 1.0, "tokens": 1 / tokens_per_step, "%": total_steps / 100}[unit]
-    return round(amount * steps_per_unit)

@@ -50,6 +50,18 @@ def closed_form_parameters(c: ModelConfig) -> int:
     return tables + c.num_layers * (attention + mlp + norms_per_layer * norm) + norm
 
 
+def mechanisms(c: ModelConfig) -> dict[str, bool | str]:
+    """What the sizes, the windows and rope switch on."""
+    return {
+        "grouped": c.num_kv_heads < c.num_heads,
+        "windowed": any(c.window_pattern),
+        "scaling": c.rope.scaling,
+        "partial": c.rope.fraction < 1,
+        "local_theta": c.rope.local_theta > 0,
+        "attention_scale": c.attention_scale > 0,
+    }
+
+
 def tree_parameters(config: ModelConfig) -> int:
     from model.params import num_parameters, param_specs
 
@@ -90,18 +102,7 @@ def test_gemma3_text_model_is_the_multimodal_checkpoint_without_vision(name, mul
 def test_tiny_presets_differ_from_their_family_in_size_only(tiny, family):
     small, large = dataclasses.asdict(PRESETS[tiny]), dataclasses.asdict(PRESETS[family])
     assert {field for field in small if small[field] != large[field]} <= SIZES
-    for config in (PRESETS[tiny], PRESETS[family]):  # and the mechanisms that the sizes switch on are on in both
-        grouped, windowed = config.num_kv_heads < config.num_heads, any(config.window_pattern)
-        if config is PRESETS[tiny]:
-            reference = (grouped, windowed, config.rope.scaling, config.rope.fraction < 1, config.rope.local_theta > 0)
-        elif family != "olmo2-1b":  # the tiny one has grouped heads as OLMo 2 32B does
-            assert reference == (
-                grouped,
-                windowed,
-                config.rope.scaling,
-                config.rope.fraction < 1,
-                config.rope.local_theta > 0,
-            )
+    assert mechanisms(PRESETS[tiny]) == mechanisms(PRESETS[family])
 
 
 def test_order_of_local_and_global_layers():

@@ -1,0 +1,175 @@
+"""One optimizer update and one evaluation, as pure functions; and `Trainer`, which compiles them for a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from model.config import ModelConfig
+from model.logprobs import token_logprobs
+from model.params import Params, init_params, param_shardings, param_specs
+from model.sharding import TRAIN_RULES, batch_sharding, make_mesh
+from model.transformer import forward
+from train.config import LossConfig, TrainConfig, check
+from train.optimizer import make_optimizer, make_schedule
+
+Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions int32 and weights float32, all [rows, seq_len]
+Metrics = dict[str, jax.Array]  # float32 scalars
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes from step to step. `step` counts finished updates; `ema` is None when it is off."""
+
+    params: Params
+    opt_state: optax.OptState
+    ema: Params | None
+    step: jax.Array
+
+
+def loss_sums(params: Params, model: ModelConfig, loss: LossConfig, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """Sums over the weighted tokens: the objective (cross-entropy + z-loss), and what is reported."""
+    hidden, _ = forward(params, model, batch["tokens"], batch["positions"], batch["segment_ids"])
+    out = token_logprobs(params, model, hidden, batch["targets"], loss.chunk_tokens)
+    weights = batch["weights"]
+    nll = -jnp.sum(weights * out.logprobs)
+    z_loss = loss.z_loss * jnp.sum(weights * jnp.square(out.log_z))
+    sums = {
+        "loss": nll,
+        "z_loss": z_loss,
+        "entropy": jnp.sum(weights * out.entropy),
+        "accuracy": jnp.sum(weights * out.correct),
+    }
+    return nll + z_loss, sums
+
+
+def mean_gradients(
+    params: Params, model: ModelConfig, loss: LossConfig, batch: Batch, accumulation: int
+) -> tuple[Params, Metrics]:
+    """Gradients and metrics per token of the whole batch, computed in `accumulation` micro-batches.
+
+    Every micro-batch is divided by the tokens of the whole batch, so unequal padding does not change the result.
+    """
+    num_tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+    def objective(params: Params, micro: Batch) -> tuple[jax.Array, Metrics]:
+        total, sums = loss_sums(params, model, loss, micro)
+        return total / num_tokens, jax.tree.map(lambda s: s / num_tokens, sums)
+
+    gradient = jax.grad(objective, has_aux=True)
+    if accumulation == 1:
+        return gradient(params, batch)
+
+    def split(x: jax.Array) -> jax.Array:
+        # Row r goes to micro-batch r % accumulation: each device keeps its rows.
+        return x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total: tuple[Params, Metrics], micro: Batch) -> tuple[tuple[Params, Metrics], None]:
+        return jax.tree.map(jnp.add, total, gradient(params, micro)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, batch))
+    (gradients, metrics), _ = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
+    return gradients, metrics
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[TrainState, Metrics]:
+    """One update. The metrics are those of the parameters before it."""
+    gradients, metrics = mean_gradients(state.params, config.model, config.loss, batch, config.accumulation)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1 - config.optimizer.ema_decay)
+    metrics |= {
+        "grad_norm": optax.global_norm(gradients),
+        "param_norm": optax.global_norm(state.params),
+        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+    }
+    return TrainState(params, opt_state, ema, state.step + 1), metrics
+
+
+def eval_step(params: Params, batch: Batch, config: TrainConfig) -> Metrics:
+    """Sums over the weighted tokens of a held-out batch."""
+    return loss_sums(params, config.model, config.loss, batch)[1]
+
+
+def opt_state_shardings(opt_state: optax.OptState, of_params: Params, replicated: NamedSharding) -> optax.OptState:
+    """A leaf whose path ends like a parameter's, and has its rank, lives where that parameter does; the rest everywhere."""
+    by_path = dict(jax.tree_util.tree_leaves_with_path(of_params))
+
+    def sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        candidates = [by_path[path[i:]] for i in range(len(path)) if path[i:] in by_path]
+        # Factored second moments have fewer dimensions than their parameter.
+        return candidates[0] if candidates and len(candidates[0].spec) == leaf.ndim else replicated
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The compiled functions of a run and where its arrays live."""
+
+    config: TrainConfig
+    specs: Params
+    mesh: Mesh
+    init: Any  # key -> TrainState
+    step: Any  # (state, batch) -> (state, metrics); consumes state
+    evaluate: Any  # (params, batch) -> sums
+    abstract_state: TrainState  # ShapeDtypeStruct with shardings
+    batch_sharding: NamedSharding
+
+
+def make_trainer(config: TrainConfig, devices: list[jax.Device] | None = None) -> Trainer:
+    """Builds mesh, optimizer and compiled functions. Nothing is allocated.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, or the batch or a parameter does not divide over it.
+    """
+    mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
+    specs = param_specs(config.model)
+    rows = batch_sharding(mesh, TRAIN_RULES)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    check(
+        config.batch_size // config.accumulation % shards == 0,
+        f"batch_size / accumulation = {config.batch_size // config.accumulation} rows do not divide over mesh.data x "
+        f"mesh.fsdp = {shards}: choose a multiple of {shards}, or a smaller mesh",
+    )
+    schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, config.steps, config.tokens_per_step)
+    optimizer = make_optimizer(config.optimizer, specs, schedule)
+
+    def init(key: jax.Array) -> TrainState:
+        params = init_params(specs, key)
+        ema = params if config.optimizer.ema_decay else None
+        return TrainState(params, optimizer.init(params), ema, jnp.zeros((), jnp.int32))
+
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    of_params = param_shardings(specs, TRAIN_RULES, mesh)
+    of_opt_state = opt_state_shardings(abstract.opt_state, of_params, replicated)
+    shardings = TrainState(of_params, of_opt_state, of_params if config.optimizer.ema_decay else None, replicated)
+    step = functools.partial(train_step, config=config, optimizer=optimizer, schedule=schedule)
+    return Trainer(
+        config=config,
+        specs=specs,
+        mesh=mesh,
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, replicated), donate_argnames="state"),
+        evaluate=jax.jit(functools.partial(eval_step, config=config), in_shardings=(of_params, rows), out_shardings=replicated),
+        abstract_state=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        ),
+        batch_sharding=rows,
+    )
