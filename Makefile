@@ -1,0 +1,47 @@
+# Two commands set everything up on a fresh machine: `make quickstart` and `make test`.
+# EXTRAS=bench,data adds extras of pyproject.toml; PYTHON= chooses the interpreter.
+PYTHON ?= python3
+EXTRAS ?=
+VENV ?= .venv
+BIN := $(VENV)/bin
+COMMA := ,
+WANTED := dev$(if $(EXTRAS),$(COMMA)$(EXTRAS))
+STAMP := $(VENV)/.installed-$(WANTED)
+
+.PHONY: env quickstart test test-slow lint bench clean
+
+env: $(STAMP)
+
+# uv where it is installed, otherwise venv and pip.
+$(STAMP): pyproject.toml constraints.txt
+	@if command -v uv >/dev/null 2>&1; then \
+	  [ -x $(BIN)/python ] || uv venv --python $(PYTHON) $(VENV); \
+	  uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[$(WANTED)]'; \
+	else \
+	  [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(WANTED)]'; \
+	fi
+	@touch $@
+
+quickstart: env
+	$(BIN)/loam run --config=configs/quickstart.py
+
+test: env
+	$(BIN)/python -m pytest
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow
+	bash tests/other_pythons.sh
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench:
+	$(MAKE) env EXTRAS=bench
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/loader.py
+
+clean:
+	rm -rf $(VENV) runs build .pytest_cache .ruff_cache

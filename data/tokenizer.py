@@ -1,0 +1,351 @@
+"""Tokenizers: train, save, load, encode, decode, and the exact byte length of every token.
+
+A token is a fixed byte string, for every kind, and decoding is concatenation.  Hence `decode(encode(text)) == text` for
+all text, bits per byte are exact, and a stream can be decoded token by token.  What each kind does to keep that promise:
+
+  bytes        one token per UTF-8 byte.
+  chars        the sorted set of characters seen (nanoGPT); any other character is an error.
+  byte_bpe     byte-level BPE, split as GPT-4 does: words with their leading mark, up to three digits, runs of whitespace.
+  wordpiece    greedy longest match over the same byte-level words.  Deviations from BERT: 1. whitespace is part of the
+               words and nothing is lower-cased, so nothing is lost; 2. a word's start is marked by its space instead of
+               its continuation by `##`; 3. `tokenizers` picks the vocabulary by frequency of merges, not by likelihood.
+  spm_bpe      SentencePiece with identity normalisation, no dummy prefix and byte fallback.  It uses U+2581 for the space
+  spm_unigram  internally, so our code spells a U+2581 of the text in bytes.
+
+Special tokens are ids that no text can produce; spelling `<eos>` in a document gives ordinary tokens.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.config import TokenizerConfig, TokenizerKind
+
+# GPT-4's split (tiktoken cl100k_base).
+_SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPM_SPACE = "\u2581"
+_DESCRIPTION_FILE = "loam_tokenizer.json"
+
+
+class Tokenizer(abc.ABC):
+    """Text <-> token ids.  Picklable, and safe to use from several threads.
+
+    Attributes:
+      kind: how it was made.
+      token_bytes: what each id decodes to; empty for special tokens.
+      bos_id, eos_id: special tokens; None when documents are not wrapped.
+      byte_lengths: int32 [vocab_size], len(token_bytes[id]).
+      fingerprint: hash of all that encoding depends on.
+    """
+
+    model_file: str
+
+    def __init__(
+        self, kind: TokenizerKind, model: bytes, token_bytes: Sequence[bytes], bos_id: int | None, eos_id: int | None
+    ):
+        self.kind: TokenizerKind = kind
+        self.model = model
+        self.token_bytes = tuple(token_bytes)
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.byte_lengths = np.array([len(token) for token in token_bytes], np.int32)
+        identity = hashlib.blake2b(json.dumps([kind, bos_id, eos_id]).encode() + model, digest_size=16)
+        self.fingerprint = identity.hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return len(self.token_bytes)
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens."""
+        return self.encode_batch([text])[0]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Exact bytes of `ids`; any prefix of the ids gives a prefix of the bytes.
+
+        Raises:
+          ValueError: an id outside [0, vocab_size).
+        """
+        tokens = []
+        for token in map(int, ids):
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"token id {token} is outside the vocabulary [0, {self.vocab_size}) of this {self.kind} tokenizer: "
+                    "decode with the tokenizer that made the ids"
+                )
+            tokens.append(self.token_bytes[token])
+        return b"".join(tokens)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the model and a description into `directory`, which is created."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / self.model_file).write_bytes(self.model)
+        description = {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "document_boundaries": self.eos_id is not None,
+            "fingerprint": self.fingerprint,
+        }
+        (directory / _DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0..255 are the bytes."""
+
+    model_file = "bytes.model"
+
+    def __init__(self, kind: TokenizerKind, model: bytes, document_boundaries: bool):
+        super().__init__(kind, model, *_with_special_tokens([bytes([b]) for b in range(256)], document_boundaries))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+
+class CharTokenizer(Tokenizer):
+    """Ids are the positions in a sorted string of characters."""
+
+    model_file = "chars.txt"
+
+    def __init__(self, kind: TokenizerKind, model: bytes, document_boundaries: bool):
+        characters = model.decode()
+        super().__init__(kind, model, *_with_special_tokens([c.encode() for c in characters], document_boundaries))
+        self._ids = {character: i for i, character in enumerate(characters)}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        try:
+            return [[self._ids[character] for character in text] for text in texts]
+        except KeyError as error:
+            character = error.args[0]
+            raise ValueError(
+                f"the chars tokenizer has never seen {character!r} (U+{ord(character):04X}): it can only write the "
+                f"{len(self._ids)} characters of its training text; use kind='byte_bpe' or 'bytes' for open text"
+            ) from None
+
+
+class SubwordTokenizer(Tokenizer):
+    """A `tokenizers` model over byte-level words; the special tokens follow its own ids."""
+
+    model_file = "tokenizer.json"
+
+    def __init__(self, kind: TokenizerKind, model: bytes, document_boundaries: bool):
+        # Two threads encode twice as fast; the library turns its own threads off unless told otherwise.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        import tokenizers
+
+        self._tokenizer = tokenizers.Tokenizer.from_str(model.decode())
+        vocabulary = sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
+        byte_of = _byte_of_character()
+        token_bytes = [bytes(byte_of[character] for character in token) for token, _ in vocabulary]
+        super().__init__(kind, model, *_with_special_tokens(token_bytes, document_boundaries))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model with byte fallback; its own control pieces are the special tokens."""
+
+    model_file = "tokenizer.model"
+
+    def __init__(self, kind: TokenizerKind, model: bytes, document_boundaries: bool):
+        import sentencepiece
+
+        self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        token_bytes = []
+        for i in range(processor.get_piece_size()):
+            piece = processor.id_to_piece(i)
+            if processor.is_control(i) or processor.is_unknown(i):
+                token_bytes.append(b"")
+            elif processor.is_byte(i):
+                token_bytes.append(bytes([int(piece[3:5], 16)]))  # "<0x0A>"
+            else:
+                token_bytes.append(piece.replace(_SPM_SPACE, " ").encode())
+        bos_id, eos_id = (processor.bos_id(), processor.eos_id()) if document_boundaries else (None, None)
+        super().__init__(kind, model, token_bytes, bos_id, eos_id)
+        self._space_character_ids = [processor.piece_to_id(f"<0x{b:02X}>") for b in _SPM_SPACE.encode()]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._encode_one(text) for text in texts]
+
+    def _encode_one(self, text: str) -> list[int]:
+        first, *others = self._processor.encode(text.split(_SPM_SPACE))
+        for ids in others:
+            first += self._space_character_ids + ids
+        return first
+
+
+_CLASSES: dict[TokenizerKind, type[Tokenizer]] = {
+    "bytes": ByteTokenizer,
+    "chars": CharTokenizer,
+    "byte_bpe": SubwordTokenizer,
+    "wordpiece": SubwordTokenizer,
+    "spm_bpe": SentencePieceTokenizer,
+    "spm_unigram": SentencePieceTokenizer,
+}
+
+
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """Trains on all of `texts` (`config.train_bytes` is the caller's business).  Same texts, same fingerprint.
+
+    Raises:
+      ValueError: no text, or not enough of it for `config.vocab_size`.
+    """
+    if config.kind == "bytes":
+        model = b"bytes"
+    elif config.kind == "chars":
+        model = "".join(sorted(set().union(*texts))).encode()
+        if not model:
+            raise ValueError("the chars tokenizer was given no text: check the data sources")
+    elif config.kind in ("byte_bpe", "wordpiece"):
+        model = _train_subwords(config, texts)
+    else:
+        model = _train_sentencepiece(config, texts)
+    return _CLASSES[config.kind](config.kind, model, config.document_boundaries)
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Loads what `Tokenizer.save` wrote.
+
+    Raises:
+      FileNotFoundError: `directory` does not hold a saved tokenizer.
+      ValueError: the files do not have the fingerprint they were saved with.
+    """
+    directory = Path(directory)
+    if not (directory / _DESCRIPTION_FILE).is_file():
+        raise FileNotFoundError(
+            f"no saved tokenizer in {directory}: {_DESCRIPTION_FILE} is missing; point data.tokenizer.path at a directory "
+            "that Tokenizer.save wrote, or leave it empty to train one"
+        )
+    description = json.loads((directory / _DESCRIPTION_FILE).read_text())
+    tokenizer_class = _CLASSES[description["kind"]]
+    model = (directory / tokenizer_class.model_file).read_bytes()
+    tokenizer = tokenizer_class(description["kind"], model, description["document_boundaries"])
+    if tokenizer.fingerprint != description["fingerprint"]:
+        raise ValueError(
+            f"the tokenizer in {directory} has fingerprint {tokenizer.fingerprint}, but was saved with "
+            f"{description['fingerprint']}: its files were changed or damaged; delete the directory and train again"
+        )
+    return tokenizer
+
+
+def split_text(text: str, limit: int) -> Iterator[str]:
+    """Cuts `text` into pieces of at most `limit` characters, after a line or before a space where there is one."""
+    start = 0
+    while len(text) - start > limit:
+        cut = text.rfind("\n", start, start + limit) + 1
+        if cut <= start:
+            cut = text.rfind(" ", start + 1, start + limit)
+        if cut <= start:
+            cut = start + limit
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def _train_subwords(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
+
+    vocab_size = config.vocab_size - 2 * config.document_boundaries
+    options = {
+        "vocab_size": vocab_size,
+        "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
+        "show_progress": False,
+    }
+    split = [pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated")]
+    if config.kind == "byte_bpe":
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        trainer = trainers.BpeTrainer(**options)
+    else:
+        # All 256 bytes are in the vocabulary, so no word is unknown; the library wants a name for it all the same.
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>", max_input_chars_per_word=1 << 20))
+        trainer = trainers.WordPieceTrainer(continuing_subword_prefix="", **options)
+        # Longest match is quadratic in the length of a word, and some text has no spaces.
+        split.append(pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]{1,64}"), "isolated"))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        largest = tokenizer.get_vocab_size() + 2 * config.document_boundaries
+        raise _vocabulary_too_large(config, largest)
+    return tokenizer.to_str().encode()
+
+
+def _train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(piece for text in texts for piece in split_text(text, 1000)),
+            model_writer=model,
+            model_type=config.kind.removeprefix("spm_"),
+            vocab_size=config.vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=1 << 16,
+            # Candidate pieces of the unigram model; the library's million is for vocabularies ten times ours.
+            seed_sentencepiece_size=min(1_000_000, 25 * config.vocab_size),
+            unk_id=0,
+            bos_id=1 if config.document_boundaries else -1,
+            eos_id=2 if config.document_boundaries else -1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if found := re.search(r"set it to a value <= (\d+)", str(error)):
+            raise _vocabulary_too_large(config, int(found[1])) from error
+        raise ValueError(f"SentencePiece could not train {config.kind} with {config.vocab_size=}: {error}") from error
+    return model.getvalue()
+
+
+def _vocabulary_too_large(config: TokenizerConfig, largest: int) -> ValueError:
+    return ValueError(
+        f"data.tokenizer.vocab_size={config.vocab_size} is more than the training text supports: a {config.kind} "
+        f"vocabulary of it has at most {largest} entries; lower it to that, or give it more text (data.tokenizer.train_bytes)"
+    )
+
+
+def _with_special_tokens(
+    token_bytes: list[bytes], document_boundaries: bool
+) -> tuple[list[bytes], int | None, int | None]:
+    """Appends <bos> and <eos>: (token_bytes, bos_id, eos_id)."""
+    if not document_boundaries:
+        return token_bytes, None, None
+    return [*token_bytes, b"", b""], len(token_bytes), len(token_bytes) + 1
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes: printable Latin-1 for itself, the others from U+0100 in order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

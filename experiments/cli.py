@@ -1,0 +1,135 @@
+"""`loam`: the one command.  Subcommands import what they need when they run, so that `loam --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+DESCRIPTION = "Loam grows a language model through its whole life, in JAX."
+EXAMPLES = """examples:
+  loam run --config=configs/quickstart.py
+  loam run --config=configs/quickstart.py --config.steps=100 --config.optimizer.learning_rate=0.001
+  loam inspect --config=configs/quickstart.py
+  loam sample runs/quickstart --prompt="def main(" --temperature=0.8 --top-k=50
+  loam ckpt verify runs/quickstart
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and runs it. Returns the exit status: 0, 1 for a bad input, 42 to be restarted."""
+    parser = argparse.ArgumentParser(
+        "loam", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help_text in (
+        ("run", "run, or continue, the job of a config"),
+        ("inspect", "parameters, memory and FLOPs of a config, without running it"),
+    ):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
+        command.add_argument("overrides", nargs="*", metavar="--config.KEY=VALUE", help="changes a key of the config")
+    sample = commands.add_parser("sample", help="continue a prompt from a run's checkpoint")
+    sample.add_argument("run_dir", help="directory of the run, such as runs/quickstart")
+    sample.add_argument("--prompt", action="append", help="text to continue; may be given several times")
+    sample.add_argument("--max-tokens", type=int, default=100, help="default 100")
+    sample.add_argument("--temperature", type=float, default=0.8, help="0 is greedy; default 0.8")
+    sample.add_argument("--top-k", type=int, default=0, help="0 is off")
+    sample.add_argument("--top-p", type=float, default=1.0, help="1 is off")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--step", type=int, default=-1, help="of the checkpoint; default the newest")
+    ckpt = commands.add_parser("ckpt", help="list or verify the checkpoints of a run")
+    ckpt.add_argument("action", choices=["verify", "list"])
+    ckpt.add_argument("run_dir", help="directory of the run")
+    report = commands.add_parser("report", help="write report.html of a run, finished or not")
+    report.add_argument("run_dir", help="directory of the run")
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    # argparse has no options of free name: the overrides are taken out beforehand.
+    overrides = [word for word in words if word.startswith("--config.")]
+    arguments = parser.parse_args([word for word in words if word not in overrides])
+    if overrides and arguments.command not in ("run", "inspect"):
+        parser.error(f"{overrides[0]}: `loam {arguments.command}` takes no config")
+    try:
+        if arguments.command in ("run", "inspect"):
+            return COMMANDS[arguments.command](load_train_config(arguments.config, arguments.overrides + overrides))
+        return COMMANDS[arguments.command](arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("LOAM_DEBUG"):
+            traceback.print_exc()
+        print(f"loam: error: {error}", file=sys.stderr)
+        return 1
+
+
+def load_train_config(path: str, overrides: list[str]) -> Any:
+    from experiments.config import apply_overrides, build, load_config_file
+    from train.config import TrainConfig
+
+    return build(TrainConfig, apply_overrides(load_config_file(path), overrides, TrainConfig))
+
+
+def configure_jax(config: Any) -> None:
+    from model.xla import configure, cpu_devices_for
+
+    configure(config.cpu_devices or cpu_devices_for(config.batch_size // config.accumulation))
+
+
+def run(config: Any) -> int:
+    configure_jax(config)
+    from train.loop import train
+
+    return train(config)
+
+
+def inspect(config: Any) -> int:
+    configure_jax(config)
+    from experiments.inspect import describe
+
+    print(describe(config))
+    return 0
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    from model.xla import configure
+
+    configure(cpu_devices=1)
+    from experiments.sampling import sample_run
+
+    for prompt, text in sample_run(arguments):
+        print(f"--- {prompt!r}\n{prompt}{text}")
+    return 0
+
+
+def ckpt(arguments: argparse.Namespace) -> int:
+    from model.xla import configure
+
+    configure(cpu_devices=1)
+    from train.checkpoint import Checkpoints, verify
+
+    directory = f"{arguments.run_dir}/checkpoints"
+    if arguments.action == "list":
+        print(json.dumps(Checkpoints(directory, keep=None).steps()))
+        return 0
+    reports = verify(directory)
+    for item in reports:
+        verdict = f"DAMAGED: {item.problem}" if item.problem else "sound"
+        print(f"step {item.step}: {item.num_leaves} arrays, {item.num_bytes / 2**20:.1f} MiB, {verdict}")
+    return 1 if not reports or any(item.problem for item in reports) else 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from train.report import write_report
+
+    print(write_report(Path(arguments.run_dir)))
+    return 0
+
+
+COMMANDS = {"run": run, "inspect": inspect, "sample": sample, "ckpt": ckpt, "report": report}
+
+if __name__ == "__main__":
+    sys.exit(main())

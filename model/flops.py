@@ -1,0 +1,28 @@
+"""Floating-point operations of the model, counted from its shapes: what MFU (arXiv:2204.02311) is measured against."""
+
+from __future__ import annotations
+
+from model.config import ModelConfig
+from model.params import param_specs, parameter_groups
+
+
+def mean_keys_per_query(seq_len: int, window: int) -> float:
+    """How many keys a query sees on average, causally, in a row of `seq_len` tokens; window 0 is no limit."""
+    reach = min(window, seq_len) if window else seq_len
+    return (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
+
+
+def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """2 per weight of every matrix a token meets, and 4 per head dimension and key that it may attend to.
+
+    Only allowed pairs count, so that skipping the others shows as speed. Embedding look-ups, norms and activations do not.
+    """
+    groups = parameter_groups(param_specs(config))
+    matrices = groups["blocks/attention"] + groups["blocks/mlp"] + config.vocab_size * config.d_model
+    keys = sum(mean_keys_per_query(seq_len, config.window(layer)) for layer in range(config.num_layers))
+    return 2 * matrices + 4 * config.num_heads * config.head_dim * keys
+
+
+def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Forward and backward: three times the forward. What remat recomputes does not count."""
+    return 3 * forward_flops_per_token(config, seq_len)

@@ -1,0 +1,205 @@
+"""Where a run's numbers go: `metrics.jsonl` always, and TensorBoard, Weights & Biases or trackio if asked.
+
+The JSONL file is the source of truth: one record per write, exact floats, and after a kill and a restart the same bytes as
+without. The other writers are conveniences; their packages are imported when one is opened.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pathlib
+import time
+import types
+import uuid
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from train.files import write_atomic
+
+SYNC_SECONDS = 10.0
+
+
+class Writer(Protocol):
+    """Takes the scalars of one step after another. `close` flushes."""
+
+    def write(self, step: int, scalars: dict[str, float]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlWriter:
+    """Appends records to a file, one JSON object per line; floats round-trip exactly.
+
+    A record is in the kernel's hands, whole, when `write` returns, so killing the process loses nothing; the disk has it at
+    most `SYNC_SECONDS` of writing later, and after `flush`. A line that an earlier crash tore is dropped at the start.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        path = pathlib.Path(path)
+        if path.exists() and not _ends_with_newline(path):
+            write_atomic(path, b"".join(_complete_lines(path)))
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._synced = time.monotonic()
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write((json.dumps(record) + "\n").encode())
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Returns when the disk has every record."""
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self.flush()
+            self._file.close()
+
+    def write_and_close(self, record: dict[str, Any]) -> None:
+        self.write(record)
+        self.close()
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a file, without a torn last line; a file that does not exist has none."""
+    path = pathlib.Path(path)
+    return [json.loads(line) for line in _complete_lines(path)] if path.exists() else []
+
+
+def truncate_jsonl(path: str | os.PathLike[str], first_step: int) -> None:
+    """Drops the records from `first_step` on, and a torn last line; the lines that stay keep their bytes.
+
+    The file is replaced as a whole, or left as it is.
+    """
+    path = pathlib.Path(path)
+    if path.exists():
+        lines = _complete_lines(path)
+        write_atomic(path, b"".join(line for line in lines if json.loads(line)["step"] < first_step))
+
+
+def _complete_lines(path: pathlib.Path) -> list[bytes]:
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _ends_with_newline(path: pathlib.Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+class MetricWriter:
+    """`metrics.jsonl` of a run, and whatever else was asked for."""
+
+    def __init__(self, run_dir: pathlib.Path, others: Sequence[Writer]):
+        self._jsonl = JsonlWriter(run_dir / "metrics.jsonl")
+        self._others = others
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._jsonl.write({"step": step, **scalars})
+        for writer in self._others:
+            writer.write(step, scalars)
+
+    def flush(self) -> None:
+        self._jsonl.flush()
+        for writer in self._others:
+            writer.flush()
+
+    def close(self) -> None:
+        self._jsonl.close()
+        for writer in self._others:
+            writer.close()
+
+
+class TensorBoardWriter:
+    """Event files in `<run_dir>/tensorboard`; a reader drops what an earlier start wrote from `first_step` on."""
+
+    def __init__(self, run_dir: pathlib.Path, run_name: str, first_step: int):
+        tensorboard = _import("tensorboardX", "tensorboard")
+        self._events = tensorboard.SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step, flush_secs=30)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class WandbWriter:
+    """Weights & Biases. Key, host and mode come from its own environment variables; with none of them set it stays offline,
+    and `wandb sync` uploads the directory later. A restarted job continues the same run."""
+
+    def __init__(self, run_dir: pathlib.Path, run_name: str, first_step: int):
+        wandb = _import("wandb", "wandb")
+        identity = run_dir / "wandb_id"
+        if not identity.exists():
+            write_atomic(identity, uuid.uuid4().hex.encode())
+        connected = any(name in os.environ for name in ("WANDB_MODE", "WANDB_API_KEY"))
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "loam"),
+            name=run_name,
+            id=identity.read_text(),
+            resume="allow",
+            dir=str(run_dir),
+            mode=None if connected else "offline",
+        )
+        # Its own counter only goes up; a run that went back to a checkpoint needs an axis of its own.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log({"step": step, **scalars})
+
+    def flush(self) -> None:
+        """Its background process writes by itself."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TrackioWriter:
+    """trackio: a local database under its own cache directory (TRACKIO_DIR), shown by `trackio show`."""
+
+    def __init__(self, run_dir: pathlib.Path, run_name: str, first_step: int):
+        trackio = _import("trackio", "trackio")
+        self._run = trackio.init(project=os.environ.get("TRACKIO_PROJECT", "loam"), name=run_name, resume="allow")
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log(scalars, step=step)
+
+    def flush(self) -> None:
+        """Its background thread writes by itself."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+WRITERS = {"tensorboard": TensorBoardWriter, "wandb": WandbWriter, "trackio": TrackioWriter}
+
+
+def make_writers(names: Sequence[str], run_dir: str | os.PathLike[str], run_name: str, first_step: int) -> MetricWriter:
+    """Opens `metrics.jsonl` and the named writers for a job whose next record is of `first_step`.
+
+    Raises:
+      ModuleNotFoundError: the package of a writer is not installed.
+    """
+    run_dir = pathlib.Path(run_dir)
+    return MetricWriter(run_dir, [WRITERS[name](run_dir, run_name, first_step) for name in names])
+
+
+def _import(module: str, name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the {name} metric writer needs the package {module}: `pip install {module}`, or drop {name!r} from --config.writers"
+        ) from error

@@ -1,0 +1,58 @@
+"""What a result depends on besides its config: code, packages, machine, data.  No environment dump, no secrets."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
+
+
+def provenance(mesh: jax.sharding.Mesh, manifest_hash: str, peak_flops: float) -> dict[str, Any]:
+    """A JSON-ready record.
+
+    Args:
+      mesh: the devices that do the work.
+      manifest_hash: of the prepared data.
+      peak_flops: FLOP/s of all devices together, which MFU is measured against.
+    """
+    device = mesh.devices.flat[0]
+    return {
+        "git": git_state(pathlib.Path(__file__).parents[1]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "devices": {
+            "kind": device.device_kind,
+            "platform": device.platform,
+            "count": mesh.devices.size,
+            "hosts": jax.process_count(),
+            "mesh": dict(mesh.shape),
+            "peak_flops": peak_flops,
+        },
+        "flags": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+        "command": sys.argv,
+        "data_manifest_hash": manifest_hash,
+    }
+
+
+def git_state(directory: pathlib.Path) -> dict[str, Any]:
+    """Commit and whether the tree differs from it; commit is "" outside of a repository or without git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": "", "dirty": False}
