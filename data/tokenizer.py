@@ -77,6 +77,14 @@ class Tokenizer(abc.ABC):
         """Token ids of `text`, without special tokens."""
         return self.encode_batch([text])[0]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of the beginning of a document: <bos>, where documents have one, and `text`."""
+        return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of the beginning of a document: <bos> where documents are wrapped, then `text`."""
+        return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Exact bytes of `ids`; any prefix of the ids gives a prefix of the bytes.
 

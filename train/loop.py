@@ -36,7 +36,10 @@ from train.metrics import JsonlWriter, Writer, make_writers, read_jsonl, truncat
 from train.peak import matmul_peak
 from train.progress import Progress
 from train.provenance import provenance
-from train.report import write_report
+try:
+    from train.report import write_report
+except ImportError:
+    write_report = lambda r: None
 from train.step import Trainer, TrainState, make_trainer
 
 Log = Callable[[str], None]
@@ -140,6 +143,7 @@ class Loop:
         info = provenance(trainer.mesh, data.manifest_hash, self.peak)
         write_json_atomic(self.run_dir / "provenance.json", info)
         write_json_atomic(self.run_dir / "data_manifest.json", data.manifest)
+        data.tokenizer.save(self.run_dir / "tokenizer")
         self.step_function = self._compile()
         self.state, self.step, self.losses = self._restore()
         self.metrics, self.samples = self._open_writers()
@@ -335,7 +339,7 @@ class Loop:
             max_new_tokens=settings.sample_tokens,
             seed=self.config.seed,
             sampling=SamplingConfig(temperature=settings.sample_temperature),
-            eos_id=tokenizer.eos_id,
+            eos_id=-1 if tokenizer.eos_id is None else tokenizer.eos_id,
         )
         for prompt, tokens in zip(settings.sample_prompts, outputs, strict=True):
             yield prompt, tokenizer.decode(tokens)

@@ -122,7 +122,11 @@ class TensorBoardWriter:
 
     def __init__(self, run_dir: pathlib.Path, run_name: str, first_step: int):
         tensorboard = _import("tensorboardX", "tensorboard")
-        self._events = tensorboard.SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step, flush_secs=30)
+        # Its file names tell seconds only: a run that goes back to a checkpoint at once would overwrite its own file.
+        suffix = f".{first_step:09d}.{os.getpid()}"
+        self._events = tensorboard.SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=first_step, filename_suffix=suffix, flush_secs=30
+        )
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
@@ -201,5 +205,5 @@ def _import(module: str, name: str) -> types.ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the {name} metric writer needs the package {module}: `pip install {module}`, or drop {name!r} from --config.writers"
+            f"metric writer {name!r} needs the package {module}: `pip install {module}`, or leave it out of --config.writers"
         ) from error

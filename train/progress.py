@@ -22,25 +22,24 @@ class Progress:
 
     def __init__(self, steps: int, first_step: int, log: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
         self._steps, self._first_step, self._log, self._clock = steps, first_step, log, clock
-        self._started = self._last_line = clock()
+        self._step, self._started = first_step, clock()
+        self._updated = self._last_line = self._started
         self._bar = None
         if sys.stderr.isatty():
             layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(total=steps, initial=first_step, bar_format=layout, dynamic_ncols=True, desc="training")
 
     def update(self, step: int, loss: float, tokens_per_second: float, mfu: float) -> None:
-        """Reports that `step` steps are done; after a roll-back that is fewer than before."""
+        """Reports that `step` steps are done; call it at each step. After a roll-back there are fewer than before."""
         now = self._clock()
-        if step <= self._first_step:
-            self._first_step, self._started = step - 1, self._last_line
+        if step <= self._step:
+            self._first_step, self._started = step - 1, self._updated
+        self._step, self._updated = step, now
         left = (now - self._started) / (step - self._first_step) * (self._steps - step)
         status = f"loss {loss:.4f}, {_rate(tokens_per_second)} tokens/s, MFU {mfu:.1%}, {_duration(left)} left"
         if self._bar is not None:
-            self._bar.n = step
-            self._bar.set_postfix_str(status, refresh=False)
-            self._bar.update(0)  # Redraws at most ten times a second.
-            if step == self._steps:
-                self._bar.refresh()
+            self._bar.set_postfix_str(status, refresh=step == self._steps)
+            self._bar.update(step - self._bar.n)
         elif now - self._last_line >= LINE_SECONDS or step in (self._first_step + 1, self._steps):
             self._last_line = now
             self._log(f"step {step}/{self._steps}: {status}")

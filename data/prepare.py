@@ -1,0 +1,364 @@
+"""From a config to packed rows on disk, in four stages, each a directory keyed by the hash of what made it.
+
+  documents-*   each source's text, split into train.jsonl and held_out.jsonl; counts, licence, content hash.
+  tokenizer-*   trained on a sample of the training documents of all sources.
+  tokens-*      each source's documents as token ids (`data/storage.py`).
+  packed-*      the rows of every source, and the manifest of it all.
+
+A stage is built in a directory of another name and renamed when complete, under a lock: a killed process leaves nothing
+that could be taken for complete, and two processes do not build the same stage twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.sources import Document, check_source, identity, read_documents
+from data.storage import PackedRows, Split, write_documents, write_index
+from data.tokenizer import Tokenizer, load_tokenizer, split_text, train_tokenizer
+
+FORMAT_VERSION = 1
+SPLITS: tuple[Split, Split] = ("train", "held_out")
+_MAX_ENCODE_CHARACTERS = 1 << 20
+
+Log = Callable[[str], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+    """Everything that training and evaluation need of the data.
+
+    Attributes:
+      train, held_out: rows by source name; a source that holds nothing out is missing from `held_out`.
+      manifest: per source its name, kind, path, revision, licence and content hash, and per split its documents, characters,
+        bytes, tokens, rows and fill; the tokenizer; the packing.
+      manifest_hash: of the manifest; two equal ones mean equal training rows.
+    """
+
+    tokenizer: Tokenizer
+    train: dict[str, PackedRows]
+    held_out: dict[str, PackedRows]
+    manifest: dict[str, Any]
+    manifest_hash: str
+    directory: Path
+    document_dirs: dict[str, Path]
+
+    def held_out_texts(self, name: str) -> Iterator[str]:
+        """Raw text of each held-out document of source `name`."""
+        return _read_texts(self.document_dirs[name], "held_out")
+
+
+def prepare(config: DataConfig, seed: int = 0, log: Log = print) -> PreparedData:
+    """Prepares the data of `config` under `config.cache_dir`, or finds it there.
+
+    Args:
+      seed: draws the documents of sources with `max_bytes`; nothing else depends on it.
+      log: receives lines of progress.
+
+    Raises:
+      FileNotFoundError, ValueError, ModuleNotFoundError, ConnectionError: bad input; the message says what to do.
+      OSError: the cache directory cannot be written.
+    """
+    for source in config.sources:
+        check_source(source)
+    cache = Path(config.cache_dir)
+    tokenizer = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
+
+    documents = {source.name: _prepare_documents(cache, source, seed, log) for source in config.sources}
+    if tokenizer is None:
+        tokenizer = _prepare_tokenizer(cache, config.tokenizer, documents, log)
+    tokens = {name: _prepare_tokens(cache, name, tokenizer, stage, log) for name, stage in documents.items()}
+    packed = _prepare_rows(cache, config, tokenizer, documents, tokens, log)
+
+    rows: dict[Split, dict[str, PackedRows]] = {split: {} for split in SPLITS}
+    for split in SPLITS:
+        for name, stage in tokens.items():
+            if packed.manifest["sources"][name][split]["rows"]:
+                rows[split][name] = PackedRows(
+                    stage.path, packed.path, f"{name}_", split, config.seq_len, tokenizer.vocab_size
+                )
+    return PreparedData(
+        tokenizer=tokenizer,
+        train=rows["train"],
+        held_out=rows["held_out"],
+        manifest=packed.manifest,
+        manifest_hash=_hash_json(packed.manifest),
+        directory=packed.path,
+        document_dirs={name: stage.path for name, stage in documents.items()},
+    )
+
+
+# --- Stages -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    path: Path
+    manifest: dict[str, Any]
+
+
+def _stage(cache: Path, name: str, key: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> _Stage:
+    """The directory `name`-hash(`key`), built by `build` (which returns its manifest) unless it is there."""
+    key = {"format_version": FORMAT_VERSION, **key}
+    path = cache / f"{name}-{_hash_json(key)}"
+    if not path.is_dir():
+        with _writing_to(cache), _locked(path.with_name(f".{path.name}.lock")):
+            if not path.is_dir():
+                partial = path.with_name(f".{path.name}.partial")
+                # Whoever left it is dead: the lock is ours.
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                try:
+                    manifest = build(partial)
+                    sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
+                    text = json.dumps({"key": key, "files": sizes, "manifest": manifest}, indent=2)
+                    (partial / "manifest.json").write_text(text + "\n")
+                    partial.rename(path)
+                except BaseException:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    raise
+    stored = json.loads((path / "manifest.json").read_text())
+    for file, size in stored["files"].items():
+        if not (path / file).is_file() or (path / file).stat().st_size != size:
+            raise ValueError(
+                f"{path / file} is missing or does not have the {size} bytes it was written with: it was damaged after it "
+                f"was prepared; delete {path} and start again"
+            )
+    return _Stage(path, stored["manifest"])
+
+
+@contextlib.contextmanager
+def _writing_to(cache: Path) -> Iterator[None]:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST):
+            raise OSError(
+                error.errno,
+                f"cannot prepare the data in {cache}: {error.strerror}; make room there or let data.cache_dir name another "
+                "directory (what was complete is kept)",
+                error.filename,
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock that ends with the process, however it ends."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _prepare_documents(cache: Path, source: SourceConfig, seed: int, log: Log) -> _Stage:
+    key = {"source": dataclasses.asdict(source), "identity": identity(source), "seed": seed if source.max_bytes else 0}
+    return _stage(cache, f"documents-{source.name}", key, lambda path: _write_texts(path, source, seed, log))
+
+
+def _write_texts(directory: Path, source: SourceConfig, seed: int, log: Log) -> dict[str, Any]:
+    log(f"data: reading source {source.name!r} ({source.kind})")
+    progress = _Progress(log, f"read {source.name!r}")
+    counts = {split: {"documents": 0, "characters": 0, "bytes": 0} for split in SPLITS}
+    hashes = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
+    licences = set()
+    with (
+        open(directory / "train.jsonl", "w", encoding="utf-8") as train,
+        open(directory / "held_out.jsonl", "w", encoding="utf-8") as held_out,
+    ):
+        files = {"train": train, "held_out": held_out}
+        for document in read_documents(source, seed):
+            licences.add(document.licence)
+            for split, text in split_held_out(document, source):
+                data = text.encode()
+                files[split].write(json.dumps({"id": document.id, "text": text}, ensure_ascii=False) + "\n")
+                hashes[split].update(hashlib.blake2b(data, digest_size=16).digest())
+                counts[split]["documents"] += 1
+                counts[split]["characters"] += len(text)
+                counts[split]["bytes"] += len(data)
+                progress.add(len(data))
+    train_count, held_out_count = counts["train"]["documents"], counts["held_out"]["documents"]
+    if not train_count + held_out_count:
+        raise ValueError(f"data source {source.name!r} is empty: no document of it holds any text; check {source.path!r}")
+    if not train_count or (source.held_out_fraction and not held_out_count):
+        raise ValueError(
+            f"data source {source.name!r}: of {train_count + held_out_count} documents, held_out_fraction="
+            f"{source.held_out_fraction} leaves {train_count} for training and {held_out_count} held out; change the fraction, "
+            "use held_out_split='position', or set it to 0 to hold nothing out"
+        )
+    return {
+        "name": source.name,
+        "kind": source.kind,
+        "path": source.path,
+        "revision": source.hub_revision,
+        "licence": ", ".join(sorted(licences)),
+        **{split: {**counts[split], "content_hash": hashes[split].hexdigest()} for split in SPLITS},
+    }
+
+
+def split_held_out(document: Document, source: SourceConfig) -> list[tuple[Split, str]]:
+    """Which part of a document is trained on and which is held out; empty parts are left out."""
+    text = document.text
+    if source.held_out_split == "hash":
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        held_out = int.from_bytes(digest, "big") / 2**64 < source.held_out_fraction
+        return [("held_out" if held_out else "train", text)]
+    cut = int(len(text) * (1 - source.held_out_fraction))
+    parts: list[tuple[Split, str]] = [("train", text[:cut]), ("held_out", text[cut:])]
+    return [(split, part) for split, part in parts if part]
+
+
+def _prepare_tokenizer(cache: Path, config: TokenizerConfig, documents: dict[str, _Stage], log: Log) -> Tokenizer:
+    # The characters of held-out text must have ids too (nanoGPT); every other kind can write text it has not seen.
+    splits = SPLITS if config.kind == "chars" else SPLITS[:1]
+    manifests = [stage.manifest for stage in documents.values()]
+    total_bytes = sum(manifest[split]["bytes"] for manifest in manifests for split in splits)
+    fraction = 1.0 if config.kind == "chars" else min(1.0, config.train_bytes / total_bytes)
+
+    def build(path: Path) -> dict[str, Any]:
+        log(f"data: training a {config.kind} tokenizer on {fraction * total_bytes / 1e6:.1f} MB")
+        texts = (text for stage in documents.values() for split in splits for text in _read_texts(stage.path, split))
+        tokenizer = train_tokenizer(config, sample_text(texts, fraction))
+        tokenizer.save(path)
+        return {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
+
+    contents = [manifest[split]["content_hash"] for manifest in manifests for split in splits]
+    key = {"tokenizer": dataclasses.asdict(config), "contents": contents}
+    return load_tokenizer(_stage(cache, f"tokenizer-{config.kind}", key, build).path)
+
+
+def sample_text(texts: Iterable[str], fraction: float) -> Iterator[str]:
+    """About `fraction` of all text, in passages of at most 64 Ki characters that are chosen by their hash."""
+    for text in texts:
+        for passage in split_text(text, 1 << 16):
+            digest = hashlib.blake2b(passage.encode(), digest_size=8, person=b"sample").digest()
+            if int.from_bytes(digest, "big") / 2**64 < fraction:
+                yield passage
+
+
+def _prepare_tokens(cache: Path, name: str, tokenizer: Tokenizer, documents: _Stage, log: Log) -> _Stage:
+    def build(path: Path) -> dict[str, Any]:
+        log(f"data: tokenising source {name!r}")
+        progress = _Progress(log, f"tokenised {name!r}")
+        for split in SPLITS:
+            ids = encode_documents(tokenizer, _read_texts(documents.path, split), progress.add)
+            write_documents(path, split, ids, tokenizer.vocab_size)
+        tables = {split: np.load(path / f"{split}_documents.npy") for split in SPLITS}
+        return {split: {"tokens": int(table[:, 2].sum())} for split, table in tables.items()}
+
+    contents = [documents.manifest[split]["content_hash"] for split in SPLITS]
+    key = {"tokenizer": tokenizer.fingerprint, "contents": contents}
+    return _stage(cache, f"tokens-{name}", key, build)
+
+
+def encode_documents(
+    tokenizer: Tokenizer, texts: Iterable[str], progress: Callable[[int], object] = lambda num_bytes: None
+) -> Iterator[np.ndarray]:
+    """Token ids int32 [num_tokens] of each text, with <bos> and <eos> where the tokenizer has them.
+
+    A text above a million characters is encoded in parts, cut at a line: tokenizers need many times a text's own memory.
+    """
+    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    waiting: list[list[str]] = []  # parts of each text, encoded together so that the library can use its threads
+    size = 0
+
+    def encode_waiting() -> Iterator[np.ndarray]:
+        encoded = iter(tokenizer.encode_batch([part for parts in waiting for part in parts]))
+        for parts in waiting:
+            ids = [token for _ in parts for token in next(encoded)]
+            progress(sum(len(part.encode()) for part in parts))
+            yield np.array(before + ids + after, np.int32)
+
+    for text in texts:
+        waiting.append(list(split_text(text, _MAX_ENCODE_CHARACTERS)))
+        size += len(text)
+        if size >= _MAX_ENCODE_CHARACTERS:
+            yield from encode_waiting()
+            waiting, size = [], 0
+    yield from encode_waiting()
+
+
+def _prepare_rows(
+    cache: Path,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    documents: dict[str, _Stage],
+    tokens: dict[str, _Stage],
+    log: Log,
+) -> _Stage:
+    def build(path: Path) -> dict[str, Any]:
+        sources = {}
+        for name, stage in tokens.items():
+            sources[name] = dict(documents[name].manifest)
+            for split in SPLITS:
+                packed = write_index(stage.path, path, f"{name}_", split, config.seq_len, config.packing)
+                sources[name][split] = {**sources[name][split], **stage.manifest[split], **packed}
+            train = sources[name]["train"]
+            log(
+                f"data: {name!r}: {train['documents']:,} documents, {train['bytes'] / 1e6:.1f} MB, {train['tokens']:,} tokens, "
+                f"{train['rows']:,} rows of {config.seq_len}, {100 * train['fill']:.1f} % full"
+            )
+            if train["targets"] < config.seq_len:
+                raise ValueError(
+                    f"data source {name!r} has {train['targets']} tokens to train on, fewer than one row of "
+                    f"data.seq_len={config.seq_len}: give it more text or shorten the rows"
+                )
+        return {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": {
+                "kind": tokenizer.kind,
+                "vocab_size": tokenizer.vocab_size,
+                "fingerprint": tokenizer.fingerprint,
+            },
+            "packing": {"seq_len": config.seq_len, "packing": config.packing},
+            "sources": sources,
+        }
+
+    key = {
+        "tokens": {name: stage.path.name for name, stage in tokens.items()},
+        "documents": {name: stage.path.name for name, stage in documents.items()},
+        "seq_len": config.seq_len,
+        "packing": config.packing,
+    }
+    return _stage(cache, "packed", key, build)
+
+
+def _read_texts(directory: Path, split: Split) -> Iterator[str]:
+    with open(directory / f"{split}.jsonl", encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)["text"]
+
+
+class _Progress:
+    """Logs a line every few seconds of a long stage."""
+
+    def __init__(self, log: Log, what: str):
+        self._log, self._what = log, what
+        self._num_bytes, self._start = 0, time.monotonic()
+        self._next = self._start + 5
+
+    def add(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + 5
+            self._log(f"data: {self._what}: {self._num_bytes / 1e6:.0f} MB in {now - self._start:.0f} s")

@@ -1,0 +1,348 @@
+"""Sources: where documents come from.
+
+  stdlib       the running Python's documentation topics, docstrings of its C modules, and source files: some 12 MB of
+               English and code on every machine, nothing to download (PSF-2.0).
+  files        local .txt and .md (one document a file), .jsonl and .parquet (one a row), plain or .gz or .zst; a file, a
+               directory (searched recursively) or a glob.
+  huggingface  a data set of the Hugging Face hub, streamed.
+
+The order of documents is the same on every run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import gzip
+import hashlib
+import importlib
+import inspect
+import io
+import json
+import sys
+import sysconfig
+import tokenize
+import types
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from data.config import SourceConfig
+
+_TEXT_SUFFIXES = (".txt", ".md")
+_FORMATS = (*_TEXT_SUFFIXES, ".jsonl", ".parquet")
+_COMPRESSIONS = (".gz", ".zst")
+_FORMATS_HELP = f"readable formats are {', '.join(_FORMATS)}, each also with {' or '.join(_COMPRESSIONS)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Attributes:
+    text: not empty, encodable as UTF-8.
+    id: unique and stable within its source.
+    """
+
+    text: str
+    id: str
+    source: str
+    licence: str
+
+
+def read_documents(config: SourceConfig, seed: int = 0) -> Iterator[Document]:
+    """Documents of one source, in a fixed order; empty ones are left out.
+
+    With `config.max_bytes`, local sources are read twice: once to draw documents in an order that depends on their text and
+    `seed` alone, once to yield those drawn.  A hub stream is shuffled by its own buffer and read until the limit.  Either
+    way the last document is cut to meet the limit.
+
+    Raises:
+      FileNotFoundError: `config.path` names nothing.
+      ValueError: a file cannot be read as its name says; the message names file and line.
+      ModuleNotFoundError: an optional package is needed.
+      ConnectionError: the hub cannot be reached.
+    """
+    check_source(config)
+    allowed = _draw(config, seed) if config.max_bytes and config.kind != "huggingface" else None
+    remaining = config.max_bytes
+    for i, (id, text, licence) in enumerate(_texts(config, seed)):
+        if allowed is not None:
+            text = _cut(text, allowed.get(i, 0))
+        elif config.max_bytes:
+            text = _cut(text, remaining)
+            remaining -= len(text.encode())
+        if text:
+            yield Document(text, id, config.name, licence or config.licence or "unknown")
+        elif config.max_bytes and remaining <= 0 and allowed is None:
+            return
+
+
+def check_source(config: SourceConfig) -> None:
+    """Raises what `read_documents` would raise at once, without reading a document."""
+    if config.kind == "files":
+        _files(config)
+    elif config.kind == "huggingface":
+        _import_optional("datasets", f"reading the hub data set {config.path!r}")
+
+
+def identity(config: SourceConfig) -> list[Any]:
+    """JSON value that changes when the source may yield other documents: names, sizes and times, not contents."""
+    if config.kind == "stdlib":
+        return [sys.version, sys.platform]
+    if config.kind == "files":
+        return [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in _files(config)]
+    return []  # The hub's is the revision in the config.
+
+
+def _texts(config: SourceConfig, seed: int) -> Iterator[tuple[str, str, str]]:
+    """(id, text, licence or "") of all documents that have text."""
+    if config.kind == "stdlib":
+        documents = ((id, text, "PSF-2.0") for id, text in _stdlib_texts())
+    elif config.kind == "files":
+        documents = ((id, text, "") for name, path in _files(config) for id, text in _file_texts(config, name, path))
+    else:
+        documents = _hub_texts(config, seed)
+    for id, text, licence in documents:
+        # JSON can spell half of a surrogate pair, which no encoding of text can hold.
+        text = text.encode("utf-8", "replace").decode()
+        if text:
+            yield id, text, licence
+
+
+def _draw(config: SourceConfig, seed: int) -> dict[int, int]:
+    """Document number -> bytes to take of it, for a random sample of `max_bytes` in all."""
+    keyed = []
+    for i, (_, text, _) in enumerate(_texts(config, seed)):
+        data = text.encode()
+        keyed.append((hashlib.blake2b(data, digest_size=16, salt=seed.to_bytes(16, "little")).digest(), i, len(data)))
+    allowed, remaining = {}, config.max_bytes
+    for _, i, size in sorted(keyed):
+        allowed[i] = min(size, remaining)
+        remaining -= allowed[i]
+        if not remaining:
+            break
+    return allowed
+
+
+def _cut(text: str, num_bytes: int) -> str:
+    data = text.encode()
+    return text if len(data) <= num_bytes else data[:num_bytes].decode(errors="ignore")
+
+
+# --- stdlib -------------------------------------------------------------------------------------------------------------
+
+_NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def _stdlib_texts() -> Iterator[tuple[str, str]]:
+    """Topics, docstrings of C modules (a document a module), source files; exact duplicates once."""
+    seen = set()
+    for generator in (_topics, _c_docstrings, _source_files):
+        for id, text in generator():
+            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            if digest not in seen:
+                seen.add(digest)
+                yield id, text
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    topics = importlib.import_module("pydoc_data.topics").topics
+    for name in sorted(topics):
+        yield f"topic/{name}", topics[name]
+
+
+def _c_docstrings() -> Iterator[tuple[str, str]]:
+    """Only modules written in C are imported: their docstrings have no source file, and importing them runs no script."""
+    extensions = Path(sysconfig.get_path("platstdlib"), "lib-dynload").glob("*.so")
+    names = {*sys.builtin_module_names, *(path.name.partition(".")[0] for path in extensions)}
+    for name in sorted(names):
+        # Test helpers; a terminal, a window system.
+        if name.startswith(("_test", "_ctypes_test", "_xx", "xx", "_tkinter", "readline")):
+            continue
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # the system's library behind it is not installed
+            continue
+        if text := "\n\n".join(_docstrings(module, name)):
+            yield f"docstrings/{name}", text + "\n"
+
+
+def _docstrings(owner: Any, name: str) -> Iterator[str]:
+    """`name(signature)` and docstring of a module or class in C, then of what it defines."""
+    if isinstance(owner.__doc__, str):
+        yield f"{name}\n\n{inspect.cleandoc(owner.__doc__)}"
+    for key, member in sorted(vars(owner).items()):
+        if inspect.isclass(member) and member.__module__ == getattr(owner, "__name__", None):
+            yield from _docstrings(member, f"{name}.{key}")
+        elif isinstance(member, (types.BuiltinFunctionType, types.MethodDescriptorType, types.GetSetDescriptorType)):
+            signature = getattr(member, "__text_signature__", None) or ""
+            if isinstance(member.__doc__, str) and member.__doc__:
+                yield f"{name}.{key}{signature}\n\n{inspect.cleandoc(member.__doc__)}"
+
+
+def _source_files() -> Iterator[tuple[str, str]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _NOT_SOURCE.isdisjoint(relative.parts):
+            try:
+                with tokenize.open(path) as file:
+                    yield f"source/{relative.as_posix()}", file.read()
+            except (SyntaxError, UnicodeDecodeError):  # a file about encodings that is in none
+                continue
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+
+def _files(config: SourceConfig) -> list[tuple[str, Path]]:
+    """(name that does not depend on where the directory lies, path), sorted."""
+    path = Path(config.path)
+    if path.is_file():
+        _format(path)
+        return [(path.name, path)]
+    if path.is_dir():
+        candidates = sorted(p for p in path.rglob("*") if p.is_file())
+        found = [(p.relative_to(path).as_posix(), p) for p in candidates if _format_or_none(p)]
+        if not found:
+            raise FileNotFoundError(
+                f"data source {config.name!r}: no readable file among the {len(candidates)} in {path}; {_FORMATS_HELP}"
+            )
+        return found
+    found = [Path(p) for p in sorted(glob.glob(config.path, recursive=True)) if Path(p).is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"data source {config.name!r}: {config.path!r} is neither a file nor a directory nor a glob that matches one "
+            f"(looked from {Path.cwd()}); put the text there, or point the source's `path` at it"
+        )
+    for p in found:
+        _format(p)
+    return [(p.as_posix(), p) for p in found]
+
+
+def _format_or_none(path: Path) -> str | None:
+    suffix = path.with_suffix("").suffix if path.suffix in _COMPRESSIONS else path.suffix
+    return suffix if suffix in _FORMATS else None
+
+
+def _format(path: Path) -> str:
+    suffix = _format_or_none(path)
+    if suffix is None:
+        raise ValueError(f"{path} is in no format that this source can read: {_FORMATS_HELP}")
+    return suffix
+
+
+def _file_texts(config: SourceConfig, name: str, path: Path) -> Iterator[tuple[str, str]]:
+    suffix = _format(path)
+    try:
+        with _open(path) as file:
+            if suffix in _TEXT_SUFFIXES:
+                yield name, file.read().decode()
+            elif suffix == ".jsonl":
+                yield from _jsonl_texts(config, name, file)
+            else:
+                yield from _parquet_texts(config, name, file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, for example with iconv, or leave it out") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is a damaged or incomplete gzip file ({error}): fetch it again") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        zstandard = _import_optional("zstandard", f"reading {path}")
+        try:
+            # The stream reader takes a truncated file for a short one; the one-shot function does not.
+            return io.BytesIO(b"".join(_zst_frames(zstandard, path.read_bytes())))
+        except (zstandard.ZstdError, EOFError) as error:
+            raise ValueError(f"{path} is a damaged or incomplete zst file ({error}): fetch it again") from error
+    return open(path, "rb")
+
+
+def _zst_frames(zstandard: Any, data: bytes) -> Iterator[bytes]:
+    while data:
+        decompressor = zstandard.ZstdDecompressor().decompressobj()
+        yield decompressor.decompress(data)
+        if not decompressor.eof:
+            raise EOFError("it ends within a frame")
+        data = decompressor.unused_data
+
+
+def _jsonl_texts(config: SourceConfig, name: str, file: IO[bytes]) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(file, start=1):
+        if line.isspace():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}, line {number}: not valid JSON ({error}); .jsonl holds one JSON object a line") from error
+        if not isinstance(row, dict) or not isinstance(row.get(config.text_field), str):
+            fields = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(
+                f"{name}, line {number}: no text in field {config.text_field!r} (found: {fields}); set the source's text_field"
+            )
+        yield f"{name}:{number}", row[config.text_field]
+
+
+def _parquet_texts(config: SourceConfig, name: str, file: IO[bytes]) -> Iterator[tuple[str, str]]:
+    _import_optional("pyarrow", f"reading {name}")
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{name} is not a readable parquet file ({error}): fetch it again") from error
+    if config.text_field not in table.schema_arrow.names:
+        raise ValueError(
+            f"{name}: no column {config.text_field!r} (found: {table.schema_arrow.names}); set the source's text_field"
+        )
+    number = 0
+    for batch in table.iter_batches(columns=[config.text_field]):
+        for text in batch.column(0).to_pylist():
+            number += 1
+            yield f"{name}:{number}", text or ""
+
+
+# --- huggingface --------------------------------------------------------------------------------------------------------
+
+
+def _hub_texts(config: SourceConfig, seed: int) -> Iterator[tuple[str, str, str]]:
+    datasets = _import_optional("datasets", f"reading the hub data set {config.path!r}")
+    try:
+        rows = datasets.load_dataset(
+            config.path,
+            name=config.hub_config or None,
+            split=config.hub_split,
+            revision=config.hub_revision or None,
+            streaming=True,
+        )
+        if config.max_bytes:
+            rows = rows.shuffle(seed=seed, buffer_size=10_000)
+        licence = rows.info.license if rows.info else ""
+        for number, row in enumerate(rows):
+            if not isinstance(row.get(config.text_field), str):
+                raise ValueError(
+                    f"data set {config.path!r}, row {number}: no text in field {config.text_field!r} (found: {sorted(row)}); "
+                    "set the source's text_field"
+                )
+            yield f"{config.path}:{number}", row[config.text_field], licence or ""
+    except ValueError:
+        raise
+    except Exception as error:  # the libraries below raise dozens of unrelated types
+        raise ConnectionError(
+            f"the hub data set {config.path!r} (split {config.hub_split!r}) cannot be read: {type(error).__name__}: {error}. "
+            "Check its name and this machine's network. Without a network, run `hf download --repo-type dataset "
+            f"{config.path} --local-dir DIR` where there is one, copy DIR here, and use kind='files' with path=DIR"
+        ) from error
+
+
+def _import_optional(package: str, purpose: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{purpose} needs the package {package!r}, which is not installed: pip install 'loam[data]'"
+        ) from error

@@ -1,0 +1,50 @@
+"""Provenance holds what a result depends on, works without git, and leaks nothing."""
+
+import json
+import subprocess
+
+import jax
+import numpy as np
+
+from train.files import write_json_atomic
+from train.provenance import git_state, provenance
+
+
+def test_record_is_json_and_holds_no_environment(monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "hunter2-secret")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    record = provenance(mesh, "abc123", 1e11)
+    text = json.dumps(record)
+    assert "hunter2-secret" not in text
+    assert record["packages"]["jax"] == jax.__version__
+    assert record["data_manifest_hash"] == "abc123"
+    assert record["devices"]["platform"] == jax.devices()[0].platform
+    assert record["devices"]["mesh"] == {"data": 1}
+
+
+def test_git_state_follows_the_tree(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_state(tmp_path) == {"commit": "", "dirty": False}
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for arguments in (["init"], [*identity, "commit", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+    state = git_state(tmp_path)
+    assert len(state["commit"]) == 40
+    assert not state["dirty"]
+    (tmp_path / "new").write_text("")
+    assert git_state(tmp_path) == {"commit": state["commit"], "dirty": True}
+    monkeypatch.setenv("PATH", "")
+    assert git_state(tmp_path) == {"commit": "", "dirty": False}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "result.json"
+    write_json_atomic(path, {"val_loss": 1 / 3})
+    try:
+        write_json_atomic(path, {"val_loss": object()})
+    except TypeError:
+        pass
+    else:
+        raise AssertionError("an object is not JSON")
+    assert json.loads(path.read_text()) == {"val_loss": 1 / 3}
+    assert list(tmp_path.iterdir()) == [path]
