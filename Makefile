@@ -36,7 +36,7 @@ test-slow: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench:
 	$(MAKE) env EXTRAS=bench

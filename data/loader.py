@@ -87,7 +87,9 @@ class Batches:
         for s in np.unique(source):
             here = source == s
             for key, value in self._sources[s].read(row[here], self._attend_across_documents).items():
-                batch.setdefault(key, np.empty((row.size, *value.shape[1:]), value.dtype))[here] = value
+                if key not in batch:
+                    batch[key] = np.empty((row.size, value.shape[1]), value.dtype)
+                batch[key][here] = value
         return batch
 
 

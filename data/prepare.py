@@ -88,9 +88,7 @@ def prepare(config: DataConfig, seed: int = 0, log: Log = print) -> PreparedData
     for split in SPLITS:
         for name, stage in tokens.items():
             if packed.manifest["sources"][name][split]["rows"]:
-                rows[split][name] = PackedRows(
-                    stage.path, packed.path, f"{name}_", split, config.seq_len, tokenizer.vocab_size
-                )
+                rows[split][name] = PackedRows(stage.path, packed.path, f"{name}_", split, config.seq_len, tokenizer.vocab_size)
     return PreparedData(
         tokenizer=tokenizer,
         train=rows["train"],

@@ -110,46 +110,45 @@ class PackedRows:
           ValueError: a record is damaged.
         """
         rows = np.asarray(rows, np.int64)
-        first, last = self._rows[rows], self._rows[rows + 1]
-        counts = last - first
-        row_of_chunk = np.repeat(np.arange(rows.size), counts)
-        within = np.arange(row_of_chunk.size) - (np.cumsum(counts) - counts)[row_of_chunk]
-        shard, record, offset, length, segment = self._chunks[first[row_of_chunk] + within].T.astype(np.int64)
+        chunks = [self._chunks[start:end] for start, end in zip(self._rows[rows], self._rows[rows + 1], strict=True)]
+        row_of_chunk = np.repeat(np.arange(rows.size), [len(chunk) for chunk in chunks])
+        shard, record, offset, length, segment = np.concatenate(chunks or [self._chunks[:0]]).T
+        records = self._read_records(shard, record)
 
-        flat, record_start = self._read_records(shard, record)
-        # Chunks fill a row from the left, so the filled cells in row-major order are the chunks in order.
-        chunk_of_target = np.repeat(np.arange(length.size), length)
-        chunk_start = np.cumsum(length) - length
-        source = np.arange(chunk_of_target.size) + (record_start + offset - chunk_start)[chunk_of_target]
-        fill = np.bincount(row_of_chunk, length, rows.size).astype(np.int64)
-        filled = np.arange(self.seq_len) < fill[:, None]
-        starts_segment = (np.diff(segment, prepend=0) != 0) | (within == 0)
-        if attend_across_documents:
-            starts_segment, segment = within == 0, np.ones_like(segment)
-        segment_start = chunk_start[starts_segment][np.cumsum(starts_segment) - 1]
-
-        def scatter(values: np.ndarray) -> np.ndarray:
-            out = np.zeros(filled.shape, np.int32)
-            out[filled] = values
-            return out
-
+        shape = (rows.size, self.seq_len)
+        tokens, targets, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(4))
+        counting = np.arange(self.seq_len, dtype=np.int32)
+        current, column, position = (-1, 0), 0, 0
+        chunk_fields = (row_of_chunk, offset, length, segment)
+        for ids, r, start, size, number in zip(records, *(field.tolist() for field in chunk_fields), strict=True):
+            if attend_across_documents:
+                number = 1
+            if (r, number) != current:
+                column = column if r == current[0] else 0
+                current, position = (r, number), 0
+            here = slice(column, column + size)
+            tokens[r, here] = ids[start : start + size]
+            targets[r, here] = ids[start + 1 : start + size + 1]
+            segment_ids[r, here] = number
+            positions[r, here] = counting[position : position + size]
+            column += size
+            position += size
         return {
-            "tokens": scatter(flat[source]),
-            "targets": scatter(flat[source + 1]),
-            "segment_ids": scatter(segment[chunk_of_target]),
-            "positions": scatter(np.arange(chunk_of_target.size) - segment_start[chunk_of_target]),
-            "weights": filled.astype(np.float32),
+            "tokens": tokens,
+            "targets": targets,
+            "segment_ids": segment_ids,
+            "positions": positions,
+            "weights": (segment_ids != 0).astype(np.float32),
         }
 
-    def _read_records(self, shard: np.ndarray, record: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """All tokens of the given records, concatenated, and where each record starts."""
-        data: list[bytes] = [b""] * shard.size
-        for s in np.unique(shard):
+    def _read_records(self, shard: np.ndarray, record: np.ndarray) -> list[np.ndarray]:
+        """Token ids of the given records; one request per shard."""
+        records: list[np.ndarray] = [np.empty(0)] * shard.size
+        for s in np.unique(shard).tolist():
             here = np.flatnonzero(shard == s)
-            for i, record_bytes in zip(here, self._read_shard(int(s), record[here].tolist()), strict=True):
-                data[i] = record_bytes
-        sizes = np.array([len(record_bytes) for record_bytes in data], np.int64) // self._dtype.itemsize
-        return np.frombuffer(b"".join(data), self._dtype), np.cumsum(sizes) - sizes
+            for i, data in zip(here, self._read_shard(s, record[here].tolist()), strict=True):
+                records[i] = np.frombuffer(data, self._dtype)
+        return records
 
     def _read_shard(self, shard: int, records: list[int]) -> list[bytes]:
         from array_record.python.array_record_module import ArrayRecordReader
@@ -172,11 +171,11 @@ class PackedRows:
 
     @functools.cached_property
     def _chunks(self) -> np.ndarray:
-        return np.load(self.index_dir / f"{self.prefix}{self.split}_chunks.npy", mmap_mode="r")
+        return np.asarray(np.load(self.index_dir / f"{self.prefix}{self.split}_chunks.npy", mmap_mode="r"))
 
     @functools.cached_property
     def _rows(self) -> np.ndarray:
-        return np.load(self.index_dir / f"{self.prefix}{self.split}_rows.npy", mmap_mode="r")
+        return np.asarray(np.load(self.index_dir / f"{self.prefix}{self.split}_rows.npy", mmap_mode="r"))
 
 
 def _token_dtype(vocab_size: int) -> np.dtype:

@@ -32,9 +32,7 @@ import numpy as np
 from data.config import TokenizerConfig, TokenizerKind
 
 # GPT-4's split (tiktoken cl100k_base).
-_SPLIT = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPM_SPACE = "\u2581"
 _DESCRIPTION_FILE = "loam_tokenizer.json"
 
@@ -52,9 +50,7 @@ class Tokenizer(abc.ABC):
 
     model_file: str
 
-    def __init__(
-        self, kind: TokenizerKind, model: bytes, token_bytes: Sequence[bytes], bos_id: int | None, eos_id: int | None
-    ):
+    def __init__(self, kind: TokenizerKind, model: bytes, token_bytes: Sequence[bytes], bos_id: int | None, eos_id: int | None):
         self.kind: TokenizerKind = kind
         self.model = model
         self.token_bytes = tuple(token_bytes)
@@ -76,10 +72,6 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
         return self.encode_batch([text])[0]
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of the beginning of a document: <bos>, where documents have one, and `text`."""
-        return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of the beginning of a document: <bos> where documents are wrapped, then `text`."""
@@ -342,9 +334,7 @@ def _vocabulary_too_large(config: TokenizerConfig, largest: int) -> ValueError:
     )
 
 
-def _with_special_tokens(
-    token_bytes: list[bytes], document_boundaries: bool
-) -> tuple[list[bytes], int | None, int | None]:
+def _with_special_tokens(token_bytes: list[bytes], document_boundaries: bool) -> tuple[list[bytes], int | None, int | None]:
     """Appends <bos> and <eos>: (token_bytes, bos_id, eos_id)."""
     if not document_boundaries:
         return token_bytes, None, None

@@ -128,7 +128,5 @@ def generate(
     padded = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    tokens = _generate(
-        params, config, padded, np.asarray(lengths), jax.random.key(seed), sampling, max_new_tokens, eos_id
-    )
+    tokens = _generate(params, config, padded, np.asarray(lengths), jax.random.key(seed), sampling, max_new_tokens, eos_id)
     return [[int(token) for token in row if token >= 0] for row in np.asarray(tokens)]

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention with grouped queries, causal by position, isolated by segment, optionally windowed and soft-capped.
+"""Scaled dot-product attention with grouped queries, causal by position, isolated by segment; optional window and soft cap.
 
 Axes: B rows, T queries, S keys, H query heads, K key-value heads, G query heads per key-value head, D head dimension.
 """

@@ -6,7 +6,8 @@ The same `ModelConfig` describes GPT-2, Llama, Mistral, Qwen, Gemma, Falcon, Phi
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import typing
+from typing import Any, Literal
 
 Positions = Literal["learned", "rope", "none"]
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
@@ -22,6 +23,14 @@ def check(condition: bool, message: str) -> None:
     """Raises ValueError(message) unless `condition`: every config error names the fields and the fix."""
     if not condition:
         raise ValueError(message)
+
+
+def check_choices(section: str, config: Any) -> None:
+    """Raises ValueError where a field annotated as a Literal holds something else."""
+    for name, annotation in typing.get_type_hints(type(config)).items():
+        choices, value = typing.get_args(annotation), getattr(config, name)
+        if typing.get_origin(annotation) is Literal:
+            check(value in choices, f"{section}.{name}={value!r} is not one of {', '.join(choices)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +57,18 @@ class RopeConfig:
     beta_slow: float = 1.0
 
     def __post_init__(self) -> None:
+        check_choices("rope", self)
         check(self.theta > 0 and self.local_theta >= 0, "rope.theta must be positive")
         check(0 < self.fraction <= 1, f"rope.fraction={self.fraction} must lie in (0, 1]")
         check(self.factor >= 1, f"rope.factor={self.factor} must be at least 1")
+        check(
+            self.factor == 1 or self.scaling != "none",
+            f"rope.factor={self.factor} does nothing without rope.scaling: set it to linear, llama3 or yarn",
+        )
+        check(
+            self.high_freq_factor > self.low_freq_factor,
+            f"rope.high_freq_factor={self.high_freq_factor} must exceed rope.low_freq_factor={self.low_freq_factor}",
+        )
         check(
             self.scaling not in ("llama3", "yarn") or self.original_max_len > 0,
             f"rope.scaling={self.scaling!r} needs rope.original_max_len, the context length before extension",
@@ -109,6 +127,7 @@ class ModelConfig:
     param_dtype: DType = "float32"
 
     def __post_init__(self) -> None:
+        check_choices("model", self)
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "d_ff", "max_seq_len"):
             check(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
         if not self.num_kv_heads:
@@ -120,14 +139,16 @@ class ModelConfig:
                 "change one of them, or set model.head_dim",
             )
             object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+        for name in ("num_kv_heads", "head_dim", "attention_scale", "attention_soft_cap", "logit_soft_cap"):
+            check(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} must not be negative")
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} is not divisible by model.num_kv_heads={self.num_kv_heads}: "
             "each key-value head serves an equal group of query heads",
         )
         check(
-            self.positions != "rope" or self.rotary_dim % 2 == 0,
-            f"rope rotates pairs, but head_dim={self.head_dim} x rope.fraction={self.rope.fraction} is odd",
+            self.positions != "rope" or (self.rotary_dim > 0 and self.rotary_dim % 2 == 0),
+            f"rope rotates pairs, but head_dim={self.head_dim} x rope.fraction={self.rope.fraction} is {self.rotary_dim}",
         )
         check(
             len(self.window_pattern) > 0 and all(w >= 0 for w in self.window_pattern),

@@ -1,4 +1,4 @@
-"""The one function that turns hidden states into token log-probabilities: pretraining loss, scoring, RL and evaluation all call it.
+"""Hidden states to token log-probabilities: the one function that pretraining loss, scoring, RL and evaluation all call.
 
 Logits of one chunk exist at a time, so memory does not grow with vocabulary x tokens; the gradient is written out by hand and
 recomputes a chunk's logits instead of keeping them. Log-sum-exp, probabilities and sums are float32.

@@ -75,13 +75,13 @@ def _attention_spec(config: ModelConfig, out_std: float) -> dict[str, Any]:
         spec["value_bias"] = ParamSpec((kv_heads, head_dim), ("kv_heads", "head_dim"), "zeros")
     if config.attention_out_bias:
         spec["out_bias"] = ParamSpec((d_model,), ("embed",), "zeros")
+    init = "zeros" if config.norm_zero_centered else "ones"
     if config.qk_norm == "head":
-        init = "zeros" if config.norm_zero_centered else "ones"
         spec["query_norm"] = ParamSpec((head_dim,), ("head_dim",), init)
         spec["key_norm"] = ParamSpec((head_dim,), ("head_dim",), init)
     elif config.qk_norm == "full":
-        spec["query_norm"] = ParamSpec((heads, head_dim), ("heads", "head_dim"), "ones")
-        spec["key_norm"] = ParamSpec((kv_heads, head_dim), ("kv_heads", "head_dim"), "ones")
+        spec["query_norm"] = ParamSpec((heads, head_dim), ("heads", "head_dim"), init)
+        spec["key_norm"] = ParamSpec((kv_heads, head_dim), ("kv_heads", "head_dim"), init)
     return spec
 
 

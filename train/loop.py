@@ -36,10 +36,7 @@ from train.metrics import JsonlWriter, Writer, make_writers, read_jsonl, truncat
 from train.peak import matmul_peak
 from train.progress import Progress
 from train.provenance import provenance
-try:
-    from train.report import write_report
-except ImportError:
-    write_report = lambda r: None
+from train.report import write_report
 from train.step import Trainer, TrainState, make_trainer
 
 Log = Callable[[str], None]
@@ -68,20 +65,18 @@ def train(config: TrainConfig, log: Log = print) -> int:
       RuntimeError: the loss went bad more than `rollback.max_incidents` times.
     """
     run_dir = pathlib.Path(config.run_dir)
-    checkpoints = Checkpoints(str(run_dir / "checkpoints"), config.checkpoint.keep)
-    claim_directory(run_dir, config)
-    data = prepare(config.data, config.seed, log=log)
-    check(
-        data.tokenizer.vocab_size <= config.model.vocab_size,
-        f"the tokenizer has {data.tokenizer.vocab_size} tokens, but model.vocab_size={config.model.vocab_size}: "
-        f"set model.vocab_size to {data.tokenizer.vocab_size} or more",
-    )
-    trainer = make_trainer(config)
-    loop = Loop(config, data, trainer, checkpoints, log)
-    with stop_on_sigterm() as stop_requested:
-        status = loop.run(stop_requested)
-    checkpoints.close()
-    loop.close()
+    # Whatever ends the loop, a checkpoint that is being written is completed first.
+    with contextlib.closing(Checkpoints(str(run_dir / "checkpoints"), config.checkpoint.keep)) as checkpoints:
+        claim_directory(run_dir, config)
+        data = prepare(config.data, config.seed, log=log)
+        check(
+            data.tokenizer.vocab_size <= config.model.vocab_size,
+            f"the tokenizer has {data.tokenizer.vocab_size} tokens, but model.vocab_size={config.model.vocab_size}: "
+            f"set model.vocab_size to {data.tokenizer.vocab_size} or more",
+        )
+        loop = Loop(config, data, make_trainer(config), checkpoints, log)
+        with contextlib.closing(loop), stop_on_sigterm() as stop_requested:
+            status = loop.run(stop_requested)
     write_report(run_dir)
     return status
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.config import ModelConfig
 from model.logprobs import token_logprobs
-from model.params import Params, init_params, param_shardings, param_specs
+from model.params import Params, init_params, is_spec, param_shardings, param_specs
 from model.sharding import TRAIN_RULES, batch_sharding, make_mesh
 from model.transformer import forward
 from train.config import LossConfig, TrainConfig, check
@@ -94,8 +94,8 @@ def train_step(
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1 - config.optimizer.ema_decay)
     metrics |= {
-        "grad_norm": optax.global_norm(gradients),
-        "param_norm": optax.global_norm(state.params),
+        "grad_norm": optax.tree.norm(gradients),
+        "param_norm": optax.tree.norm(state.params),
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
     return TrainState(params, opt_state, ema, state.step + 1), metrics
@@ -106,14 +106,17 @@ def eval_step(params: Params, batch: Batch, config: TrainConfig) -> Metrics:
     return loss_sums(params, config.model, config.loss, batch)[1]
 
 
-def opt_state_shardings(opt_state: optax.OptState, of_params: Params, replicated: NamedSharding) -> optax.OptState:
-    """A leaf whose path ends like a parameter's, and has its rank, lives where that parameter does; the rest everywhere."""
+def opt_state_shardings(
+    opt_state: optax.OptState, specs: Params, of_params: Params, replicated: NamedSharding
+) -> optax.OptState:
+    """A leaf whose path ends like a parameter's, and has its shape, lives where that parameter does; the rest everywhere."""
+    shapes = {path: spec.shape for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)}
     by_path = dict(jax.tree_util.tree_leaves_with_path(of_params))
 
     def sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        candidates = [by_path[path[i:]] for i in range(len(path)) if path[i:] in by_path]
-        # Factored second moments have fewer dimensions than their parameter.
-        return candidates[0] if candidates and len(candidates[0].spec) == leaf.ndim else replicated
+        # Factored second moments have a parameter's path, but another shape.
+        candidates = [by_path[path[i:]] for i in range(len(path)) if shapes.get(path[i:]) == leaf.shape]
+        return candidates[0] if candidates else replicated
 
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
 
@@ -158,7 +161,7 @@ def make_trainer(config: TrainConfig, devices: list[jax.Device] | None = None) -
     abstract = jax.eval_shape(init, jax.random.key(0))
     replicated = NamedSharding(mesh, PartitionSpec())
     of_params = param_shardings(specs, TRAIN_RULES, mesh)
-    of_opt_state = opt_state_shardings(abstract.opt_state, of_params, replicated)
+    of_opt_state = opt_state_shardings(abstract.opt_state, specs, of_params, replicated)
     shardings = TrainState(of_params, of_opt_state, of_params if config.optimizer.ema_decay else None, replicated)
     step = functools.partial(train_step, config=config, optimizer=optimizer, schedule=schedule)
     return Trainer(

@@ -134,8 +134,8 @@ def test_wandb_offline_run_goes_on_after_a_restart(tmp_path, monkeypatch):
 
 
 def test_trackio_runs_without_a_network(tmp_path, monkeypatch):
-    pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
     writer = make_writers(("trackio",), tmp_path, "run", 1)
     writer.write(1, {"loss": 0.5})
     writer.close()

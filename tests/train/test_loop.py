@@ -1,0 +1,182 @@
+"""The loop: exact continuation after an end at any moment, roll-back, and the errors that come before any work."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.cli import load_train_config
+from tests.tiny import write_tiny_job
+from train import loop
+from train.checkpoint import Checkpoints
+from train.loop import PREEMPTED, train
+from train.metrics import read_jsonl
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the loop may catch it."""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The tiny job's config file, and its config after an uninterrupted run."""
+    path = write_tiny_job(tmp_path_factory.mktemp("job"))
+    config = load_train_config(str(path), [])
+    assert train(config, log=lambda _: None) == 0
+    return config
+
+
+def files_of(config):
+    """What must be the same bits however a run was interrupted."""
+    checkpoints = Checkpoints(f"{config.run_dir}/checkpoints", keep=None)
+    abstract = loop.make_trainer(config).abstract_state
+    state, metadata = checkpoints.restore(config.steps, abstract)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    result = json.loads(open(f"{config.run_dir}/result.json").read())
+    for timing in ("tokens_per_second", "train_seconds"):
+        del result[timing]
+    texts = [open(f"{config.run_dir}/{name}.jsonl", "rb").read() for name in ("metrics", "samples")]
+    return leaves, metadata, result, texts
+
+
+def assert_same(config, other):
+    leaves, *rest = files_of(config)
+    other_leaves, *other_rest = files_of(other)
+    assert len(leaves) == len(other_leaves)
+    for a, b in zip(leaves, other_leaves, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert rest == other_rest
+
+
+def test_steps_are_updates_and_every_step_is_recorded_once(job):
+    records = [record for record in read_jsonl(f"{job.run_dir}/metrics.jsonl") if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, job.steps + 1))
+    leaves, _, result, _ = files_of(job)
+    assert any(leaf.shape == () and leaf == job.steps for leaf in leaves)
+    assert result["tokens"] == job.steps * job.batch_size * job.data.seq_len
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_two_runs_of_a_config_are_bitwise_equal(job, tmp_path):
+    again = dataclasses.replace(job, run_dir=str(tmp_path / "again"))
+    train(again, log=lambda _: None)
+    assert_same(job, again)
+
+
+def test_a_run_that_dies_and_is_stopped_continues_to_the_same_bits(job, tmp_path):
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
+
+    def die(text):
+        if text.startswith("step 8:"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, log=die)
+    # Goes on, and is asked to stop after the evaluation of step 16, between two checkpoints.
+    status = train(config, log=lambda text: os.kill(os.getpid(), signal.SIGTERM) if text.startswith("step 16:") else None)
+    assert status == PREEMPTED
+    said = []
+    assert train(config, log=said.append) == 0
+    assert "continuing from the checkpoint of step 17" in said
+    assert_same(job, config)
+
+
+def test_a_torn_record_and_records_after_the_checkpoint_are_dropped(job, tmp_path):
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
+    train(dataclasses.replace(config), log=lambda text: os.kill(os.getpid(), signal.SIGTERM) if "step 8:" in text else None)
+    with open(f"{config.run_dir}/metrics.jsonl", "a") as file:
+        file.write('{"step": 999, "loss": 1.0}\n{"step": 1000, "lo')
+    train(config, log=lambda _: None)
+    assert_same(job, config)
+
+
+def poison(monkeypatch, bad_data_step, value):
+    """Weights of one data step's batch become `value`, as a bad record would make the loss."""
+    real = loop.Batches.__getitem__
+
+    def getitem(self, step):
+        batch = real(self, step)
+        if self.data_step(step) == bad_data_step:
+            batch["weights"] = batch["weights"] * np.float32(value)
+        return batch
+
+    monkeypatch.setattr(loop.Batches, "__getitem__", getitem)
+
+
+def test_a_bad_loss_rolls_back_skips_the_data_and_is_logged(job, tmp_path, monkeypatch):
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
+    poison(monkeypatch, bad_data_step=12, value=np.nan)
+    assert train(config, log=lambda _: None) == 0
+    (incident,) = read_jsonl(f"{config.run_dir}/incidents.jsonl")
+    # Step 13 read data step 12; the checkpoint of step 10 had seen data steps 0 to 9.
+    assert incident["step"] == 13
+    assert (incident["first_skipped"], incident["last_skipped"]) == (10, 12)
+    records = [record for record in read_jsonl(f"{config.run_dir}/metrics.jsonl") if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, job.steps + 1))
+    healthy = [record for record in read_jsonl(f"{job.run_dir}/metrics.jsonl") if "loss" in record]
+    assert records[:10] == healthy[:10]
+    assert records[10]["loss"] != healthy[10]["loss"]
+    assert np.isfinite([record["loss"] for record in records]).all()
+
+
+def test_it_gives_up_after_the_set_number_of_incidents(job, tmp_path, monkeypatch):
+    rollback = dataclasses.replace(job.rollback, max_incidents=1)
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"), rollback=rollback)
+    real = loop.Batches.__getitem__
+
+    def always_bad(self, step):
+        return {**real(self, step), "weights": np.full((job.batch_size, job.data.seq_len), np.inf, np.float32)}
+
+    monkeypatch.setattr(loop.Batches, "__getitem__", always_bad)
+    with pytest.raises(RuntimeError, match="rollback.max_incidents=1"):
+        train(config, log=lambda _: None)
+    assert len(read_jsonl(f"{config.run_dir}/incidents.jsonl")) == 1
+
+
+def test_a_spike_is_an_incident(job):
+    class Quiet(loop.Loop):
+        def __init__(self, config):
+            self.config = config
+            self.losses = loop.collections.deque(maxlen=config.rollback.window)
+
+    rollback = dataclasses.replace(job.rollback, spike_factor=2.0, window=3)
+    quiet = Quiet(dataclasses.replace(job, rollback=rollback))
+    for step, loss in enumerate((9.0, 1.0, 1.1, 1.9)):
+        quiet._check_loss(step, {"loss": loss, "grad_norm": 1.0})
+    with pytest.raises(loop.Incident, match="median"):
+        quiet._check_loss(4, {"loss": 2.3, "grad_norm": 1.0})
+
+
+def test_the_directory_of_another_config_is_refused_before_any_work(job, monkeypatch):
+    monkeypatch.setattr(loop, "prepare", lambda *_, **__: pytest.fail("data was prepared"))
+    other = dataclasses.replace(job, steps=21, seed=5)
+    with pytest.raises(ValueError, match=r"(?s)another config.*seed \(there 0, here 5\), steps \(there 20, here 21\)"):
+        train(other, log=lambda _: None)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(job, tmp_path, monkeypatch):
+    model = dataclasses.replace(job.model, vocab_size=299)
+    config = dataclasses.replace(job, model=model, run_dir=str(tmp_path / "run"))
+    monkeypatch.setattr(loop, "make_trainer", lambda *_: pytest.fail("the model was built"))
+    with pytest.raises(ValueError, match="set model.vocab_size to 300 or more"):
+        train(config, log=lambda _: None)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(job, tmp_path):
+    import shutil
+
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
+    shutil.copytree(job.run_dir, config.run_dir)
+    array = max((tmp_path / "run" / "checkpoints" / "20").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 1
+    array.write_bytes(content)
+    said = []
+    train(config, log=said.append)
+    assert any("checkpoint 20 is damaged" in text for text in said)
+    assert "continuing from the checkpoint of step 15" in said
+    assert_same(job, config)
