@@ -42,6 +42,7 @@ bench:
 	$(MAKE) env EXTRAS=bench
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/loss_memory.py
 
 clean:
 	rm -rf $(VENV) runs build .pytest_cache .ruff_cache

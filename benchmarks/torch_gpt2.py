@@ -6,7 +6,6 @@ without compiling. Dropout, which both settings have at 0, is left out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -60,22 +59,54 @@ class GPT2(nn.Module):
         logits = self.head(self.final_norm(x))
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
-    @torch.no_grad()
-    def load(self, params: Mapping[str, np.ndarray]) -> None:
-        """Takes the parameters of Loam's model, by path; PyTorch's linear layers store [out, in]."""
 
-        def copy(to: torch.Tensor, *sources: str) -> None:
-            matrices = [params[source].reshape(-1, to.shape[1] // len(sources)) for source in sources]
-            to.copy_(torch.from_numpy(np.concatenate(matrices, axis=1)))
+def state_dict(params: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The parameters of Loam's model, by path, as those of `GPT2`; PyTorch's linear layers store [out, in]."""
 
-        self.embedding.weight.copy_(torch.from_numpy(params["embedding"]))
-        self.position_embedding.weight.copy_(torch.from_numpy(params["position_embedding"]))
-        self.final_norm.weight.copy_(torch.from_numpy(params["final_norm/scale"]))
-        for i, block in enumerate(self.blocks):
-            path, width = f"blocks/{i}", self.embedding.weight.shape[1]
-            copy(block.qkv.weight.T, *(f"{path}/attention/{name}" for name in ("query", "key", "value")))
-            block.out.weight.copy_(torch.from_numpy(params[f"{path}/attention/out"].reshape(width, width).T))
-            copy(block.up.weight.T, f"{path}/mlp/up")
-            copy(block.down.weight.T, f"{path}/mlp/down")
-            block.attention_norm.weight.copy_(torch.from_numpy(params[f"{path}/attention_norm/scale"]))
-            block.mlp_norm.weight.copy_(torch.from_numpy(params[f"{path}/mlp_norm/scale"]))
+    def transposed(*names: str, fan_in: int = config.d_model) -> np.ndarray:
+        return np.concatenate([params[name].reshape(fan_in, -1) for name in names], axis=1).T
+
+    arrays = {
+        "embedding.weight": params["embedding"],
+        "position_embedding.weight": params["position_embedding"],
+        "final_norm.weight": params["final_norm/scale"],
+        "head.weight": params["embedding"],
+    }
+    for i in range(config.num_layers):
+        ours, theirs = f"blocks/{i}", f"blocks.{i}"
+        arrays |= {
+            f"{theirs}.attention_norm.weight": params[f"{ours}/attention_norm/scale"],
+            f"{theirs}.qkv.weight": transposed(*(f"{ours}/attention/{name}" for name in ("query", "key", "value"))),
+            f"{theirs}.out.weight": transposed(f"{ours}/attention/out"),
+            f"{theirs}.mlp_norm.weight": params[f"{ours}/mlp_norm/scale"],
+            f"{theirs}.up.weight": transposed(f"{ours}/mlp/up"),
+            f"{theirs}.down.weight": transposed(f"{ours}/mlp/down", fan_in=config.d_ff),
+        }
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+
+class Trainer:
+    """Eager training: gradient clipping and AdamW, decaying matrices and embeddings only."""
+
+    def __init__(self, params: Mapping[str, np.ndarray], model: ModelConfig, optimizer: OptimizerConfig):
+        self.model = GPT2(model)
+        self.model.load_state_dict(state_dict(params, model))
+        weights = list(self.model.parameters())
+        groups = [
+            {"params": [w for w in weights if w.ndim >= 2], "weight_decay": optimizer.weight_decay},
+            {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0},
+        ]
+        # Faster on CPU than foreach=True and the plain loop, by some 5 % of a step.
+        self.optimizer = torch.optim.AdamW(groups, betas=(optimizer.b1, optimizer.b2), eps=optimizer.eps, fused=True)
+        self.clip_norm = optimizer.clip_norm
+
+    def step(self, tokens: np.ndarray, targets: np.ndarray, learning_rate: float) -> float:
+        """One update on int64 [B, T] tokens. Returns the loss before it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = self.model(torch.from_numpy(tokens), torch.from_numpy(targets))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()

@@ -4,7 +4,7 @@ Command:   loam run --config=configs/shakespeare_gpt2.py --config.data.sources.0
 Hardware:  2 CPU cores, about 3 minutes
 Expected:  val_loss 1.89 over the whole validation set (nanoGPT's own code: 1.892)
 
-The text is char-rnn's `data/tinyshakespeare/input.txt` (github.com/karpathy/char-rnn, public domain, 1,115,394 bytes).
+The text is char-rnn's `data/tinyshakespeare/input.txt` (1,115,394 bytes); `origin` below says where to get it.
 """
 
 from ml_collections import ConfigDict
@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
                 kind="files",
                 path="tinyshakespeare.txt",
                 licence="public domain",
+                origin="data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn",
                 held_out_split="position",
                 held_out_fraction=0.1,
             ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal
 
 SourceKind = Literal["stdlib", "files", "huggingface"]
@@ -19,6 +20,7 @@ class SourceConfig:
       name: how mixtures and reports call it; unique in a config.
       path: `files`: a file, directory or glob; `huggingface`: the data set's name on the hub.
       licence: recorded in the manifest.
+      origin: where to get it; told when `path` is missing.
       text_field: the column that holds the text (jsonl, parquet, huggingface).
       hub_config, hub_split, hub_revision: which part of a hub data set, pinned by revision.
       max_bytes: stop after this many bytes of text, taken in a seeded random order of documents; 0 is all.
@@ -31,6 +33,7 @@ class SourceConfig:
     kind: SourceKind
     path: str = ""
     licence: str = ""
+    origin: str = ""
     text_field: str = "text"
     hub_config: str = ""
     hub_split: str = "train"
@@ -68,7 +71,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.vocab_size < 260 and self.kind not in ("bytes", "chars"):
             raise ValueError(
-                f"data.tokenizer.vocab_size={self.vocab_size}: {self.kind} needs at least 260 (256 bytes and the special tokens)"
+                f"data.tokenizer.vocab_size={self.vocab_size}: {self.kind} needs at least 260 (256 bytes, special tokens)"
             )
 
 
@@ -122,7 +125,7 @@ class DataConfig:
         if len(names) > 1 and not self.mixtures:
             raise ValueError(f"data.mixtures: several sources ({names}) need explicit integer proportions")
         starts = [mixture.start_step for mixture in self.mixtures]
-        if starts and (starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:], strict=False))):
+        if starts and (starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts))):
             raise ValueError(f"data.mixtures: start_step must begin at 0 and increase, got {starts}")
         for mixture in self.mixtures:
             for name, _ in mixture.proportions:

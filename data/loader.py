@@ -109,13 +109,7 @@ def load(batches: Batches, first_step: int, stop_step: int, num_threads: int, pr
 
 
 def held_out_batches(
-    prepared: PreparedData,
-    config: DataConfig,
-    source: str,
-    batch_size: int,
-    *,
-    host_index: int = 0,
-    host_count: int = 1,
+    prepared: PreparedData, config: DataConfig, source: str, batch_size: int, *, host_index: int = 0, host_count: int = 1
 ) -> Iterator[Batch]:
     """The held-out rows of `source`, each exactly once, in order; the last batch is filled up with padding rows.
 

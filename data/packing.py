@@ -83,10 +83,10 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     count = np.zeros(capacity + 1, np.int64)
     num_bins = 0
 
-    distinct, first = np.unique(-lengths[order], return_index=True)
-    for negative_length, items in zip(distinct, np.split(order, first[1:]), strict=True):
-        length = -int(negative_length)
-        for room in [*(length + np.flatnonzero(count[length:capacity])).tolist(), capacity]:
+    distinct, number = np.unique(lengths, return_counts=True)
+    for length, start, size in zip(distinct[::-1], lengths.size - np.cumsum(number)[::-1], number[::-1], strict=True):
+        items = order[start : start + size]
+        for room in (*(length + np.flatnonzero(count[length:capacity])), capacity):
             if not items.size:
                 break
             per_bin = room // length
@@ -103,10 +103,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
             bins[items[:placed]] = np.repeat(candidates, per_bin)[:placed]
             items = items[placed:]
             in_last = placed - (candidates.size - 1) * per_bin
-            for group, left in (
-                (candidates[:-1], room - per_bin * length),
-                (candidates[-1:], room - in_last * length),
-            ):
+            for group, left in ((candidates[:-1], room - per_bin * length), (candidates[-1:], room - in_last * length)):
                 with_room[left].append(group)
                 count[left] += group.size
     return bins

@@ -17,14 +17,13 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tqdm
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.sources import Document, check_source, identity, read_documents
@@ -174,7 +173,6 @@ def _prepare_documents(cache: Path, source: SourceConfig, seed: int, log: Log) -
 
 def _write_texts(directory: Path, source: SourceConfig, seed: int, log: Log) -> dict[str, Any]:
     log(f"data: reading source {source.name!r} ({source.kind})")
-    progress = _Progress(log, f"read {source.name!r}")
     counts = {split: {"documents": 0, "characters": 0, "bytes": 0} for split in SPLITS}
     hashes = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
     licences = set()
@@ -183,7 +181,7 @@ def _write_texts(directory: Path, source: SourceConfig, seed: int, log: Log) -> 
         open(directory / "held_out.jsonl", "w", encoding="utf-8") as held_out,
     ):
         files = {"train": train, "held_out": held_out}
-        for document in read_documents(source, seed):
+        for document in _progress_bar(read_documents(source, seed), source.name):
             licences.add(document.licence)
             for split, text in split_held_out(document, source):
                 data = text.encode()
@@ -192,7 +190,6 @@ def _write_texts(directory: Path, source: SourceConfig, seed: int, log: Log) -> 
                 counts[split]["documents"] += 1
                 counts[split]["characters"] += len(text)
                 counts[split]["bytes"] += len(data)
-                progress.add(len(data))
     train_count, held_out_count = counts["train"]["documents"], counts["held_out"]["documents"]
     if not train_count + held_out_count:
         raise ValueError(f"data source {source.name!r} is empty: no document of it holds any text; check {source.path!r}")
@@ -255,9 +252,9 @@ def sample_text(texts: Iterable[str], fraction: float) -> Iterator[str]:
 def _prepare_tokens(cache: Path, name: str, tokenizer: Tokenizer, documents: _Stage, log: Log) -> _Stage:
     def build(path: Path) -> dict[str, Any]:
         log(f"data: tokenising source {name!r}")
-        progress = _Progress(log, f"tokenised {name!r}")
         for split in SPLITS:
-            ids = encode_documents(tokenizer, _read_texts(documents.path, split), progress.add)
+            ids = encode_documents(tokenizer, _read_texts(documents.path, split))
+            ids = _progress_bar(ids, f"{name}, {split}", documents.manifest[split]["documents"])
             write_documents(path, split, ids, tokenizer.vocab_size)
         tables = {split: np.load(path / f"{split}_documents.npy") for split in SPLITS}
         return {split: {"tokens": int(table[:, 2].sum())} for split, table in tables.items()}
@@ -267,9 +264,7 @@ def _prepare_tokens(cache: Path, name: str, tokenizer: Tokenizer, documents: _St
     return _stage(cache, f"tokens-{name}", key, build)
 
 
-def encode_documents(
-    tokenizer: Tokenizer, texts: Iterable[str], progress: Callable[[int], object] = lambda num_bytes: None
-) -> Iterator[np.ndarray]:
+def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """Token ids int32 [num_tokens] of each text, with <bos> and <eos> where the tokenizer has them.
 
     A text above a million characters is encoded in parts, cut at a line: tokenizers need many times a text's own memory.
@@ -283,7 +278,6 @@ def encode_documents(
         encoded = iter(tokenizer.encode_batch([part for parts in waiting for part in parts]))
         for parts in waiting:
             ids = [token for _ in parts for token in next(encoded)]
-            progress(sum(len(part.encode()) for part in parts))
             yield np.array(before + ids + after, np.int32)
 
     for text in texts:
@@ -296,12 +290,7 @@ def encode_documents(
 
 
 def _prepare_rows(
-    cache: Path,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    documents: dict[str, _Stage],
-    tokens: dict[str, _Stage],
-    log: Log,
+    cache: Path, config: DataConfig, tokenizer: Tokenizer, documents: dict[str, _Stage], tokens: dict[str, _Stage], log: Log
 ) -> _Stage:
     def build(path: Path) -> dict[str, Any]:
         sources = {}
@@ -322,11 +311,7 @@ def _prepare_rows(
                 )
         return {
             "format_version": FORMAT_VERSION,
-            "tokenizer": {
-                "kind": tokenizer.kind,
-                "vocab_size": tokenizer.vocab_size,
-                "fingerprint": tokenizer.fingerprint,
-            },
+            "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
             "packing": {"seq_len": config.seq_len, "packing": config.packing},
             "sources": sources,
         }
@@ -346,17 +331,6 @@ def _read_texts(directory: Path, split: Split) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-class _Progress:
-    """Logs a line every few seconds of a long stage."""
-
-    def __init__(self, log: Log, what: str):
-        self._log, self._what = log, what
-        self._num_bytes, self._start = 0, time.monotonic()
-        self._next = self._start + 5
-
-    def add(self, num_bytes: int) -> None:
-        self._num_bytes += num_bytes
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + 5
-            self._log(f"data: {self._what}: {self._num_bytes / 1e6:.0f} MB in {now - self._start:.0f} s")
+def _progress_bar(documents: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
+    """Shows how many documents have passed, on a terminal only."""
+    return tqdm.tqdm(documents, desc=f"data: {what}", total=total, unit=" documents", disable=None, leave=False)

@@ -23,6 +23,7 @@ import sys
 import sysconfig
 import tokenize
 import types
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,18 +64,15 @@ def read_documents(config: SourceConfig, seed: int = 0) -> Iterator[Document]:
       ConnectionError: the hub cannot be reached.
     """
     check_source(config)
-    allowed = _draw(config, seed) if config.max_bytes and config.kind != "huggingface" else None
-    remaining = config.max_bytes
-    for i, (id, text, licence) in enumerate(_texts(config, seed)):
-        if allowed is not None:
-            text = _cut(text, allowed.get(i, 0))
-        elif config.max_bytes:
-            text = _cut(text, remaining)
-            remaining -= len(text.encode())
+    if not config.max_bytes:
+        documents = _texts(config, seed)
+    elif config.kind == "huggingface":
+        documents = _first_bytes(_texts(config, seed), config.max_bytes)
+    else:
+        documents = _sample(config, seed)
+    for id, text, licence in documents:
         if text:
             yield Document(text, id, config.name, licence or config.licence or "unknown")
-        elif config.max_bytes and remaining <= 0 and allowed is None:
-            return
 
 
 def check_source(config: SourceConfig) -> None:
@@ -95,7 +93,7 @@ def identity(config: SourceConfig) -> list[Any]:
 
 
 def _texts(config: SourceConfig, seed: int) -> Iterator[tuple[str, str, str]]:
-    """(id, text, licence or "") of all documents that have text."""
+    """(id, text, licence or "") of all documents."""
     if config.kind == "stdlib":
         documents = ((id, text, "PSF-2.0") for id, text in _stdlib_texts())
     elif config.kind == "files":
@@ -104,24 +102,33 @@ def _texts(config: SourceConfig, seed: int) -> Iterator[tuple[str, str, str]]:
         documents = _hub_texts(config, seed)
     for id, text, licence in documents:
         # JSON can spell half of a surrogate pair, which no encoding of text can hold.
-        text = text.encode("utf-8", "replace").decode()
-        if text:
-            yield id, text, licence
+        yield id, text.encode("utf-8", "replace").decode(), licence
 
 
-def _draw(config: SourceConfig, seed: int) -> dict[int, int]:
-    """Document number -> bytes to take of it, for a random sample of `max_bytes` in all."""
+def _first_bytes(documents: Iterator[tuple[str, str, str]], max_bytes: int) -> Iterator[tuple[str, str, str]]:
+    for id, text, licence in documents:
+        yield id, _cut(text, max_bytes), licence
+        max_bytes -= len(text.encode())
+        if max_bytes <= 0:
+            return
+
+
+def _sample(config: SourceConfig, seed: int) -> Iterator[tuple[str, str, str]]:
+    """The first `max_bytes` in the order of the documents' hashes, yielded in the order of the source."""
+    salt = seed.to_bytes(16, "little")
     keyed = []
     for i, (_, text, _) in enumerate(_texts(config, seed)):
         data = text.encode()
-        keyed.append((hashlib.blake2b(data, digest_size=16, salt=seed.to_bytes(16, "little")).digest(), i, len(data)))
+        keyed.append((hashlib.blake2b(data, digest_size=16, salt=salt).digest(), i, len(data)))
     allowed, remaining = {}, config.max_bytes
     for _, i, size in sorted(keyed):
-        allowed[i] = min(size, remaining)
-        remaining -= allowed[i]
-        if not remaining:
+        allowed[i] = remaining
+        remaining -= size
+        if remaining <= 0:
             break
-    return allowed
+    for i, (id, text, licence) in enumerate(_texts(config, seed)):
+        if i in allowed:
+            yield id, _cut(text, allowed[i]), licence
 
 
 def _cut(text: str, num_bytes: int) -> str:
@@ -131,7 +138,8 @@ def _cut(text: str, num_bytes: int) -> str:
 
 # --- stdlib -------------------------------------------------------------------------------------------------------------
 
-_NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# Installed packages and tests; the topics, which are documents already; tables of characters, which nobody wrote.
+_NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data", "encodings"}
 
 
 def _stdlib_texts() -> Iterator[tuple[str, str]]:
@@ -153,14 +161,15 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 def _c_docstrings() -> Iterator[tuple[str, str]]:
     """Only modules written in C are imported: their docstrings have no source file, and importing them runs no script."""
-    extensions = Path(sysconfig.get_path("platstdlib"), "lib-dynload").glob("*.so")
+    extensions = Path(sysconfig.get_path("stdlib"), "lib-dynload").glob("*.so")
     names = {*sys.builtin_module_names, *(path.name.partition(".")[0] for path in extensions)}
     for name in sorted(names):
         # Test helpers; a terminal, a window system.
         if name.startswith(("_test", "_ctypes_test", "_xx", "xx", "_tkinter", "readline")):
             continue
         try:
-            module = importlib.import_module(name)
+            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+                module = importlib.import_module(name)
         except ImportError:  # the system's library behind it is not installed
             continue
         if text := "\n\n".join(_docstrings(module, name)):
@@ -168,15 +177,16 @@ def _c_docstrings() -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(owner: Any, name: str) -> Iterator[str]:
-    """`name(signature)` and docstring of a module or class in C, then of what it defines."""
+    """Docstring of a module or class written in C, then signature and docstring of each thing it defines."""
     if isinstance(owner.__doc__, str):
         yield f"{name}\n\n{inspect.cleandoc(owner.__doc__)}"
     for key, member in sorted(vars(owner).items()):
-        if inspect.isclass(member) and member.__module__ == getattr(owner, "__name__", None):
-            yield from _docstrings(member, f"{name}.{key}")
+        if inspect.isclass(member):
+            if inspect.ismodule(owner) and member.__module__.lstrip("_") == name.lstrip("_"):  # deque is collections.deque
+                yield from _docstrings(member, f"{name}.{key}")
         elif isinstance(member, (types.BuiltinFunctionType, types.MethodDescriptorType, types.GetSetDescriptorType)):
-            signature = getattr(member, "__text_signature__", None) or ""
-            if isinstance(member.__doc__, str) and member.__doc__:
+            signature = (getattr(member, "__text_signature__", None) or "").replace("$", "")
+            if isinstance(member.__doc__, str) and key != "__new__":
                 yield f"{name}.{key}{signature}\n\n{inspect.cleandoc(member.__doc__)}"
 
 
@@ -211,9 +221,10 @@ def _files(config: SourceConfig) -> list[tuple[str, Path]]:
         return found
     found = [Path(p) for p in sorted(glob.glob(config.path, recursive=True)) if Path(p).is_file()]
     if not found:
+        origin = f"; it can be had from {config.origin}" if config.origin else ""
         raise FileNotFoundError(
             f"data source {config.name!r}: {config.path!r} is neither a file nor a directory nor a glob that matches one "
-            f"(looked from {Path.cwd()}); put the text there, or point the source's `path` at it"
+            f"(looked from {Path.cwd()}); put the text there, or point the source's `path` at it{origin}"
         )
     for p in found:
         _format(p)
@@ -248,7 +259,7 @@ def _file_texts(config: SourceConfig, name: str, path: Path) -> Iterator[tuple[s
         raise ValueError(f"{path} is a damaged or incomplete gzip file ({error}): fetch it again") from error
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
@@ -270,7 +281,7 @@ def _zst_frames(zstandard: Any, data: bytes) -> Iterator[bytes]:
         data = decompressor.unused_data
 
 
-def _jsonl_texts(config: SourceConfig, name: str, file: IO[bytes]) -> Iterator[tuple[str, str]]:
+def _jsonl_texts(config: SourceConfig, name: str, file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(file, start=1):
         if line.isspace():
             continue
@@ -286,7 +297,7 @@ def _jsonl_texts(config: SourceConfig, name: str, file: IO[bytes]) -> Iterator[t
         yield f"{name}:{number}", row[config.text_field]
 
 
-def _parquet_texts(config: SourceConfig, name: str, file: IO[bytes]) -> Iterator[tuple[str, str]]:
+def _parquet_texts(config: SourceConfig, name: str, file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[str, str]]:
     _import_optional("pyarrow", f"reading {name}")
     import pyarrow
     from pyarrow import parquet

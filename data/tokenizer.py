@@ -12,7 +12,8 @@ all text, bits per byte are exact, and a stream can be decoded token by token.  
   spm_bpe      SentencePiece with identity normalisation, no dummy prefix and byte fallback.  It uses U+2581 for the space
   spm_unigram  internally, so our code spells a U+2581 of the text in bytes.
 
-Special tokens are ids that no text can produce; spelling `<eos>` in a document gives ordinary tokens.
+The special tokens <bos> and <eos> are the last two ids.  No text can produce them: `<eos>` spelled in a document gives
+ordinary tokens.
 """
 
 from __future__ import annotations
@@ -50,15 +51,19 @@ class Tokenizer(abc.ABC):
 
     model_file: str
 
-    def __init__(self, kind: TokenizerKind, model: bytes, token_bytes: Sequence[bytes], bos_id: int | None, eos_id: int | None):
+    def __init__(self, kind: TokenizerKind, model: bytes, document_boundaries: bool):
         self.kind: TokenizerKind = kind
         self.model = model
-        self.token_bytes = tuple(token_bytes)
-        self.bos_id = bos_id
-        self.eos_id = eos_id
-        self.byte_lengths = np.array([len(token) for token in token_bytes], np.int32)
-        identity = hashlib.blake2b(json.dumps([kind, bos_id, eos_id]).encode() + model, digest_size=16)
-        self.fingerprint = identity.hexdigest()
+        token_bytes = self._load(model)
+        self.bos_id, self.eos_id = (len(token_bytes), len(token_bytes) + 1) if document_boundaries else (None, None)
+        self.token_bytes = (*token_bytes, *([b"", b""] if document_boundaries else []))
+        self.byte_lengths = np.array([len(token) for token in self.token_bytes], np.int32)
+        identity = json.dumps([kind, document_boundaries]).encode() + model
+        self.fingerprint = hashlib.blake2b(identity, digest_size=16).hexdigest()
+
+    @abc.abstractmethod
+    def _load(self, model: bytes) -> list[bytes]:
+        """Opens `model`; returns what each of its ids decodes to.  <bos> and <eos> come after these."""
 
     @property
     def vocab_size(self) -> int:
@@ -116,8 +121,8 @@ class ByteTokenizer(Tokenizer):
 
     model_file = "bytes.model"
 
-    def __init__(self, kind: TokenizerKind, model: bytes, document_boundaries: bool):
-        super().__init__(kind, model, *_with_special_tokens([bytes([b]) for b in range(256)], document_boundaries))
+    def _load(self, model: bytes) -> list[bytes]:
+        return [bytes([byte]) for byte in range(256)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
@@ -128,10 +133,9 @@ class CharTokenizer(Tokenizer):
 
     model_file = "chars.txt"
 
-    def __init__(self, kind: TokenizerKind, model: bytes, document_boundaries: bool):
-        characters = model.decode()
-        super().__init__(kind, model, *_with_special_tokens([c.encode() for c in characters], document_boundaries))
-        self._ids = {character: i for i, character in enumerate(characters)}
+    def _load(self, model: bytes) -> list[bytes]:
+        self._ids = {character: i for i, character in enumerate(model.decode())}
+        return [character.encode() for character in self._ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         try:
@@ -145,20 +149,19 @@ class CharTokenizer(Tokenizer):
 
 
 class SubwordTokenizer(Tokenizer):
-    """A `tokenizers` model over byte-level words; the special tokens follow its own ids."""
+    """A `tokenizers` model over byte-level words."""
 
     model_file = "tokenizer.json"
 
-    def __init__(self, kind: TokenizerKind, model: bytes, document_boundaries: bool):
+    def _load(self, model: bytes) -> list[bytes]:
         # Two threads encode twice as fast; the library turns its own threads off unless told otherwise.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         import tokenizers
 
         self._tokenizer = tokenizers.Tokenizer.from_str(model.decode())
-        vocabulary = sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
+        vocabulary = self._tokenizer.get_vocab()
         byte_of = _byte_of_character()
-        token_bytes = [bytes(byte_of[character] for character in token) for token, _ in vocabulary]
-        super().__init__(kind, model, *_with_special_tokens(token_bytes, document_boundaries))
+        return [bytes(byte_of[character] for character in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -166,26 +169,25 @@ class SubwordTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model with byte fallback; its own control pieces are the special tokens."""
+    """A SentencePiece model with byte fallback."""
 
     model_file = "tokenizer.model"
 
-    def __init__(self, kind: TokenizerKind, model: bytes, document_boundaries: bool):
+    def _load(self, model: bytes) -> list[bytes]:
         import sentencepiece
 
         self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._space_character_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPM_SPACE.encode()]
         token_bytes = []
         for i in range(processor.get_piece_size()):
             piece = processor.id_to_piece(i)
-            if processor.is_control(i) or processor.is_unknown(i):
-                token_bytes.append(b"")
+            if processor.is_unknown(i):
+                token_bytes.append(b"")  # never produced: every byte has a piece
             elif processor.is_byte(i):
                 token_bytes.append(bytes([int(piece[3:5], 16)]))  # "<0x0A>"
             else:
                 token_bytes.append(piece.replace(_SPM_SPACE, " ").encode())
-        bos_id, eos_id = (processor.bos_id(), processor.eos_id()) if document_boundaries else (None, None)
-        super().__init__(kind, model, token_bytes, bos_id, eos_id)
-        self._space_character_ids = [processor.piece_to_id(f"<0x{b:02X}>") for b in _SPM_SPACE.encode()]
+        return token_bytes
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode_one(text) for text in texts]
@@ -271,11 +273,7 @@ def _train_subwords(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
     from tokenizers import models, pre_tokenizers, trainers
 
     vocab_size = config.vocab_size - 2 * config.document_boundaries
-    options = {
-        "vocab_size": vocab_size,
-        "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
-        "show_progress": False,
-    }
+    options = {"vocab_size": vocab_size, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
     split = [pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated")]
     if config.kind == "byte_bpe":
         tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -290,8 +288,7 @@ def _train_subwords(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocab_size:
-        largest = tokenizer.get_vocab_size() + 2 * config.document_boundaries
-        raise _vocabulary_too_large(config, largest)
+        raise _vocabulary_too_large(config, tokenizer.get_vocab_size())
     return tokenizer.to_str().encode()
 
 
@@ -304,7 +301,7 @@ def _train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes
             sentence_iterator=(piece for text in texts for piece in split_text(text, 1000)),
             model_writer=model,
             model_type=config.kind.removeprefix("spm_"),
-            vocab_size=config.vocab_size,
+            vocab_size=config.vocab_size - 2 * config.document_boundaries,
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -315,8 +312,8 @@ def _train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes
             # Candidate pieces of the unigram model; the library's million is for vocabularies ten times ours.
             seed_sentencepiece_size=min(1_000_000, 25 * config.vocab_size),
             unk_id=0,
-            bos_id=1 if config.document_boundaries else -1,
-            eos_id=2 if config.document_boundaries else -1,
+            bos_id=-1,
+            eos_id=-1,
             pad_id=-1,
             minloglevel=2,
         )
@@ -329,16 +326,10 @@ def _train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes
 
 def _vocabulary_too_large(config: TokenizerConfig, largest: int) -> ValueError:
     return ValueError(
-        f"data.tokenizer.vocab_size={config.vocab_size} is more than the training text supports: a {config.kind} "
-        f"vocabulary of it has at most {largest} entries; lower it to that, or give it more text (data.tokenizer.train_bytes)"
+        f"data.tokenizer.vocab_size={config.vocab_size} is more than the training text supports: a {config.kind} vocabulary "
+        f"of it has at most {largest + 2 * config.document_boundaries} entries; lower vocab_size to that, or train on more "
+        "text (data.tokenizer.train_bytes)"
     )
-
-
-def _with_special_tokens(token_bytes: list[bytes], document_boundaries: bool) -> tuple[list[bytes], int | None, int | None]:
-    """Appends <bos> and <eos>: (token_bytes, bos_id, eos_id)."""
-    if not document_boundaries:
-        return token_bytes, None, None
-    return [*token_bytes, b"", b""], len(token_bytes), len(token_bytes) + 1
 
 
 @functools.cache

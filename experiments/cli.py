@@ -21,6 +21,19 @@ EXAMPLES = """examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and runs it. Returns the exit status: 0, 1 for a bad input, 42 to be restarted."""
+    arguments = parse(list(sys.argv[1:] if argv is None else argv))
+    try:
+        return COMMANDS[arguments.command](arguments)
+    # ImportError: an optional package that a job needs, told by the room that needs it.
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("LOAM_DEBUG"):
+            traceback.print_exc()
+        print(f"loam: error: {error}", file=sys.stderr)
+        return 1
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments of a command line. Exits with status 2 and the usage if it is malformed."""
     parser = argparse.ArgumentParser(
         "loam", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,21 +60,14 @@ def main(argv: list[str] | None = None) -> int:
     report = commands.add_parser("report", help="write report.html of a run, finished or not")
     report.add_argument("run_dir", help="directory of the run")
 
-    words = list(sys.argv[1:] if argv is None else argv)
     # argparse has no options of free name: the overrides are taken out beforehand.
     overrides = [word for word in words if word.startswith("--config.")]
     arguments = parser.parse_args([word for word in words if word not in overrides])
     if overrides and arguments.command not in ("run", "inspect"):
         parser.error(f"{overrides[0]}: `loam {arguments.command}` takes no config")
-    try:
-        if arguments.command in ("run", "inspect"):
-            return COMMANDS[arguments.command](load_train_config(arguments.config, arguments.overrides + overrides))
-        return COMMANDS[arguments.command](arguments)
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("LOAM_DEBUG"):
-            traceback.print_exc()
-        print(f"loam: error: {error}", file=sys.stderr)
-        return 1
+    if arguments.command in ("run", "inspect"):
+        arguments.overrides += overrides
+    return arguments
 
 
 def load_train_config(path: str, overrides: list[str]) -> Any:
@@ -77,14 +83,16 @@ def configure_jax(config: Any) -> None:
     configure(config.cpu_devices or cpu_devices_for(config.batch_size // config.accumulation))
 
 
-def run(config: Any) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    config = load_train_config(arguments.config, arguments.overrides)
     configure_jax(config)
     from train.loop import train
 
     return train(config)
 
 
-def inspect(config: Any) -> int:
+def inspect(arguments: argparse.Namespace) -> int:
+    config = load_train_config(arguments.config, arguments.overrides)
     configure_jax(config)
     from experiments.inspect import describe
 
@@ -117,7 +125,9 @@ def ckpt(arguments: argparse.Namespace) -> int:
     for item in reports:
         verdict = f"DAMAGED: {item.problem}" if item.problem else "sound"
         print(f"step {item.step}: {item.num_leaves} arrays, {item.num_bytes / 2**20:.1f} MiB, {verdict}")
-    return 1 if not reports or any(item.problem for item in reports) else 0
+    if not reports:
+        raise FileNotFoundError(f"{directory} holds no checkpoint yet")
+    return 1 if any(item.problem for item in reports) else 0
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -125,6 +135,8 @@ def report(arguments: argparse.Namespace) -> int:
 
     from train.report import write_report
 
+    if not Path(arguments.run_dir, "config.json").is_file():
+        raise FileNotFoundError(f"{arguments.run_dir} is not the directory of a run (it has no config.json): give one under runs/")
     print(write_report(Path(arguments.run_dir)))
     return 0
 

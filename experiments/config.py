@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -24,7 +25,7 @@ def load_config_file(path: str) -> dict[str, Any]:
     """The nested dict that the file's `get_config()` returns; `name` defaults to the file's name.
 
     Raises:
-      ConfigError: no such file, or it has no `get_config`.
+      ConfigError: no such file, it fails to run, or it has no `get_config`.
     """
     file = Path(path)
     if not file.is_file():
@@ -34,10 +35,17 @@ def load_config_file(path: str) -> dict[str, Any]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"config file {path!r} has no function get_config() that returns an ml_collections.ConfigDict")
-    config = module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"config file {path!r} has no function get_config() that returns an ml_collections.ConfigDict")
+        config = module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+        where = f"{path}:{lines[-1]}" if lines else path
+        raise ConfigError(f"config file {where}: {type(error).__name__}: {error}") from error
     tree = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     return {"name": file.stem, **tree}
 
@@ -45,7 +53,7 @@ def load_config_file(path: str) -> dict[str, Any]:
 def apply_overrides(tree: dict[str, Any], overrides: list[str], cls: type) -> dict[str, Any]:
     """Sets `--config.a.b=value` words in a nested dict that will become a `cls`; sequences take an index as a key.
 
-    Values are Python literals where they parse as such, and text otherwise.
+    Values are Python literals where they parse as such, and text otherwise; a key that holds text takes it as it stands.
 
     Raises:
       ConfigError: a malformed word or an unknown key.
@@ -54,34 +62,53 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str], cls: type) -> di
         key, equals, text = word.removeprefix("--config.").partition("=")
         if not word.startswith("--config.") or not equals:
             raise ConfigError(f"{word!r} is not of the form --config.key=value")
-        try:
-            value: Any = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = {"true": True, "false": False}.get(text.lower(), text)
-        tree = _set(tree, cls, key.split("."), value, path=())
+        tree = _set(tree, cls, key.split("."), text, path=())
     return tree
 
 
-def _set(node: Any, kind: Any, keys: list[str], value: Any, path: tuple[str, ...]) -> Any:
+def _set(node: Any, kind: Any, keys: list[str], text: str, path: tuple[str, ...]) -> Any:
     if not keys:
-        return value
+        return _parse(text, kind)
     key, rest = keys[0], keys[1:]
     if isinstance(node, list | tuple):
-        if not key.isdigit() or int(key) >= len(node):
-            raise ConfigError(f"config.{'.'.join((*path, key))}: {'.'.join(path)} has entries 0 to {len(node) - 1}")
+        if not key.isdecimal() or int(key) >= len(node):
+            entries = f"has entries 0 to {len(node) - 1}" if node else "is empty: set all of it at once"
+            raise ConfigError(f"config.{'.'.join((*path, key))}: {'.'.join(path)} {entries}")
         items = list(node)
-        items[int(key)] = _set(items[int(key)], _item_type(kind), rest, value, (*path, key))
+        items[int(key)] = _set(items[int(key)], _item_type(kind, int(key)), rest, text, (*path, key))
         return tuple(items)
     if not dataclasses.is_dataclass(kind):
         raise ConfigError(f"config.{'.'.join(path)} is a single value; it has no key {key!r}")
     hints = typing.get_type_hints(kind)
     _check_known([key], hints, path)
-    node = dataclasses.asdict(node) if dataclasses.is_dataclass(node) and not isinstance(node, type) else dict(node or {})
+    node = _chosen_fields(node) if dataclasses.is_dataclass(node) else dict(node or {})
     inner = node.get(key)
     if rest and inner is None:
         default = next(field.default for field in dataclasses.fields(kind) if field.name == key)
         inner = None if default is dataclasses.MISSING else default
-    return {**node, key: _set(inner, hints[key], rest, value, (*path, key))}
+    return {**node, key: _set(inner, hints[key], rest, text, (*path, key))}
+
+
+def _chosen_fields(node: Any) -> dict[str, Any]:
+    """Fields of a dataclass without those that it filled in from others (`head_dim`), so that these follow an override."""
+
+    def derived(field: dataclasses.Field[Any]) -> bool:
+        if field.default is dataclasses.MISSING:
+            return False
+        try:
+            return dataclasses.replace(node, **{field.name: field.default}) == node
+        except ValueError:
+            return False
+
+    return {field.name: getattr(node, field.name) for field in dataclasses.fields(node) if not derived(field)}
+
+
+def _parse(text: str, kind: Any) -> Any:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    return text if kind is str and not isinstance(value, str) else value
 
 
 def build(cls: type[T], value: Any, path: tuple[str, ...] = ()) -> T:
@@ -138,9 +165,9 @@ def build(cls: type[T], value: Any, path: tuple[str, ...] = ()) -> T:
     return value
 
 
-def _item_type(kind: Any) -> Any:
-    arguments = typing.get_args(kind)
-    return arguments[0] if arguments else Any
+def _item_type(kind: Any, index: int) -> Any:
+    kinds = typing.get_args(kind)
+    return kinds[0] if kinds[-1] is Ellipsis else kinds[index]
 
 
 def _check_known(keys: list[str], known: dict[str, Any], path: tuple[str, ...]) -> None:

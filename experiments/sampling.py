@@ -12,7 +12,7 @@ from experiments.config import build
 from inference.sample import SamplingConfig, generate
 from model.params import abstract_params, param_specs
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig
+from train.config import TrainConfig, check
 
 
 def sample_run(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -31,6 +31,8 @@ def sample_run(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
     abstract = {name: abstract_params(param_specs(config.model))}
     checkpoints = Checkpoints(str(run_dir / "checkpoints"), keep=None)
     if arguments.step >= 0:
+        steps = checkpoints.steps()
+        check(arguments.step in steps, f"{run_dir} has no checkpoint of step {arguments.step}; there are {steps}")
         state, _ = checkpoints.restore(arguments.step, abstract, partial=True)
     else:
         restored = checkpoints.restore_newest(abstract, print, partial=True)

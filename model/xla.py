@@ -32,7 +32,8 @@ def configure(cpu_devices: int) -> None:
         Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loam" / "xla"
     )
     jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Small programs too: a start compiles some fifteen of them, of a tenth of a second each.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def cpu_devices_for(rows: int) -> int:

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -264,10 +266,8 @@ class Checkpoints:
         return StepReport(step, len(leaves), num_bytes, problem)
 
     def _read_manifest(self, step: int) -> dict[str, Any]:
-        with _read_errors():
-            restored = self._manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))
-            manifest = dict(restored["manifest"])
-            seal = manifest.pop("sha256")
+        manifest = self._read(step, manifest=ocp.args.JsonRestore())["manifest"]
+        seal = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
         if seal != _seal(manifest) or manifest["step"] != step:
             raise DamagedCheckpoint("its manifest is not what was saved")
         return manifest
@@ -285,8 +285,19 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,  # The trees have been compared already, against the sealed manifest.
         )
-        with _read_errors():
-            return self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        return self._read(step, state=arguments)["state"]
+
+    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
+        """Orbax's restore; whatever it stumbles over is reported as damage of the step."""
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            problem = _one_line(error)
+        # The other reads that it leaves behind would each print a page of settings whenever they are collected.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        gc.collect()
+        sys.unraisablehook = hook
+        raise DamagedCheckpoint(problem)
 
     def _set_aside(self, step: int) -> str:
         """Renames a damaged step (unless read-only), and says what was done."""
@@ -365,18 +376,12 @@ def _seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def _read_errors() -> Iterator[None]:
-    """Whatever Orbax stumbles over while reading a step is reported as damage of that step."""
-    try:
-        yield
-    except Exception as error:
-        raise DamagedCheckpoint(_one_line(error)) from error
-
-
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:150]} ... {text[-250:]}"  # The cause tends to stand at the end.
+    """The innermost cause, which names the file; Orbax wraps it in pages of settings."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= 400 else f"{message[:150]} ... {message[-250:]}"
 
 
 def _listed(names: list[str]) -> str:

@@ -68,19 +68,19 @@ def match_rules(specs: Params, rules: tuple[ParamRule, ...]) -> Params:
     Raises:
       ValueError: a parameter that no rule matches, or a rule that matches no parameter before an earlier one does.
     """
-    used: set[str] = set()
+    used: set[ParamRule] = set()
 
     def first_match(path: tuple[Any, ...], _: ParamSpec) -> ParamRule:
         name = path_name(path)
         for rule in rules:
             if re.fullmatch(rule.pattern, name):
-                used.add(rule.pattern)
+                used.add(rule)
                 return rule
         raise ValueError(f"optimizer.rules cover no parameter {name!r}: end the rules with one whose pattern is '.*'")
 
     matched = jax.tree_util.tree_map_with_path(first_match, specs, is_leaf=is_spec)
     for rule in rules:
-        check(rule.pattern in used, f"optimizer.rules: {rule.pattern!r} applies to no parameter: mend or remove it")
+        check(rule in used, f"optimizer.rules: {rule.pattern!r} applies to no parameter: mend or remove it")
     return matched
 
 

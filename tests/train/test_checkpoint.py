@@ -17,7 +17,7 @@ import pytest
 from train import checkpoint
 from train.checkpoint import CheckpointError, Checkpoints, TreeMismatch
 
-# Orbax leaves the other reads of a damaged step unawaited.
+# A read of a damaged step may finish after Orbax has closed its event loop.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 REPOSITORY = pathlib.Path(checkpoint.__file__).parents[1]

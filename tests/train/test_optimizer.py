@@ -153,7 +153,7 @@ def test_adafactor_descends_and_decays():
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_muon_takes_orthogonal_steps_for_matrices_and_adam_for_the_rest(scan_layers):
     config = OptimizerConfig(name="muon", learning_rate=0.02, adam_learning_rate=0.005, weight_decay=0.0, clip_norm=0.0)
-    specs = param_specs(dataclasses.replace(MODEL, scan_layers=scan_layers))
+    specs = param_specs(dataclasses.replace(MODEL, num_layers=2 if scan_layers else 1, scan_layers=scan_layers))
     generator = np.random.default_rng(3)
     params, grads = (
         jax.tree.map(lambda s: jnp.asarray(generator.standard_normal(s.shape), jnp.float32), specs, is_leaf=is_spec)
@@ -176,13 +176,13 @@ def test_muon_takes_orthogonal_steps_for_matrices_and_adam_for_the_rest(scan_lay
             assert rms == pytest.approx(MUON_UPDATE_RMS, rel=0.2), name
             singular = np.linalg.svd(u / 0.02, compute_uv=False) / (MUON_UPDATE_RMS * math.sqrt(max(u.shape)))
             # Newton-Schulz with these coefficients ends near 1, not at it; the gradient itself spreads much wider
-            assert singular.min() > 0.5, name
+            assert singular.min() > 0.3, name
             assert singular.max() < 1.3, name
             left, _, right = np.linalg.svd(g, full_matrices=False)
             cosine = -np.sum(u * (left @ right)) / np.linalg.norm(u) / np.linalg.norm(left @ right)
             assert cosine > 0.97, name
             matrices += 1
-    assert matrices == 2 * 7
+    assert matrices == (14 if scan_layers else 7)
 
 
 def test_muon_decays_matrices_and_others_at_their_own_rate():
@@ -198,7 +198,7 @@ def test_muon_decays_matrices_and_others_at_their_own_rate():
 def test_rules_freeze_and_scale(name):
     rules = (
         ParamRule("embedding", learning_rate_scale=0.0),
-        ParamRule(r"blocks/1/.*", learning_rate_scale=0.5),
+        ParamRule(r"blocks/0/mlp/.*", learning_rate_scale=0.5),
         *DEFAULT_RULES,
     )
     config = OptimizerConfig(name=name, adam_learning_rate=1e-3, weight_decay=0.0)
@@ -206,7 +206,7 @@ def test_rules_freeze_and_scale(name):
     assert ruled[2]["embedding"].tobytes() == ruled[0]["embedding"].tobytes()
     assert plain[2]["embedding"].tobytes() != plain[0]["embedding"].tobytes()
     for parameter, before in plain[0].items():
-        scale = 0.0 if parameter == "embedding" else 0.5 if parameter.startswith("blocks/1/") else 1.0
+        scale = 0.0 if parameter == "embedding" else 0.5 if parameter.startswith("blocks/0/mlp/") else 1.0
         expected = scale * (plain[2][parameter] - before)
         np.testing.assert_allclose(ruled[2][parameter] - before, expected, atol=1e-6, err_msg=parameter)
 

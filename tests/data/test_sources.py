@@ -1,0 +1,182 @@
+import dataclasses
+import gzip
+import json
+import os
+import pathlib
+import sys
+import types
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data.config import SourceConfig
+from data.sources import read_documents
+
+
+def texts(path, **options) -> list[str]:
+    return [document.text for document in read_documents(SourceConfig("s", "files", path=str(path), **options))]
+
+
+def test_the_standard_library_is_large_stable_and_without_duplicates_or_tests():
+    documents = list(read_documents(SourceConfig("std", "stdlib")))
+    assert sum(len(document.text) for document in documents) > 10_000_000
+    assert len({document.text for document in documents}) == len({document.id for document in documents}) == len(documents)
+    assert {document.licence for document in documents} == {"PSF-2.0"}
+    by_id = {document.id: document.text for document in documents}
+    assert by_id["source/dataclasses.py"] == pathlib.Path(dataclasses.__file__).read_text()
+    assert "anonymous functions" in by_id["topic/lambda"]
+    assert "Return the sine of x" in by_id["docstrings/math"]
+    assert not any("/test/" in id or "/tests/" in id or "site-packages" in id for id in by_id)
+    assert "antigravity" not in sys.modules
+    assert "turtle" not in sys.modules
+
+
+def test_every_format_gives_the_same_text(tmp_path):
+    text = "first\r\nsecond\tthird é日\u2028\n"
+    rows = json.dumps({"text": text}) + "\n\n" + json.dumps({"text": "", "other": 1}) + "\n"
+    for name, data in {"a.txt": text, "b.md": text, "c.jsonl": rows}.items():
+        (tmp_path / name).write_bytes(data.encode())
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data.encode()))
+        # Two frames, as `cat a.zst b.zst` makes.
+        frames = [zstandard.ZstdCompressor().compress(part) for part in (data.encode()[:7], data.encode()[7:])]
+        (tmp_path / f"{name}.zst").write_bytes(b"".join(frames))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [text, None, ""]}), tmp_path / "d.parquet")
+    (tmp_path / "ignored.bin").write_bytes(b"\xff")
+    assert texts(tmp_path) == [text] * 10
+    assert texts(tmp_path / "*.txt*") == [text] * 3
+    assert texts(tmp_path / "d.parquet") == [text]
+
+
+def test_order_and_ids_do_not_depend_on_where_a_directory_lies(tmp_path):
+    for base in ("one", "two"):
+        for name in ("b/x.txt", "a.txt", "b/a.txt"):
+            path = tmp_path / base / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name)
+    one, two = ([d.id for d in read_documents(SourceConfig("s", "files", path=str(tmp_path / b)))] for b in ("one", "two"))
+    assert one == two == ["a.txt", "b/a.txt", "b/x.txt"]
+
+
+def test_text_field_and_half_a_surrogate_pair(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x\\ud800y"}\n')
+    assert texts(tmp_path, text_field="body") == ["x?y"]
+
+
+def test_max_bytes_draws_documents_by_seed_and_meets_the_limit(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i:04d}" * 25}) + "\n" for i in range(200)))
+    config = SourceConfig("s", "files", path=str(tmp_path), max_bytes=1050)
+    draws = [[document.text for document in read_documents(config, seed)] for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    for draw in draws:
+        assert sum(map(len, draw)) == 1050
+        assert sorted(map(len, draw)) == [50] + [100] * 10
+        assert draw == sorted(draw)  # still in the order of the source
+
+
+def corrupt_gzip(path):
+    path.write_bytes(gzip.compress(os.urandom(1000))[:-20])
+
+
+def corrupt_zst(path):
+    path.write_bytes(zstandard.ZstdCompressor().compress(os.urandom(1000))[:-20])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.bin", b"x", r"a\.bin is in no format .*\.jsonl"),
+        ("a.txt", b"\xff\xfe", r"a\.txt is not UTF-8"),
+        ("a.txt.gz", b"not gzip", r"a\.txt\.gz is a damaged or incomplete gzip"),
+        ("a.txt.gz", corrupt_gzip, r"a\.txt\.gz is a damaged or incomplete gzip"),
+        ("a.txt.zst", corrupt_zst, r"a\.txt\.zst is a damaged or incomplete zst"),
+        ("a.txt.zst", b"not zst", r"a\.txt\.zst is a damaged or incomplete zst"),
+        ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"a\.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl, line 1: no text in field 'text' \(found: \['body'\]\)"),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: no text in field 'text' \(found: list\)"),
+        ("a.parquet", b"PAR0", r"a\.parquet is not a readable parquet"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    content(path) if callable(content) else path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        texts(path)
+
+
+def test_a_parquet_file_without_the_column_lists_its_columns(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"no column 'text' \(found: \['body'\]\)"):
+        texts(tmp_path)
+
+
+def test_missing_files_say_what_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\*\.txt' is neither a file nor a directory nor a glob"):
+        texts(tmp_path / "nowhere*.txt")
+    with pytest.raises(FileNotFoundError, match="no readable file among the 0"):
+        texts(tmp_path)
+
+
+class Rows(list):
+    """Stands for a streamed data set of the `datasets` library."""
+
+    info = types.SimpleNamespace(license="cc0-1.0")
+
+    def shuffle(self, seed, buffer_size):
+        return Rows(sorted(self, key=lambda row: hash((seed, row["text"]))))
+
+
+def hub(monkeypatch, load_dataset):
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+
+
+def test_hub_documents_are_streamed_with_every_option(monkeypatch):
+    calls = []
+
+    def load_dataset(path, **options):
+        calls.append((path, options))
+        return Rows({"text": f"document {i}"} for i in range(5))
+
+    hub(monkeypatch, load_dataset)
+    config = SourceConfig("h", "huggingface", path="a/b", hub_config="en", hub_split="validation", hub_revision="abc")
+    documents = list(read_documents(config))
+    assert [d.text for d in documents] == [f"document {i}" for i in range(5)]
+    assert documents[3].id == "a/b:3"
+    assert documents[0].licence == "cc0-1.0"
+    assert calls == [("a/b", {"name": "en", "split": "validation", "revision": "abc", "streaming": True})]
+
+
+def test_a_hub_stream_stops_at_max_bytes(monkeypatch):
+    served = []
+
+    class Endless(Rows):
+        def __iter__(self):
+            while True:
+                served.append(1)
+                yield {"text": "0123456789"}
+
+        def shuffle(self, seed, buffer_size):
+            return self
+
+    hub(monkeypatch, lambda path, **options: Endless())
+    config = SourceConfig("h", "huggingface", path="a/b", max_bytes=25)
+    assert [d.text for d in read_documents(config)] == ["0123456789", "0123456789", "01234"]
+    assert len(served) <= 4
+
+
+def test_hub_errors_say_what_to_do(monkeypatch):
+    config = SourceConfig("h", "huggingface", path="a/b")
+
+    def fail(path, **options):
+        raise OSError("Name or service not known")
+
+    hub(monkeypatch, fail)
+    with pytest.raises(ConnectionError, match=r"'a/b'.*Name or service not known.*--local-dir DIR.*kind='files'"):
+        list(read_documents(config))
+    hub(monkeypatch, lambda path, **options: Rows([{"content": "x"}]))
+    with pytest.raises(ValueError, match=r"row 0: no text in field 'text' \(found: \['content'\]\)"):
+        list(read_documents(config))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"'datasets', which is not installed: pip install 'loam\[data\]'"):
+        list(read_documents(config))

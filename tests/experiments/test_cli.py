@@ -1,0 +1,245 @@
+"""The command line: what each command prints and how it ends.  One tiny job is trained in a process of its own, as users do."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import model.xla
+from data.tokenizer import load_tokenizer
+from experiments.cli import load_train_config, main
+from model.transformer import forward, unembed
+from tests.tiny import write_tiny_job
+from train.checkpoint import Checkpoints
+from train.step import make_trainer
+
+ROOT = Path(__file__).parents[2]
+# One layer and nothing that needs another program: most of the time goes into starting and compiling.
+OVERRIDES = [
+    "--config.steps=6",
+    "--config.checkpoint.every=3",
+    "--config.cpu_devices=2",
+    "--config.model.num_layers=1",
+    "--config.eval.sample_prompts=()",
+    "--config.writers=()",
+]
+POSITIONS = np.arange(32, dtype=np.int32)[None]
+
+
+def loam(*words):
+    """Runs `loam` in a process of its own."""
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+    command = [sys.executable, "-m", "experiments.cli", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The tiny job's config file, its config with some overrides, and what running it printed."""
+    path = write_tiny_job(tmp_path_factory.mktemp("job"))
+    return path, load_train_config(str(path), OVERRIDES), loam("run", f"--config={path}", *OVERRIDES)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """`main` in this process, whose jax is configured already."""
+    monkeypatch.setattr(model.xla, "configure", lambda cpu_devices: None)
+
+
+@pytest.fixture
+def run_copy(job, tmp_path):
+    return Path(shutil.copytree(job[1].run_dir, tmp_path / "run"))
+
+
+# --- The parser -------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands():
+    result = loam("--help")
+    assert result.returncode == 0
+    for command in ("run", "inspect", "sample", "ckpt", "report"):
+        assert re.search(rf"^    {command} ", result.stdout, re.MULTILINE), command
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rum"], "invalid choice: 'rum'"),
+        ([], "required: COMMAND"),
+        (["run"], "required: --config"),
+        (["ckpt", "repair", "runs/x"], "invalid choice: 'repair'"),
+        (["sample", "runs/x", "--config.steps=3"], "`loam sample` takes no config"),
+        (["sample", "runs/x", "--max-tokens=many"], "invalid int value: 'many'"),
+    ],
+)
+def test_a_malformed_command_line_ends_with_the_usage_and_status_2(words, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(words)
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert "usage: loam" in error
+    assert message in error
+
+
+# --- Configs ----------------------------------------------------------------------------------------------------------
+
+
+def refused(words, capsys):
+    """The one-paragraph error of a command that must end with status 1."""
+    assert main([str(word) for word in words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("loam: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("command", ["run", "inspect"])
+def test_mistakes_in_the_config_are_told_before_jax_starts(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(model.xla, "configure", lambda _: pytest.fail("jax was configured"))
+    path = write_tiny_job(tmp_path)
+    assert f"{path}x' does not exist" in refused([command, f"--config={path}x"], capsys)
+    assert "Did you mean 'steps'?" in refused([command, f"--config={path}", "--config.step=3"], capsys)
+    error = refused([command, f"--config={path}", "--config.optimizer.learning_rate=high"], capsys)
+    assert "config.optimizer.learning_rate='high' must be of type float" in error
+    assert "'100' is not of the form" in refused([command, f"--config={path}", "--config.steps", "100"], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_shakespeare_says_where_to_get_it(here, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("shakespeare_gpt2", "shakespeare_modern"):
+        error = refused(["run", f"--config={ROOT}/configs/{name}.py"], capsys)
+        assert "'tinyshakespeare.txt' is neither a file" in error
+        assert "github.com/karpathy/char-rnn" in error
+
+
+def test_a_missing_optional_package_is_an_error_of_the_input(here, tmp_path, monkeypatch, capsys):
+    def needs_package(config):
+        raise ModuleNotFoundError("reading x needs the package 'y', which is not installed")
+
+    monkeypatch.setattr("train.loop.train", needs_package)
+    assert "needs the package 'y'" in refused(["run", f"--config={write_tiny_job(tmp_path)}"], capsys)
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_counts_what_is_there(here, job, capsys):
+    path, config, _ = job
+    assert main(["inspect", f"--config={path}", "--config.model.mlp=gelu", "--config.steps=6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    numbers = {line[2:30].strip(): float(line[30:].split()[0].replace(",", "")) for line in lines if line.startswith("  ")}
+    vocab, d, heads, kv_heads, head_dim, ff, layers, seq_len = 300, 32, 4, 2, 8, 64, 2, 64
+    attention, mlp = layers * d * head_dim * (2 * heads + 2 * kv_heads), layers * 2 * d * ff
+    norms = {"blocks/attention_norm": layers * d, "blocks/mlp_norm": layers * d, "final_norm": d}
+    counts = {"blocks/attention": attention, "blocks/mlp": mlp, "embedding": vocab * d, "head": vocab * d, **norms}
+    assert {name: numbers[name] for name in counts} == counts
+    total = sum(counts.values())
+    assert lines[0] == f"tiny: {total:,} parameters"
+    # Every pair of a query and a key that the layer's window lets it see, counted one by one.
+    pairs = sum(1 for window in (8, seq_len) for q in range(seq_len) for k in range(q + 1) if q - k < window)
+    forward_flops = 2 * (attention + mlp + vocab * d) + 4 * heads * head_dim * pairs / seq_len
+    assert numbers["forward"] == round(forward_flops)
+    assert numbers["forward and backward"] == round(3 * forward_flops)
+    # Adam keeps two float32 copies; the moving average and the gradients one each. Printed to 0.1 MiB.
+    for name, copies in (("parameters", 1), ("optimizer state", 2), ("moving average", 1), ("gradients", 1)):
+        assert numbers[name] == pytest.approx(copies * 4 * total / 2**20, abs=0.06)
+    assert lines[-1].startswith("run: 6 steps x 512 tokens = 3,072 tokens, ")
+    assert float(lines[-1].split()[-2]) == pytest.approx(3072 * 3 * forward_flops, rel=0.01)
+
+
+# --- A run and what reads it ------------------------------------------------------------------------------------------
+
+
+def test_run_trains_and_leaves_its_files(job):
+    _, config, result = job
+    assert result.returncode == 0, result.stderr
+    run_dir = Path(config.run_dir)
+    assert json.loads((run_dir / "result.json").read_text())["steps"] == 6
+    assert json.loads((run_dir / "result.json").read_text())["val_loss"] < np.log(300)
+    assert json.loads((run_dir / "config.json").read_text())["steps"] == 6
+    assert json.loads((run_dir / "provenance.json").read_text())["devices"]["count"] == 2
+    assert "step 6/6" in result.stdout
+    assert (run_dir / "report.html").stat().st_size > 1000
+
+
+def test_run_refuses_the_directory_of_another_config(here, job, capsys):
+    path, config, _ = job
+    error = refused(["run", f"--config={path}", *OVERRIDES, "--config.seed=1"], capsys)
+    assert "holds a run of another config; different are seed (there 0, here 1)" in error
+
+
+def test_greedy_samples_are_those_of_the_full_forward(here, job, capsys):
+    _, config, _ = job
+    words = ["sample", config.run_dir, "--prompt=the one", "--max-tokens=6", "--temperature=0"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    trainer = make_trainer(config)
+    checkpoints = Checkpoints(f"{config.run_dir}/checkpoints", keep=None)
+    params = checkpoints.restore(6, trainer.abstract_state)[0].ema
+    tokenizer = load_tokenizer(f"{config.run_dir}/tokenizer")
+    tokens = prompt = tokenizer.encode_prompt("the one")
+    logits = jax.jit(lambda row: unembed(params, config.model, forward(params, config.model, row, POSITIONS)[0]))
+    for _ in range(6):
+        row = np.zeros(POSITIONS.shape, np.int32)
+        row[0, : len(tokens)] = tokens
+        tokens = [*tokens, int(jnp.argmax(logits(row)[0, len(tokens) - 1]))]
+    assert printed == f"--- 'the one'\nthe one{tokenizer.decode(tokens[len(prompt) :])}\n"
+    assert main(words) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_sample_refuses_what_is_no_run_and_a_step_that_is_not_there(here, job, tmp_path, capsys):
+    assert f"{tmp_path} is not the directory of a run" in refused(["sample", tmp_path], capsys)
+    assert "top_p=0.0 must lie in (0, 1]" in refused(["sample", job[1].run_dir, "--top-p=0"], capsys)
+    error = refused(["sample", job[1].run_dir, "--step=5"], capsys)
+    assert "no checkpoint of step 5" in error
+    assert "3, 6" in error
+    error = refused(["sample", job[1].run_dir, "--max-tokens=200"], capsys)
+    assert "exceed model.max_seq_len=128" in error
+
+
+def test_checkpoints_are_listed_and_found_sound(here, job, capsys):
+    assert main(["ckpt", "list", job[1].run_dir]) == 0
+    assert json.loads(capsys.readouterr().out) == [3, 6]
+    assert main(["ckpt", "verify", job[1].run_dir]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 3", "step 6"]
+    assert all(line.endswith(" sound") for line in lines)
+
+
+def test_a_flipped_byte_is_found(here, run_copy, capsys):
+    files = [path for path in (run_copy / "checkpoints" / "3").rglob("*") if path.is_file()]
+    array = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 16
+    array.write_bytes(content)
+    assert main(["ckpt", "verify", str(run_copy)]) == 1
+    damaged, sound = capsys.readouterr().out.splitlines()
+    assert damaged.startswith("step 3: ")
+    assert "DAMAGED: " in damaged
+    assert sound.endswith(" sound")
+
+
+def test_verifying_nothing_is_an_error(here, tmp_path, capsys):
+    assert "is not a directory of checkpoints" in refused(["ckpt", "verify", tmp_path], capsys)
+    (tmp_path / "checkpoints").mkdir()
+    assert "holds no checkpoint yet" in refused(["ckpt", "verify", tmp_path], capsys)
+
+
+def test_report_is_written_for_a_run_and_for_nothing_else(run_copy, tmp_path, capsys):
+    (run_copy / "report.html").unlink()
+    assert main(["report", str(run_copy)]) == 0
+    assert capsys.readouterr().out == f"{run_copy}/report.html\n"
+    assert "<svg" in (run_copy / "report.html").read_text()
+    for other in (tmp_path, tmp_path / "nowhere"):
+        assert f"{other} is not the directory of a run" in refused(["report", other], capsys)
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,46 @@
+"""How XLA is set up, in processes of its own: jax reads flags once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model import xla
+
+ROOT = Path(__file__).parents[2]
+
+
+def flags_after_configure(given: str) -> str:
+    code = "import os; from model.xla import configure; configure(1); print(os.environ['XLA_FLAGS'])"
+    environment = {**os.environ, "XLA_FLAGS": given}
+    return subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True).strip()
+
+
+def test_flags_are_added_and_those_of_the_user_win():
+    name, value = xla.CPU_FLAGS[0].split("=")
+    other = "--xla_dump_to=/nowhere"
+    flags = flags_after_configure(f"{other} {name}=256").split()
+    assert value != "256"
+    assert flags == [other, f"{name}=256", *xla.CPU_FLAGS[1:]]
+
+
+def test_devices_flags_and_the_cache_of_programs_take_effect(tmp_path):
+    code = (
+        "import json, os; from model.xla import configure; configure(3)\n"
+        "import jax; jax.jit(lambda x: x @ x)(jax.numpy.ones((4, 4))); print(json.dumps([len(jax.devices()), "
+        "os.environ['XLA_FLAGS']]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    output = subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True)
+    assert json.loads(output) == [3, " ".join(xla.CPU_FLAGS)]
+    assert any((tmp_path / "loam" / "xla").iterdir())
+
+
+@pytest.mark.parametrize(("cores", "rows", "devices"), [(1, 12, 1), (2, 12, 2), (2, 7, 1), (8, 12, 6), (8, 4, 4), (6, 25, 5)])
+def test_cpu_devices_divide_the_rows(monkeypatch, cores, rows, devices):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert xla.cpu_devices_for(rows) == devices

@@ -1,0 +1,65 @@
+"""Every config builds, and every command that a document tells the reader to type exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments.cli import load_train_config, parse
+from model.params import abstract_params, num_parameters, param_specs
+from train.optimizer import make_optimizer, make_schedule
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
+DOCUMENTS = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.exists()]
+# A command in a code span, in a code block, or after `Command:`; a comment or a closing mark ends it.
+COMMAND = re.compile(r"(?:^|[`(]|Command: +|or: |\$ )((?:loam|make) (?:[^`#()\n])+)", re.MULTILINE)
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_builds_with_its_model_and_optimizer(path):
+    config = load_train_config(str(path), [])
+    assert config.name == path.stem
+    assert config.run_dir == f"runs/{path.stem}"
+    specs = param_specs(config.model)
+    assert num_parameters(specs) > 0
+    schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, config.steps, config.tokens_per_step)
+    optimizer = make_optimizer(config.optimizer, specs, schedule)
+    params = abstract_params(specs)
+    state = jax.eval_shape(optimizer.init, params)
+    updates, _ = jax.eval_shape(optimizer.update, params, state, params)
+    assert jax.tree.map(lambda leaf: leaf.shape, updates) == jax.tree.map(lambda leaf: leaf.shape, params)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_says_how_it_is_run_and_what_comes_out(path):
+    for heading in ("Command:", "Hardware:", "Expected:"):
+        assert re.search(rf"^{heading} +\S", path.read_text().split('"""')[1], re.MULTILINE), heading
+    assert any(f"configs/{path.name}" in command for _, command in commands(path))
+
+
+def commands(path):
+    text = path.read_text()
+    text = text.split('"""')[1] if path.suffix == ".py" else re.sub(r"\\\n\s*", "", text)
+    return [(path.name, match.strip().rstrip(".,;:")) for match in COMMAND.findall(text)]
+
+
+@pytest.mark.parametrize(("document", "command"), [item for path in (*CONFIGS, *DOCUMENTS) for item in commands(path)])
+def test_a_command_that_a_document_shows_exists(document, command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert [word for word in words[1:] if "=" not in word and word not in targets] == []
+    elif "--help" not in words:
+        arguments = parse(words[1:])
+        if arguments.command in ("run", "inspect"):
+            # A placeholder stands for any config or key.
+            if "NAME" not in arguments.config and "..." not in command:
+                load_train_config(arguments.config, [word for word in arguments.overrides if "key=" not in word])
