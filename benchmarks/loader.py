@@ -1,4 +1,4 @@
-"""How fast the loader alone is: python -m benchmarks.loader [--seconds 5] [--threads 1] [--seq_len 1024] [--batch_size 32]
+"""How fast the loader alone is: python -m benchmarks.loader [--seconds 5] [--threads 2] [--seq_len 1024] [--batch_size 32]
 
 Two sources mixed 3 to 1: the standard library (long documents) and passages of it as long as web pages are (log-normal,
 median 1,500 characters), byte-level BPE of 4,096 tokens, best-fit packing, through Grain.  Ends with one JSON line;
@@ -23,7 +23,7 @@ from data.sources import read_documents
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seq_len", type=int, default=1024)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--cache_dir", default="runs/data")

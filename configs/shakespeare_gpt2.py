@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
         max_seq_len=64,
         positions="learned",
         norm="layernorm",
-        mlp="gelu_exact",
+        mlp="gelu",
         tie_embeddings=True,
     )
     config.data = DataConfig(

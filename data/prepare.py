@@ -33,6 +33,7 @@ from data.tokenizer import Tokenizer, load_tokenizer, split_text, train_tokenize
 FORMAT_VERSION = 1
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 _MAX_ENCODE_CHARACTERS = 1 << 20
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
 
 Log = Callable[[str], object]
 
@@ -143,15 +144,17 @@ def _writing_to(cache: Path) -> Iterator[None]:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST):
-            raise OSError(
-                error.errno,
-                f"cannot prepare the data in {cache}: {error.strerror}; make room there or let data.cache_dir name another "
-                "directory (what was complete is kept)",
-                error.filename,
-            ) from error
-        raise
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError):  # ArrayRecord's way
+            reason = str(error) if "write() failed" in str(error) else None
+        else:
+            reason = error.strerror if error.errno in _UNWRITABLE else None
+        if reason is None:
+            raise
+        raise OSError(
+            f"cannot prepare the data in {cache}: {reason}; make room there or let data.cache_dir name another directory "
+            "(what was complete is kept)"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -229,7 +232,7 @@ def _prepare_tokenizer(cache: Path, config: TokenizerConfig, documents: dict[str
     fraction = 1.0 if config.kind == "chars" else min(1.0, config.train_bytes / total_bytes)
 
     def build(path: Path) -> dict[str, Any]:
-        log(f"data: training a {config.kind} tokenizer on {fraction * total_bytes / 1e6:.1f} MB")
+        log(f"data: making a {config.kind} tokenizer from {fraction * total_bytes / 1e6:.1f} MB")
         texts = (text for stage in documents.values() for split in splits for text in _read_texts(stage.path, split))
         tokenizer = train_tokenizer(config, sample_text(texts, fraction))
         tokenizer.save(path)

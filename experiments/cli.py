@@ -86,9 +86,31 @@ def configure_jax(config: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = load_train_config(arguments.config, arguments.overrides)
     configure_jax(config)
+    from experiments.report import write_report
     from train.loop import train
 
-    return train(config)
+    status = train(config)
+    path = write_report(config.run_dir)
+    if status == 0:
+        print(summary(config.run_dir, path))
+    return status
+
+
+def summary(run_dir: str, report_path: Any) -> str:
+    """What a finished run learned, where its report is, and what to type next."""
+    with open(f"{run_dir}/result.json") as file:
+        result = json.load(file)
+    lines = [
+        f"Trained {result['parameters']:,} parameters on {result['tokens']:,} tokens in {result['train_seconds'] / 60:.1f} minutes.",
+        f"On held-out text: loss {result['val_loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits a byte.",
+    ]
+    if "baseline_xz_bits_per_byte" in result:
+        lines.append(f"`xz -9e` needs {result['baseline_xz_bits_per_byte']:.4f} bits a byte for the same documents.")
+    lines += [
+        f"Report: {report_path}",
+        f'Next:   loam sample {run_dir} --prompt="def main(" --temperature=0.8',
+    ]
+    return "\n".join(lines)
 
 
 def inspect(arguments: argparse.Namespace) -> int:
@@ -133,10 +155,12 @@ def ckpt(arguments: argparse.Namespace) -> int:
 def report(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from train.report import write_report
+    from experiments.report import write_report
 
     if not Path(arguments.run_dir, "config.json").is_file():
-        raise FileNotFoundError(f"{arguments.run_dir} is not the directory of a run (it has no config.json): give one under runs/")
+        raise FileNotFoundError(
+            f"{arguments.run_dir} is not the directory of a run (it has no config.json): give one under runs/"
+        )
     print(write_report(Path(arguments.run_dir)))
     return 0
 

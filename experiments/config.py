@@ -1,4 +1,4 @@
-"""From a config file and `--config.key=value` words to frozen dataclasses; every mistake names the key and its nearest match."""
+"""From a config file and `--config.key=value` words to frozen dataclasses; a mistake names the key and its nearest match."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,7 +24,7 @@ TRAIN_RULES: Rules = {
 }
 
 
-def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with named axes over all devices; one size may be -1 and takes what remains.
 
     Raises:

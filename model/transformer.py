@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from model.attention import allowed_pairs, attention, soft_cap
 from model.config import ModelConfig
-from model.params import Params, block_layout
+from model.params import Params
 from model.rope import apply_rope, rope_table
 
 
@@ -36,20 +36,19 @@ class Context:
     rope: dict[bool, tuple[jax.Array, jax.Array]]
 
 
+LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, max_len, K, head_dim]
+
+
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of past tokens, per layer [B, max_len, K, head_dim]; slot i of a row holds its position i."""
+    """Keys and values of past tokens, per layer; slot i of a row holds its position i."""
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    layers: tuple[LayerCache, ...]
 
     @classmethod
     def empty(cls, config: ModelConfig, batch_size: int, max_len: int) -> KVCache:
-        def zeros() -> tuple[jax.Array, ...]:
-            shape = (batch_size, max_len, config.num_kv_heads, config.head_dim)
-            return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
-
-        return cls(zeros(), zeros())
+        shape = (batch_size, max_len, config.num_kv_heads, config.head_dim)
+        return cls(tuple((jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_layers)))
 
 
 def linear(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, contract: int = 1) -> jax.Array:
@@ -93,8 +92,8 @@ def qk_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def attention_block(
-    x_BTD: jax.Array, params: Params, config: ModelConfig, context: Context, window: int, cache: tuple | None
-) -> tuple[jax.Array, tuple | None]:
+    x_BTD: jax.Array, params: Params, config: ModelConfig, context: Context, window: int, cache: LayerCache | None
+) -> tuple[jax.Array, LayerCache | None]:
     q_BTHD = linear(x_BTD, params["query"], params.get("query_bias"))
     k_BTKD = linear(x_BTD, params["key"], params.get("key_bias"))
     v_BTKD = linear(x_BTD, params["value"], params.get("value_bias"))
@@ -134,8 +133,8 @@ def mlp_block(x_BTD: jax.Array, params: Params, config: ModelConfig) -> jax.Arra
 
 
 def block(
-    x_BTD: jax.Array, params: Params, config: ModelConfig, context: Context, window: int, cache: tuple | None = None
-) -> tuple[jax.Array, tuple | None]:
+    x_BTD: jax.Array, params: Params, config: ModelConfig, context: Context, window: int, cache: LayerCache | None = None
+) -> tuple[jax.Array, LayerCache | None]:
     """One layer. The norms that exist in `params` say where they stand (`norm_placement`)."""
 
     def norm_if(name: str, x: jax.Array) -> jax.Array:
@@ -192,7 +191,7 @@ def forward(
     if cache is None:
         kv_positions = positions
     else:
-        slots = cache.keys[0].shape[1]
+        slots = cache.layers[0][0].shape[1]
         kv_positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (tokens.shape[0], slots))
     segments = segment_ids if segment_ids is not None else jnp.zeros_like(positions)
     kv_segments = segments if cache is None else jnp.zeros_like(kv_positions)
@@ -208,31 +207,25 @@ def forward(
     def layer(x: jax.Array, layer_params: Params, context: Context, window: int) -> jax.Array:
         return block(x, layer_params, config, context, window)[0]
 
-    first_unrolled = 0
-    if config.scan_layers:
-        period, repetitions = block_layout(config)
-        first_unrolled = period * repetitions
+    if config.scan_layers and params["scanned_blocks"]:
 
-        def body(x: jax.Array, stacked: tuple[Params, ...]) -> tuple[jax.Array, None]:
+        def period(x: jax.Array, stacked: tuple[Params, ...]) -> tuple[jax.Array, None]:
             for i, layer_params in enumerate(stacked):
                 x = remat(layer, config, window=config.window(i))(x, layer_params, context)
             return x, None
 
-        if repetitions:
-            x_BTD, _ = jax.lax.scan(body, x_BTD, params["scanned_blocks"])
+        x_BTD, _ = jax.lax.scan(period, x_BTD, params["scanned_blocks"])
 
-    new_keys, new_values = [], []
-    for i, layer_params in enumerate(params["blocks"], start=first_unrolled):
-        window = config.window(i)
-        if cache is None:
-            x_BTD = remat(layer, config, window=window)(x_BTD, layer_params, context)
-        else:
-            layer_cache = (cache.keys[i], cache.values[i])
-            x_BTD, new = block(x_BTD, layer_params, config, context, window, layer_cache)
-            new_keys.append(new[0])
-            new_values.append(new[1])
-    if cache is not None:
-        cache = KVCache(tuple(new_keys), tuple(new_values))
+    if cache is None:
+        # After a scan these are the layers left over; it ran whole periods of the pattern, so their windows count from 0.
+        for i, layer_params in enumerate(params["blocks"]):
+            x_BTD = remat(layer, config, window=config.window(i))(x_BTD, layer_params, context)
+    else:
+        layers = []
+        for i, layer_params in enumerate(params["blocks"]):
+            x_BTD, written = block(x_BTD, layer_params, config, context, config.window(i), cache.layers[i])
+            layers.append(written)
+        cache = KVCache(tuple(layers))
     return norm(x_BTD, params["final_norm"], config), cache
 
 

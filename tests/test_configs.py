@@ -14,8 +14,8 @@ from train.optimizer import make_optimizer, make_schedule
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
 DOCUMENTS = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.exists()]
-# A command in a code span, in a code block, or after `Command:`; a comment or a closing mark ends it.
-COMMAND = re.compile(r"(?:^|[`(]|Command: +|or: |\$ )((?:loam|make) (?:[^`#()\n])+)", re.MULTILINE)
+# A command in a code span, in a code block, or after `Command:`; a comment or a mark outside of quotes ends it.
+COMMAND = re.compile(r'(?:^|[`(]|Command: +|or: |\$ )((?:loam|make) (?:"[^"\n]*"|[^`#()"\n])+)', re.MULTILINE)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,6 @@ def test_a_command_that_a_document_shows_exists(document, command):
         assert [word for word in words[1:] if "=" not in word and word not in targets] == []
     elif "--help" not in words:
         arguments = parse(words[1:])
-        if arguments.command in ("run", "inspect"):
-            # A placeholder stands for any config or key.
-            if "NAME" not in arguments.config and "..." not in command:
-                load_train_config(arguments.config, [word for word in arguments.overrides if "key=" not in word])
+        # configs/NAME.py and --config.key=value stand for any.
+        if arguments.command in ("run", "inspect") and "NAME" not in arguments.config:
+            load_train_config(arguments.config, [word for word in arguments.overrides if word != "--config.key=value"])

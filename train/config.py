@@ -7,7 +7,7 @@ import re
 from typing import Literal
 
 from data.config import DataConfig
-from model.config import ModelConfig, check
+from model.config import ModelConfig, check, check_choices
 
 OptimizerName = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
 ScheduleName = Literal["cosine", "wsd", "linear", "constant"]
@@ -49,6 +49,7 @@ class ScheduleConfig:
     end_fraction: float = 0.1
 
     def __post_init__(self) -> None:
+        check_choices("optimizer.schedule", self)
         for field in ("warmup", "decay"):
             check_duration(f"optimizer.schedule.{field}", getattr(self, field))
         check(0 <= self.end_fraction <= 1, "optimizer.schedule.end_fraction must lie in [0, 1]")
@@ -56,7 +57,8 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ParamRule:
-    """Applies to the parameters whose path (`blocks/attention/query`) matches `pattern` entirely; the first match wins.
+    """Applies to the parameters whose whole path (`blocks/0/attention/query`; `scanned_blocks/...` under scan_layers) matches
+    `pattern`; the first match wins.
 
     Attributes:
       weight_decay: whether decay applies.
@@ -105,6 +107,10 @@ class OptimizerConfig:
     rules: tuple[ParamRule, ...] = DEFAULT_RULES
 
     def __post_init__(self) -> None:
+        check_choices("optimizer", self)
+        for field in ("b1", "b2", "momentum"):
+            check(0 <= getattr(self, field) < 1, f"optimizer.{field}={getattr(self, field)} must lie in [0, 1)")
+        check(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must be >= 0")
         check(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
         check(self.clip_norm >= 0, "optimizer.clip_norm must be >= 0 (0 is off)")
         check(0 <= self.ema_decay < 1, "optimizer.ema_decay must lie in [0, 1)")

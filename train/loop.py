@@ -36,7 +36,6 @@ from train.metrics import JsonlWriter, Writer, make_writers, read_jsonl, truncat
 from train.peak import matmul_peak
 from train.progress import Progress
 from train.provenance import provenance
-from train.report import write_report
 from train.step import Trainer, TrainState, make_trainer
 
 Log = Callable[[str], None]
@@ -74,10 +73,10 @@ def train(config: TrainConfig, log: Log = print) -> int:
             f"the tokenizer has {data.tokenizer.vocab_size} tokens, but model.vocab_size={config.model.vocab_size}: "
             f"set model.vocab_size to {data.tokenizer.vocab_size} or more",
         )
+        check(bool(data.held_out), "nothing is held out: set held_out_fraction of a data source above 0, to have something to evaluate on")
         loop = Loop(config, data, make_trainer(config), checkpoints, log)
         with contextlib.closing(loop), stop_on_sigterm() as stop_requested:
             status = loop.run(stop_requested)
-    write_report(run_dir)
     return status
 
 

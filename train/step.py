@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.config import ModelConfig
 from model.logprobs import token_logprobs
-from model.params import Params, init_params, is_spec, param_shardings, param_specs
+from model.params import Params, abstract_params, init_params, is_spec, param_shardings, param_specs
 from model.sharding import TRAIN_RULES, batch_sharding, make_mesh
 from model.transformer import forward
 from train.config import LossConfig, TrainConfig, check
@@ -128,14 +129,14 @@ class Trainer:
     config: TrainConfig
     specs: Params
     mesh: Mesh
-    init: Any  # key -> TrainState
+    init: Callable[[jax.Array], TrainState]
     step: Any  # (state, batch) -> (state, metrics); consumes state
     evaluate: Any  # (params, batch) -> sums
     abstract_state: TrainState  # ShapeDtypeStruct with shardings
     batch_sharding: NamedSharding
 
 
-def make_trainer(config: TrainConfig, devices: list[jax.Device] | None = None) -> Trainer:
+def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> Trainer:
     """Builds mesh, optimizer and compiled functions. Nothing is allocated.
 
     Raises:
@@ -153,22 +154,23 @@ def make_trainer(config: TrainConfig, devices: list[jax.Device] | None = None) -
     schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, config.steps, config.tokens_per_step)
     optimizer = make_optimizer(config.optimizer, specs, schedule)
 
-    def init(key: jax.Array) -> TrainState:
-        params = init_params(specs, key)
+    def begin(params: Params) -> TrainState:
         ema = params if config.optimizer.ema_decay else None
         return TrainState(params, optimizer.init(params), ema, jnp.zeros((), jnp.int32))
 
-    abstract = jax.eval_shape(init, jax.random.key(0))
+    abstract = jax.eval_shape(begin, abstract_params(specs))
     replicated = NamedSharding(mesh, PartitionSpec())
     of_params = param_shardings(specs, TRAIN_RULES, mesh)
     of_opt_state = opt_state_shardings(abstract.opt_state, specs, of_params, replicated)
-    shardings = TrainState(of_params, of_opt_state, of_params if config.optimizer.ema_decay else None, replicated)
+    of_ema = of_params if config.optimizer.ema_decay else None
+    shardings = abstract.replace(params=of_params, opt_state=of_opt_state, ema=of_ema, step=replicated)
+    begin = jax.jit(begin, out_shardings=shardings)
     step = functools.partial(train_step, config=config, optimizer=optimizer, schedule=schedule)
     return Trainer(
         config=config,
         specs=specs,
         mesh=mesh,
-        init=jax.jit(init, out_shardings=shardings),
+        init=lambda key: begin(init_params(specs, key, of_params)),
         step=jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, replicated), donate_argnames="state"),
         evaluate=jax.jit(functools.partial(eval_step, config=config), in_shardings=(of_params, rows), out_shardings=replicated),
         abstract_state=jax.tree.map(

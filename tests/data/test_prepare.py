@@ -283,9 +283,12 @@ def test_a_cache_that_cannot_be_written_names_the_option(tmp_path, corpus):
         prepare(config, log=quiet)
 
 
-def test_a_full_disk_names_the_option(tmp_path, corpus, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("write() failed: No space left on device")]
+)
+def test_a_full_disk_names_the_option(tmp_path, corpus, monkeypatch, error):
     def full(*args):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(data.prepare, "write_documents", full)
     with pytest.raises(OSError, match=r"cannot prepare the data in .*No space left on device.*data\.cache_dir"):

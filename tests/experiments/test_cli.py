@@ -133,7 +133,7 @@ def test_a_missing_optional_package_is_an_error_of_the_input(here, tmp_path, mon
 
 
 def test_inspect_counts_what_is_there(here, job, capsys):
-    path, config, _ = job
+    path = job[0]
     assert main(["inspect", f"--config={path}", "--config.model.mlp=gelu", "--config.steps=6"]) == 0
     lines = capsys.readouterr().out.splitlines()
     numbers = {line[2:30].strip(): float(line[30:].split()[0].replace(",", "")) for line in lines if line.startswith("  ")}
@@ -172,7 +172,7 @@ def test_run_trains_and_leaves_its_files(job):
 
 
 def test_run_refuses_the_directory_of_another_config(here, job, capsys):
-    path, config, _ = job
+    path = job[0]
     error = refused(["run", f"--config={path}", *OVERRIDES, "--config.seed=1"], capsys)
     assert "holds a run of another config; different are seed (there 0, here 1)" in error
 

@@ -147,7 +147,10 @@ def test_a_missing_key_is_named():
     ("word", "message"),
     [
         ("model.rope.fraction=2", r"config\.model\.rope: rope\.fraction=2\.0 must lie in \(0, 1\]"),
-        ("optimizer.schedule.warmup=soon", r"config\.optimizer\.schedule: optimizer\.schedule\.warmup='soon' is not a duration"),
+        (
+            "optimizer.schedule.warmup=soon",
+            r"config\.optimizer\.schedule: optimizer\.schedule\.warmup='soon' is not a duration",
+        ),
         ("data.seq_len=64", r"config: data\.seq_len=64 is longer than model\.max_seq_len=32"),
         ("data.mixtures.0.proportions.1=('c', 1)", r"config\.data: data\.mixtures names 'c'"),
     ],
@@ -183,7 +186,8 @@ def test_of_two_overrides_the_later_counts():
 
 
 @pytest.mark.parametrize(
-    ("word", "name"), [("name=2024", "2024"), ("name=true", "true"), ("name=a=b", "a=b"), ("name='a b'", "a b"), ("name=1e5", "1e5")]
+    ("word", "name"),
+    [("name=2024", "2024"), ("name=true", "true"), ("name=a=b", "a=b"), ("name='a b'", "a b"), ("name=1e5", "1e5")],
 )
 def test_a_key_that_holds_text_takes_what_looks_like_a_number(word, name):
     assert config_with(word).name == name

@@ -242,7 +242,7 @@ def test_prefill_and_decode_equal_the_full_forward(name):
     logits, cache = step(prompt, prompt_positions, KVCache.empty(config, rows, max_len))
     for row in range(rows):
         np.testing.assert_allclose(logits[row, : lengths[row]], expected[row, : lengths[row]], atol=2e-4)
-        assert not np.asarray(cache.keys[0][row, lengths[row] :]).any()
+        assert not np.asarray(cache.layers[0][0][row, lengths[row] :]).any()
     for i in range(max_len - prompt_len):
         at = lengths + i
         logits, cache = step(tokens[np.arange(rows), at][:, None], at[:, None].astype(np.int32), cache)

@@ -1,6 +1,6 @@
 """A made-up run directory with the shape of a real one: a killed and resumed job, an incident, hostile samples.
 
-python tests/train/fake_run.py DIRECTORY    writes it, and its report
+python tests/experiments/fake_run.py DIRECTORY    writes it, and its report
 """
 
 import json
@@ -100,7 +100,7 @@ def write_run(directory: pathlib.Path, last_step: int = STEPS) -> None:
 
 
 if __name__ == "__main__":
-    from train.report import write_report
+    from experiments.report import write_report
 
     write_run(pathlib.Path(sys.argv[1]))
     print(write_report(sys.argv[1]))
