@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cli import configure_jax, load_train_config
+from model.xla import MALLOC_SETTINGS
 from model.config import ModelConfig
 from train.config import TrainConfig
 
@@ -182,7 +183,7 @@ class Worker:
     def __init__(self, side: str, setting: str, quick: bool, exchange: Path):
         self.name = f"{side} worker of {setting}"
         command = [sys.executable, __file__, "--worker", side, setting, str(exchange), *(["--quick"] if quick else [])]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        environment = {**MALLOC_SETTINGS, **os.environ, "JAX_PLATFORMS": "cpu"}  # as `loam run` starts itself
         self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self._answer()
 

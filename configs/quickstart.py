@@ -16,30 +16,31 @@ def get_config() -> ConfigDict:
     config.model = ModelConfig(
         vocab_size=2048,
         num_layers=4,
-        d_model=256,
+        d_model=160,
         num_heads=4,
-        d_ff=688,
+        d_ff=432,
         max_seq_len=512,
         qk_norm="head",
         mlp="swiglu",
     )
     config.data = DataConfig(
-        sources=(SourceConfig(name="stdlib", kind="stdlib"),),
+        sources=(SourceConfig(name="stdlib", kind="stdlib", held_out_fraction=0.03),),
         tokenizer=TokenizerConfig(kind="byte_bpe", vocab_size=2048, train_bytes=4_000_000),
         seq_len=256,
     )
-    config.steps = 500
-    config.batch_size = 16
+    config.steps = 800
+    config.batch_size = 8
+    config.cpu_devices = 0
     config.optimizer = {
         "name": "muon",
-        "learning_rate": 5e-3,
-        "adam_learning_rate": 5e-3,
+        "learning_rate": 4e-3,
+        "adam_learning_rate": 4e-3,
         "weight_decay": 0.1,
         "schedule": {"name": "wsd", "warmup": "5 %", "decay": "50 %", "end_fraction": 0.0},
     }
-    config.checkpoint = {"every": 100}
+    config.checkpoint = {"every": 200}
     config.eval = {
-        "every": 100,
+        "every": 200,
         "max_batches": 4,
         "sample_prompts": ("def main(", "The ", "class "),
         "sample_tokens": 120,

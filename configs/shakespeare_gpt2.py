@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
     )
     config.steps = 2000
     config.batch_size = 12
+    config.cpu_devices = 0  # one per core: the model is too small to fill them otherwise
     config.optimizer = {
         "name": "adamw",
         "learning_rate": 1e-3,

@@ -22,6 +22,10 @@ EXAMPLES = """examples:
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and runs it. Returns the exit status: 0, 1 for a bad input, 42 to be restarted."""
     arguments = parse(list(sys.argv[1:] if argv is None else argv))
+    if argv is None and arguments.command == "run":
+        from model.xla import restart_with_huge_pages
+
+        restart_with_huge_pages()
     try:
         return COMMANDS[arguments.command](arguments)
     # ImportError: an optional package that a job needs, told by the room that needs it.

@@ -209,7 +209,8 @@ class TrainConfig:
       name: the config file's; the run lives in `runs/<name>` unless `run_dir` says otherwise.
       batch_size: rows of `data.seq_len` tokens per step, over all hosts and micro-batches.
       accumulation: micro-batches per step; gradients are weighted by their tokens.
-      cpu_devices: how many devices the CPU is split into (0: one per core up to what divides the batch). Ignored elsewhere.
+      cpu_devices: how many devices the CPU is split into; 0 is one per core, up to what divides the batch, which is faster for
+        models so small that their operations do not fill the cores. Ignored on TPUs and GPUs.
       xz_baseline: also report what `xz -9e` needs for each held-out document (`baseline_xz_bits_per_byte`).
     """
 
@@ -229,7 +230,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     writers: tuple[WriterName, ...] = ("tensorboard",)
     log_every: int = 1
-    cpu_devices: int = 0
+    cpu_devices: int = 1
     xz_baseline: bool = False
 
     def __post_init__(self) -> None:
