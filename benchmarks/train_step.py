@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 
 from experiments.cli import configure_jax, load_train_config
-from model.xla import MALLOC_SETTINGS
 from model.config import ModelConfig
+from model.xla import MALLOC_SETTINGS
 from train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     from experiments.report import write_report
     from train.loop import train
 
-    status = train(config)
+    status = train(config, log=functools.partial(print, flush=True))
     path = write_report(config.run_dir)
     if status == 0:
         print(summary(config.run_dir, path))
@@ -105,7 +106,8 @@ def summary(run_dir: str, report_path: Any) -> str:
     with open(f"{run_dir}/result.json") as file:
         result = json.load(file)
     lines = [
-        f"Trained {result['parameters']:,} parameters on {result['tokens']:,} tokens in {result['train_seconds'] / 60:.1f} minutes.",
+        f"Trained {result['parameters']:,} parameters on {result['tokens']:,} tokens "
+        f"in {result['train_seconds'] / 60:.1f} minutes.",
         f"On held-out text: loss {result['val_loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits a byte.",
     ]
     if "baseline_xz_bits_per_byte" in result:

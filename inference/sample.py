@@ -113,7 +113,7 @@ def generate(
     highest = max(max(prompt) for prompt in prompts)
     lowest = min(min(prompt) for prompt in prompts)
     check(
-        0 <= lowest and highest < config.vocab_size,
+        lowest >= 0 and highest < config.vocab_size,
         f"a prompt holds token ids {lowest}..{highest}, but the model's vocabulary is 0..{config.vocab_size - 1}: "
         "was it encoded with another tokenizer?",
     )

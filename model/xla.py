@@ -18,7 +18,7 @@ MALLOC_SETTINGS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def restart_with_huge_pages() -> None:
-    """Replaces this process by itself with `MALLOC_SETTINGS` in its environment; does nothing where they are set, or not Linux."""
+    """Replaces this process by itself with `MALLOC_SETTINGS` in its environment, on Linux and unless they are set already."""
     if sys.platform == "linux" and not MALLOC_SETTINGS.keys() & os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | MALLOC_SETTINGS)
 

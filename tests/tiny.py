@@ -19,7 +19,7 @@ def write_corpus(directory: Path, name: str, seed: int, num_documents: int = 60)
     return folder
 
 
-CONFIG = '''
+CONFIG = """
 from ml_collections import ConfigDict
 from data.config import DataConfig, MixtureConfig, SourceConfig, TokenizerConfig
 from model.config import ModelConfig
@@ -46,7 +46,7 @@ def get_config():
     config.checkpoint = {{"every": 5, "keep": 3}}
     config.eval = {{"every": 8, "max_batches": 1, "sample_prompts": ("the",), "sample_tokens": 5}}
     return config
-'''
+"""
 
 
 def write_tiny_job(directory: Path) -> Path:

@@ -66,22 +66,24 @@ def train(config: TrainConfig, log: Log = print) -> int:
     run_dir = pathlib.Path(config.run_dir)
     # Whatever ends the loop, a checkpoint that is being written is completed first.
     with contextlib.closing(Checkpoints(str(run_dir / "checkpoints"), config.checkpoint.keep)) as checkpoints:
-        claim_directory(run_dir, config)
+        claim_directory(run_dir, config, checkpoints)
         data = prepare(config.data, config.seed, log=log)
         check(
             data.tokenizer.vocab_size <= config.model.vocab_size,
             f"the tokenizer has {data.tokenizer.vocab_size} tokens, but model.vocab_size={config.model.vocab_size}: "
             f"set model.vocab_size to {data.tokenizer.vocab_size} or more",
         )
-        check(bool(data.held_out), "nothing is held out: set held_out_fraction of a data source above 0, to have something to evaluate on")
+        check(bool(data.held_out), "nothing is held out to evaluate on: set held_out_fraction of a data source above 0")
         loop = Loop(config, data, make_trainer(config), checkpoints, log)
         with contextlib.closing(loop), stop_on_sigterm() as stop_requested:
             status = loop.run(stop_requested)
     return status
 
 
-def claim_directory(run_dir: pathlib.Path, config: TrainConfig) -> None:
+def claim_directory(run_dir: pathlib.Path, config: TrainConfig, checkpoints: Checkpoints) -> None:
     """Writes `config.json`, or compares it with the one of the run that is to be continued.
+
+    Only FREE_FIELDS may differ, and mixtures of sources that start at data steps which no checkpoint has seen yet.
 
     Raises:
       ValueError: the directory belongs to another config; every differing key is named.
@@ -90,10 +92,16 @@ def claim_directory(run_dir: pathlib.Path, config: TrainConfig) -> None:
     here = json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists():
         there = json.loads(path.read_text())
+        skipped = sum(
+            record["last_skipped"] - record["first_skipped"] + 1 for record in read_jsonl(run_dir / "incidents.jsonl")
+        )
+        seen = (checkpoints.steps() or [0])[-1] + skipped
+        past = [[mixture for mixture in side["data"]["mixtures"] if mixture["start_step"] < seen] for side in (there, here)]
+        free = (*FREE_FIELDS, "data.mixtures") if past[0] == past[1] else FREE_FIELDS
         differing = [
             f"{key} (there {old!r}, here {new!r})"
             for key, old, new in _differences(there, here)
-            if not any(key == free or key.startswith(free + ".") for free in FREE_FIELDS)
+            if not any(key == field or key.startswith(field + ".") for field in free)
         ]
         check(
             not differing,

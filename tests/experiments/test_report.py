@@ -8,11 +8,11 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from tests.experiments.fake_run import HOSTILE, STEPS, TOKENS_PER_STEP, loss, write_run
 from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import report
+from tests.experiments.fake_run import HOSTILE, STEPS, TOKENS_PER_STEP, loss, write_run
 
 
 def parse(path) -> ElementTree.Element:

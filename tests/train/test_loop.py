@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import pathlib
 import signal
 
 import jax
 import numpy as np
 import pytest
 
+from data.config import MixtureConfig
 from experiments.cli import load_train_config
 from tests.tiny import write_tiny_job
 from train import loop
@@ -36,10 +38,11 @@ def files_of(config):
     abstract = loop.make_trainer(config).abstract_state
     state, metadata = checkpoints.restore(config.steps, abstract)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-    result = json.loads(open(f"{config.run_dir}/result.json").read())
+    run_dir = pathlib.Path(config.run_dir)
+    result = json.loads((run_dir / "result.json").read_text())
     for timing in ("tokens_per_second", "train_seconds"):
         del result[timing]
-    texts = [open(f"{config.run_dir}/{name}.jsonl", "rb").read() for name in ("metrics", "samples")]
+    texts = [(run_dir / f"{name}.jsonl").read_bytes() for name in ("metrics", "samples")]
     return leaves, metadata, result, texts
 
 
@@ -156,6 +159,24 @@ def test_the_directory_of_another_config_is_refused_before_any_work(job, monkeyp
     other = dataclasses.replace(job, steps=21, seed=5)
     with pytest.raises(ValueError, match=r"(?s)another config.*seed \(there 0, here 5\), steps \(there 20, here 21\)"):
         train(other, log=lambda _: None)
+
+
+def test_a_mixture_may_change_at_a_step_that_is_still_to_come(job, tmp_path):
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
+    stop = lambda text: os.kill(os.getpid(), signal.SIGTERM) if text.startswith("step 8:") else None  # noqa: E731
+    assert train(config, log=stop) == PREEMPTED
+
+    def with_mixture(start_step):
+        mixtures = (*job.data.mixtures, MixtureConfig(start_step, (("a", 1),)))
+        return dataclasses.replace(config, data=dataclasses.replace(job.data, mixtures=mixtures))
+
+    with pytest.raises(ValueError, match="data.mixtures"):
+        train(with_mixture(8), log=lambda _: None)
+    assert train(with_mixture(12), log=lambda _: None) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["mixtures"][-1]["start_step"] == 12
+    changed, unchanged = (read_jsonl(f"{run_dir}/metrics.jsonl") for run_dir in (config.run_dir, job.run_dir))
+    assert [a == b for a, b in zip(changed, unchanged, strict=True) if a["step"] <= 12] == [True] * 13
+    assert changed[13]["loss"] != unchanged[13]["loss"]
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(job, tmp_path, monkeypatch):
