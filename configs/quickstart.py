@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
         tokenizer=TokenizerConfig(kind="byte_bpe", vocab_size=2048, train_bytes=4_000_000),
         seq_len=256,
     )
-    config.steps = 800
+    config.steps = 640
     config.batch_size = 8
     config.cpu_devices = 0
     config.optimizer = {
@@ -38,9 +38,9 @@ def get_config() -> ConfigDict:
         "weight_decay": 0.1,
         "schedule": {"name": "wsd", "warmup": "5 %", "decay": "50 %", "end_fraction": 0.0},
     }
-    config.checkpoint = {"every": 200}
+    config.checkpoint = {"every": 160}
     config.eval = {
-        "every": 200,
+        "every": 160,
         "max_batches": 4,
         "sample_prompts": ("def main(", "The ", "class "),
         "sample_tokens": 120,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
@@ -29,3 +32,26 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
 def write_json_atomic(path: str | os.PathLike[str], value: object) -> None:
     """`write_atomic` of `value` as indented JSON; floats round-trip exactly."""
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def only_process_in(directory: pathlib.Path) -> Iterator[None]:
+    """Creates `directory` and holds a lock on it that ends with the process, however it ends.
+
+    Raises:
+      OSError: it cannot be created or written to.
+      RuntimeError: another process holds it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise OSError(f"cannot write to {directory} ({error.strerror}): choose another --config.run_dir") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RuntimeError(
+                f"another process is running in {directory}: wait for its end, stop it, or choose another --config.run_dir"
+            ) from error
+        yield

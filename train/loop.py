@@ -31,7 +31,7 @@ from model.flops import train_flops_per_token
 from train.baseline import xz_bits_per_byte
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check
-from train.files import write_json_atomic
+from train.files import only_process_in, write_json_atomic
 from train.metrics import JsonlWriter, Writer, make_writers, read_jsonl, truncate_jsonl
 from train.peak import matmul_peak
 from train.progress import Progress
@@ -64,9 +64,13 @@ def train(config: TrainConfig, log: Log = print) -> int:
       RuntimeError: the loss went bad more than `rollback.max_incidents` times.
     """
     run_dir = pathlib.Path(config.run_dir)
-    # Whatever ends the loop, a checkpoint that is being written is completed first.
-    with contextlib.closing(Checkpoints(str(run_dir / "checkpoints"), config.checkpoint.keep)) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_process_in(run_dir))
+        # Whatever ends the loop, a checkpoint that is being written is completed first.
+        checkpoints = Checkpoints(str(run_dir / "checkpoints"), config.checkpoint.keep)
+        stack.enter_context(contextlib.closing(checkpoints))
         claim_directory(run_dir, config, checkpoints)
+        trainer = make_trainer(config)
         data = prepare(config.data, config.seed, log=log)
         check(
             data.tokenizer.vocab_size <= config.model.vocab_size,
@@ -74,10 +78,9 @@ def train(config: TrainConfig, log: Log = print) -> int:
             f"set model.vocab_size to {data.tokenizer.vocab_size} or more",
         )
         check(bool(data.held_out), "nothing is held out to evaluate on: set held_out_fraction of a data source above 0")
-        loop = Loop(config, data, make_trainer(config), checkpoints, log)
-        with contextlib.closing(loop), stop_on_sigterm() as stop_requested:
-            status = loop.run(stop_requested)
-    return status
+        loop = Loop(config, data, trainer, checkpoints, log)
+        stack.enter_context(contextlib.closing(loop))
+        return loop.run(stack.enter_context(stop_on_sigterm()))
 
 
 def claim_directory(run_dir: pathlib.Path, config: TrainConfig, checkpoints: Checkpoints) -> None:

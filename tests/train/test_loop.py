@@ -15,6 +15,7 @@ from experiments.cli import load_train_config
 from tests.tiny import write_tiny_job
 from train import loop
 from train.checkpoint import Checkpoints
+from train.files import only_process_in
 from train.loop import PREEMPTED, train
 from train.metrics import read_jsonl
 
@@ -179,10 +180,21 @@ def test_a_mixture_may_change_at_a_step_that_is_still_to_come(job, tmp_path):
     assert changed[13]["loss"] != unchanged[13]["loss"]
 
 
+def test_a_second_process_in_the_same_directory_is_refused(job):
+    with only_process_in(pathlib.Path(job.run_dir)), pytest.raises(RuntimeError, match="another process is running"):
+        train(job, log=lambda _: None)
+
+
+def test_a_directory_that_cannot_be_written_is_refused(job, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"choose another --config.run_dir"):
+        train(dataclasses.replace(job, run_dir=str(tmp_path / "file" / "run")), log=lambda _: None)
+
+
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(job, tmp_path, monkeypatch):
     model = dataclasses.replace(job.model, vocab_size=299)
     config = dataclasses.replace(job, model=model, run_dir=str(tmp_path / "run"))
-    monkeypatch.setattr(loop, "make_trainer", lambda *_: pytest.fail("the model was built"))
+    monkeypatch.setattr(loop, "Loop", lambda *_: pytest.fail("the model was compiled"))
     with pytest.raises(ValueError, match="set model.vocab_size to 300 or more"):
         train(config, log=lambda _: None)
 
