@@ -109,18 +109,28 @@ def load(batches: Batches, first_step: int, stop_step: int, num_threads: int, pr
 
 
 def held_out_batches(
-    prepared: PreparedData, config: DataConfig, source: str, batch_size: int, *, host_index: int = 0, host_count: int = 1
+    prepared: PreparedData,
+    config: DataConfig,
+    source: str,
+    batch_size: int,
+    max_batches: int = 0,
+    *,
+    host_index: int = 0,
+    host_count: int = 1,
 ) -> Iterator[Batch]:
     """The held-out rows of `source`, each exactly once, in order; the last batch is filled up with padding rows.
 
     Args:
       batch_size: rows over all hosts; a multiple of `host_count`.
+      max_batches: only so many, spread evenly over all; 0 is all.
     """
     if source not in prepared.held_out:
         raise ValueError(f"data source {source!r} holds nothing out to evaluate on: set its held_out_fraction above 0")
     packed = prepared.held_out[source]
     share = batch_size // host_count
-    for start in range(host_index * share, -(-len(packed) // batch_size) * batch_size, batch_size):
+    num_batches = -(-len(packed) // batch_size)
+    chosen = np.linspace(0, num_batches - 1, min(max_batches or num_batches, num_batches)).round().astype(int)
+    for start in (chosen * batch_size + host_index * share).tolist():
         rows = np.arange(start, min(start + share, len(packed)))
         batch = packed.read(rows, config.attend_across_documents)
         yield {key: np.pad(value, ((0, share - rows.size), (0, 0))) for key, value in batch.items()}

@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any
@@ -17,6 +18,8 @@ EXAMPLES = """examples:
   loam inspect --config=configs/quickstart.py
   loam sample runs/quickstart --prompt="def main(" --temperature=0.8 --top-k=50
   loam ckpt verify runs/quickstart
+
+LOAM_DEBUG=1 in the environment shows where an error was raised.
 """
 
 
@@ -90,14 +93,17 @@ def configure_jax(config: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     config = load_train_config(arguments.config, arguments.overrides)
+    from train.config import PREEMPTED
+
+    # Until the loop takes over there is nothing to save, and the same command starts again.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
     configure_jax(config)
     from experiments.report import write_report
     from train.loop import train
 
     status = train(config, log=functools.partial(print, flush=True))
-    path = write_report(config.run_dir)
     if status == 0:
-        print(summary(config.run_dir, path))
+        print(summary(config.run_dir, write_report(config.run_dir)))
     return status
 
 

@@ -119,8 +119,8 @@ def build(cls: type[T], value: Any, path: tuple[str, ...] = ()) -> T:
     """
     where = "config." + ".".join(path) if path else "config"
     if dataclasses.is_dataclass(cls):
-        if isinstance(value, cls):
-            return value
+        if isinstance(value, cls):  # made in a config file: its literals and types are checked like everything else
+            value = {name: getattr(value, name) for name in typing.get_type_hints(cls)}
         if not isinstance(value, dict):
             raise ConfigError(f"{where}={value!r} must be a group of keys, like those of {cls.__name__}")
         hints = typing.get_type_hints(cls)

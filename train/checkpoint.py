@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -303,7 +304,9 @@ class Checkpoints:
         """Renames a damaged step (unless read-only), and says what was done."""
         if self._read_only:
             return "left where it is"
-        name = f"damaged-{step}"
+        # A step that is written again, after an older one was restored, can be damaged again.
+        names = (f"damaged-{step}" + (f"-{again}" if again else "") for again in itertools.count())
+        name = next(name for name in names if not (self._directory / name).exists())
         if jax.process_index() == 0:
             (self._directory / str(step)).rename(self._directory / name)
         if jax.process_count() > 1:

@@ -13,6 +13,9 @@ OptimizerName = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
 ScheduleName = Literal["cosine", "wsd", "linear", "constant"]
 WriterName = Literal["tensorboard", "wandb", "trackio"]
 
+# Exit status that asks the scheduler for a restart; any other than 0 is an error of the job.
+PREEMPTED = 42
+
 DURATION = re.compile(r"(\d[\d_]*(?:\.\d+)?)\s*(steps|tokens|%)")
 
 
@@ -237,6 +240,7 @@ class TrainConfig:
         check(bool(self.name), "name is empty: a run is named after its config file")
         if not self.run_dir:
             object.__setattr__(self, "run_dir", f"runs/{self.name}")
+        check("://" not in self.run_dir, f"run_dir={self.run_dir!r} must be a local or mounted directory")
         for field in ("steps", "batch_size", "accumulation", "log_every"):
             check(getattr(self, field) > 0, f"{field}={getattr(self, field)} must be positive")
         check(

@@ -30,9 +30,9 @@ from inference.sample import SamplingConfig, generate
 from model.flops import train_flops_per_token
 from train.baseline import xz_bits_per_byte
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig, check
+from train.config import PREEMPTED, TrainConfig, check
 from train.files import only_process_in, write_json_atomic
-from train.metrics import JsonlWriter, Writer, make_writers, read_jsonl, truncate_jsonl
+from train.metrics import JsonlWriter, Writer, check_writers, make_writers, read_jsonl, truncate_jsonl
 from train.peak import matmul_peak
 from train.progress import Progress
 from train.provenance import provenance
@@ -40,12 +40,9 @@ from train.step import Trainer, TrainState, make_trainer
 
 Log = Callable[[str], None]
 
-# Exit status that asks the scheduler for a restart; anything else that is not 0 is an error of the job.
-PREEMPTED = 42
-
-# Fields of a config that may differ when a run is continued: none of them changes an update.
-FREE_FIELDS = ("run_dir", "writers", "log_every", "checkpoint", "eval", "data.cache_dir", "data.loader_threads",
-               "data.prefetch_batches", "rollback.max_incidents", "xz_baseline")  # fmt: skip
+# Fields of a config that may differ when a run is continued: none of them changes an update by more than rounding.
+FREE_FIELDS = ("run_dir", "mesh", "cpu_devices", "writers", "log_every", "checkpoint", "eval", "data.cache_dir",
+               "data.loader_threads", "data.prefetch_batches", "rollback.max_incidents", "xz_baseline")  # fmt: skip
 
 
 class Incident(Exception):
@@ -63,13 +60,15 @@ def train(config: TrainConfig, log: Log = print) -> int:
       ValueError, OSError: bad input, told before anything expensive; see the message.
       RuntimeError: the loss went bad more than `rollback.max_incidents` times.
     """
+    check(jax.process_count() == 1, "training on several hosts is not implemented: run one process")
+    check_writers(config.writers)
     run_dir = pathlib.Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_process_in(run_dir))
         # Whatever ends the loop, a checkpoint that is being written is completed first.
         checkpoints = Checkpoints(str(run_dir / "checkpoints"), config.checkpoint.keep)
         stack.enter_context(contextlib.closing(checkpoints))
-        claim_directory(run_dir, config, checkpoints)
+        compare_config(run_dir, config, checkpoints)
         trainer = make_trainer(config)
         data = prepare(config.data, config.seed, log=log)
         check(
@@ -77,14 +76,16 @@ def train(config: TrainConfig, log: Log = print) -> int:
             f"the tokenizer has {data.tokenizer.vocab_size} tokens, but model.vocab_size={config.model.vocab_size}: "
             f"set model.vocab_size to {data.tokenizer.vocab_size} or more",
         )
+        compare_data(run_dir, data, checkpoints)
+        check_prompts(config, data)
         check(bool(data.held_out), "nothing is held out to evaluate on: set held_out_fraction of a data source above 0")
         loop = Loop(config, data, trainer, checkpoints, log)
         stack.enter_context(contextlib.closing(loop))
         return loop.run(stack.enter_context(stop_on_sigterm()))
 
 
-def claim_directory(run_dir: pathlib.Path, config: TrainConfig, checkpoints: Checkpoints) -> None:
-    """Writes `config.json`, or compares it with the one of the run that is to be continued.
+def compare_config(run_dir: pathlib.Path, config: TrainConfig, checkpoints: Checkpoints) -> None:
+    """Compares the config with the one of the run that is to be continued.
 
     Only FREE_FIELDS may differ, and mixtures of sources that start at data steps which no checkpoint has seen yet.
 
@@ -95,10 +96,8 @@ def claim_directory(run_dir: pathlib.Path, config: TrainConfig, checkpoints: Che
     here = json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists():
         there = json.loads(path.read_text())
-        skipped = sum(
-            record["last_skipped"] - record["first_skipped"] + 1 for record in read_jsonl(run_dir / "incidents.jsonl")
-        )
-        seen = (checkpoints.steps() or [0])[-1] + skipped
+        skipped = skipped_windows(read_jsonl(run_dir / "incidents.jsonl"))
+        seen = (checkpoints.steps() or [0])[-1] + sum(last - first + 1 for first, last in skipped)
         past = [[mixture for mixture in side["data"]["mixtures"] if mixture["start_step"] < seen] for side in (there, here)]
         free = (*FREE_FIELDS, "data.mixtures") if past[0] == past[1] else FREE_FIELDS
         differing = [
@@ -111,7 +110,44 @@ def claim_directory(run_dir: pathlib.Path, config: TrainConfig, checkpoints: Che
             f"{run_dir} holds a run of another config; different are {', '.join(differing[:8])}. Continue it with its own "
             "config, choose another --config.run_dir, or move the old run away.",
         )
-    write_json_atomic(path, here)
+
+
+def compare_data(run_dir: pathlib.Path, data: PreparedData, checkpoints: Checkpoints) -> None:
+    """Raises ValueError where a run is to be continued on other data than it began with."""
+    path = run_dir / "data_manifest.json"
+    if path.exists() and checkpoints.steps():
+        differing = [key for key, _, _ in _differences(json.loads(path.read_text()), json.loads(json.dumps(data.manifest)))]
+        check(
+            not differing,
+            f"the data of {run_dir} has changed since the run began ({', '.join(differing[:8])}): bring the old data back, or "
+            "choose another --config.run_dir",
+        )
+
+
+def check_prompts(config: TrainConfig, data: PreparedData) -> None:
+    """Raises ValueError for prompts that could not be continued at the first evaluation."""
+    for prompt in config.eval.sample_prompts:
+        length = len(data.tokenizer.encode_prompt(prompt))
+        check(length > 0, f"eval.sample_prompts: {prompt!r} has no token: give some text")
+        check(
+            length + config.eval.sample_tokens <= config.model.max_seq_len,
+            f"eval.sample_prompts: {prompt!r} has {length} tokens; with eval.sample_tokens={config.eval.sample_tokens} that "
+            f"exceeds model.max_seq_len={config.model.max_seq_len}: shorten one of them",
+        )
+
+
+def skipped_windows(incidents: list[dict[str, Any]]) -> tuple[tuple[int, int], ...]:
+    """The disjoint windows (first, last) of data steps that incidents leave out.
+
+    Windows overlap where a run had to go back behind an earlier incident, because a checkpoint was damaged.
+    """
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted((record["first_skipped"], record["last_skipped"]) for record in incidents):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return tuple(merged)
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -147,6 +183,7 @@ class Loop:
         self.flops_per_step = train_flops_per_token(config.model, config.data.seq_len) * config.tokens_per_step
         info = provenance(trainer.mesh, data.manifest_hash, self.peak)
         write_json_atomic(self.run_dir / "provenance.json", info)
+        write_json_atomic(self.run_dir / "config.json", dataclasses.asdict(config))
         write_json_atomic(self.run_dir / "data_manifest.json", data.manifest)
         data.tokenizer.save(self.run_dir / "tokenizer")
         self.step_function = self._compile()
@@ -197,15 +234,12 @@ class Loop:
         return metrics, JsonlWriter(self.run_dir / "samples.jsonl")
 
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
-        skipped = tuple((record["first_skipped"], record["last_skipped"]) for record in self.incidents)
         batches = Batches(
             self.data,
             self.config.data,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
-            skipped=skipped,
+            skipped=skipped_windows(self.incidents),
         )
         data = self.config.data
         self.data_step = batches.data_step
@@ -278,7 +312,7 @@ class Loop:
 
     def _check_loss(self, step: int, metrics: dict[str, float]) -> None:
         loss, rollback = metrics["loss"], self.config.rollback
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "param_norm"):
             if not math.isfinite(metrics[name]):
                 raise Incident(step, f"{name} is {metrics[name]}")
         if rollback.spike_factor and len(self.losses) == rollback.window:
@@ -328,6 +362,8 @@ class Loop:
         with self.timed("eval"):
             limit = 0 if all_batches else self.config.eval.max_batches
             scores = evaluate(self.trainer, self._eval_params(), self.data, limit)
+            if not math.isfinite(scores["val_loss"]):
+                raise Incident(self.step, f"val_loss is {scores['val_loss']}")
             self.metrics.write(self.step, scores)
             self.progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             for prompt, text in self._sample():
@@ -384,13 +420,12 @@ def evaluate(trainer: Trainer, params: Any, data: PreparedData, max_batches: int
     totals: dict[str, list[float]] = {}
     for source in data.held_out:
         sums = []
-        batches = held_out_batches(data, config.data, source, config.batch_size)
-        for number, batch in enumerate(batches):
-            if max_batches and number >= max_batches:
-                break
+        for batch in held_out_batches(data, config.data, source, config.batch_size, max_batches):
             num_bytes = float(np.sum(data.tokenizer.byte_lengths[batch["targets"]] * batch["weights"]))
             on_devices = {k: jax.make_array_from_process_local_data(trainer.batch_sharding, v) for k, v in batch.items()}
             sums.append((trainer.evaluate(params, on_devices), float(batch["weights"].sum()), num_bytes))
+            if len(sums) > 1:  # Never more than two batches wait on the devices.
+                jax.block_until_ready(sums[-2][0])
         loss = sum(float(jax.device_get(metrics["loss"])) for metrics, _, _ in sums)
         totals[source] = [loss, sum(tokens for _, tokens, _ in sums), sum(num_bytes for _, _, num_bytes in sums)]
 

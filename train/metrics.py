@@ -121,7 +121,7 @@ class TensorBoardWriter:
     """Event files in `<run_dir>/tensorboard`; a reader drops what an earlier start wrote from `first_step` on."""
 
     def __init__(self, run_dir: pathlib.Path, run_name: str, first_step: int):
-        tensorboard = _import("tensorboardX", "tensorboard")
+        tensorboard = _import("tensorboard")
         # Its file names tell seconds only: a run that goes back to a checkpoint at once would overwrite its own file.
         suffix = f".{first_step:09d}.{os.getpid()}"
         self._events = tensorboard.SummaryWriter(
@@ -144,7 +144,7 @@ class WandbWriter:
     and `wandb sync` uploads the directory later. A restarted job continues the same run."""
 
     def __init__(self, run_dir: pathlib.Path, run_name: str, first_step: int):
-        wandb = _import("wandb", "wandb")
+        wandb = _import("wandb")
         identity = run_dir / "wandb_id"
         if not identity.exists():
             write_atomic(identity, uuid.uuid4().hex.encode())
@@ -174,7 +174,7 @@ class TrackioWriter:
     """trackio: a local database under its own cache directory (TRACKIO_DIR), shown by `trackio show`."""
 
     def __init__(self, run_dir: pathlib.Path, run_name: str, first_step: int):
-        trackio = _import("trackio", "trackio")
+        trackio = _import("trackio")
         self._run = trackio.init(project=os.environ.get("TRACKIO_PROJECT", "loam"), name=run_name, resume="allow")
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -189,6 +189,14 @@ class TrackioWriter:
 
 WRITERS = {"tensorboard": TensorBoardWriter, "wandb": WandbWriter, "trackio": TrackioWriter}
 
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+
+
+def check_writers(names: Sequence[str]) -> None:
+    """Raises ModuleNotFoundError if the package of a writer is not installed."""
+    for name in names:
+        _import(name)
+
 
 def make_writers(names: Sequence[str], run_dir: str | os.PathLike[str], run_name: str, first_step: int) -> MetricWriter:
     """Opens `metrics.jsonl` and the named writers for a job whose next record is of `first_step`.
@@ -200,7 +208,8 @@ def make_writers(names: Sequence[str], run_dir: str | os.PathLike[str], run_name
     return MetricWriter(run_dir, [WRITERS[name](run_dir, run_name, first_step) for name in names])
 
 
-def _import(module: str, name: str) -> types.ModuleType:
+def _import(name: str) -> types.ModuleType:
+    module = PACKAGES[name]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -38,7 +38,7 @@ def provenance(mesh: jax.sharding.Mesh, manifest_hash: str, peak_flops: float) -
             "mesh": dict(mesh.shape),
             "peak_flops": peak_flops,
         },
-        "flags": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+        "flags": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES")},
         "command": sys.argv,
         "data_manifest_hash": manifest_hash,
     }

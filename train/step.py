@@ -75,7 +75,8 @@ def mean_gradients(
     def add(total: tuple[Params, Metrics], micro: Batch) -> tuple[tuple[Params, Metrics], None]:
         return jax.tree.map(jnp.add, total, gradient(params, micro)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, batch))
+    shapes = jax.eval_shape(gradient, params, batch)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
     (gradients, metrics), _ = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
     return gradients, metrics
 
@@ -87,7 +88,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> tuple[TrainState, Metrics]:
-    """One update. The metrics are those of the parameters before it."""
+    """One update. The metrics are those of the parameters before it; only `param_norm` is after it: were they left finite?"""
     gradients, metrics = mean_gradients(state.params, config.model, config.loss, batch, config.accumulation)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -96,7 +97,7 @@ def train_step(
         ema = optax.incremental_update(params, ema, 1 - config.optimizer.ema_decay)
     metrics |= {
         "grad_norm": optax.tree.norm(gradients),
-        "param_norm": optax.tree.norm(state.params),
+        "param_norm": optax.tree.norm(params),
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
     return TrainState(params, opt_state, ema, state.step + 1), metrics

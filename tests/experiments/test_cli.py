@@ -116,13 +116,13 @@ def test_mistakes_in_the_config_are_told_before_jax_starts(command, tmp_path, mo
 def test_a_missing_shakespeare_says_where_to_get_it(here, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("shakespeare_gpt2", "shakespeare_modern"):
-        error = refused(["run", f"--config={ROOT}/configs/{name}.py"], capsys)
+        error = refused(["run", f"--config={ROOT}/configs/{name}.py", "--config.batch_size=16"], capsys)
         assert "'tinyshakespeare.txt' is neither a file" in error
         assert "github.com/karpathy/char-rnn" in error
 
 
 def test_a_missing_optional_package_is_an_error_of_the_input(here, tmp_path, monkeypatch, capsys):
-    def needs_package(config):
+    def needs_package(config, log):
         raise ModuleNotFoundError("reading x needs the package 'y', which is not installed")
 
     monkeypatch.setattr("train.loop.train", needs_package)

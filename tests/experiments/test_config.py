@@ -73,7 +73,7 @@ def test_a_mistake_in_the_file_names_the_line(tmp_path, body, message):
 def test_groups_may_be_dicts_config_dicts_or_dataclasses_within_each_other():
     optimizer = ConfigDict({"name": "adamw", "schedule": ScheduleConfig(warmup="3 steps")})
     config = build(TrainConfig, {**TREE, "optimizer": optimizer.to_dict()})
-    assert config.model is MODEL
+    assert config.model == MODEL
     assert config.optimizer == OptimizerConfig(schedule=ScheduleConfig(warmup="3 steps"))
 
 
@@ -219,3 +219,9 @@ def test_json_and_back_is_the_same_config():
         model=dataclasses.replace(MODEL, rope=rope, num_kv_heads=2),
     )
     assert build(TrainConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_a_dataclass_made_in_a_config_file_is_checked_like_a_mapping():
+    data = DataConfig(sources=(SourceConfig(name="a", kind="stdlib"),), packing="bestfit")  # pyright: ignore
+    with pytest.raises(ConfigError, match=r"config.packing='bestfit' must be one of .*Did you mean 'best_fit'"):
+        build(DataConfig, data)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 
 import jax
@@ -15,9 +16,15 @@ from experiments.cli import load_train_config
 from tests.tiny import write_tiny_job
 from train import loop
 from train.checkpoint import Checkpoints
+from train.config import PREEMPTED
 from train.files import only_process_in
-from train.loop import PREEMPTED, train
+from train.loop import train
 from train.metrics import read_jsonl
+
+
+def terminate_at(beginning):
+    """A log that sends SIGTERM to this process at the first line that begins so."""
+    return lambda text: os.kill(os.getpid(), signal.SIGTERM) if text.startswith(beginning) else None
 
 
 class Killed(BaseException):
@@ -81,8 +88,7 @@ def test_a_run_that_dies_and_is_stopped_continues_to_the_same_bits(job, tmp_path
     with pytest.raises(Killed):
         train(config, log=die)
     # Goes on, and is asked to stop after the evaluation of step 16, between two checkpoints.
-    status = train(config, log=lambda text: os.kill(os.getpid(), signal.SIGTERM) if text.startswith("step 16:") else None)
-    assert status == PREEMPTED
+    assert train(config, log=terminate_at("step 16:")) == PREEMPTED
     said = []
     assert train(config, log=said.append) == 0
     assert "continuing from the checkpoint of step 17" in said
@@ -91,7 +97,7 @@ def test_a_run_that_dies_and_is_stopped_continues_to_the_same_bits(job, tmp_path
 
 def test_a_torn_record_and_records_after_the_checkpoint_are_dropped(job, tmp_path):
     config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
-    train(dataclasses.replace(config), log=lambda text: os.kill(os.getpid(), signal.SIGTERM) if "step 8:" in text else None)
+    train(config, log=terminate_at("step 8:"))
     with open(f"{config.run_dir}/metrics.jsonl", "a") as file:
         file.write('{"step": 999, "loss": 1.0}\n{"step": 1000, "lo')
     train(config, log=lambda _: None)
@@ -150,9 +156,9 @@ def test_a_spike_is_an_incident(job):
     rollback = dataclasses.replace(job.rollback, spike_factor=2.0, window=3)
     quiet = Quiet(dataclasses.replace(job, rollback=rollback))
     for step, loss in enumerate((9.0, 1.0, 1.1, 1.9)):
-        quiet._check_loss(step, {"loss": loss, "grad_norm": 1.0})
+        quiet._check_loss(step, {"loss": loss, "grad_norm": 1.0, "param_norm": 1.0})
     with pytest.raises(loop.Incident, match="median"):
-        quiet._check_loss(4, {"loss": 2.3, "grad_norm": 1.0})
+        quiet._check_loss(4, {"loss": 2.3, "grad_norm": 1.0, "param_norm": 1.0})
 
 
 def test_the_directory_of_another_config_is_refused_before_any_work(job, monkeypatch):
@@ -164,8 +170,7 @@ def test_the_directory_of_another_config_is_refused_before_any_work(job, monkeyp
 
 def test_a_mixture_may_change_at_a_step_that_is_still_to_come(job, tmp_path):
     config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
-    stop = lambda text: os.kill(os.getpid(), signal.SIGTERM) if text.startswith("step 8:") else None  # noqa: E731
-    assert train(config, log=stop) == PREEMPTED
+    assert train(config, log=terminate_at("step 8:")) == PREEMPTED
 
     def with_mixture(start_step):
         mixtures = (*job.data.mixtures, MixtureConfig(start_step, (("a", 1),)))
@@ -178,6 +183,59 @@ def test_a_mixture_may_change_at_a_step_that_is_still_to_come(job, tmp_path):
     changed, unchanged = (read_jsonl(f"{run_dir}/metrics.jsonl") for run_dir in (config.run_dir, job.run_dir))
     assert [a == b for a, b in zip(changed, unchanged, strict=True) if a["step"] <= 12] == [True] * 13
     assert changed[13]["loss"] != unchanged[13]["loss"]
+
+
+def test_a_refused_start_does_not_claim_the_directory(job, tmp_path):
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"), steps=3)
+    missing = dataclasses.replace(job.data.sources[0], path=str(tmp_path / "nowhere.txt"))
+    refused = dataclasses.replace(config, data=dataclasses.replace(job.data, sources=(missing, job.data.sources[1])))
+    with pytest.raises(FileNotFoundError, match=r"nowhere.txt"):
+        train(refused, log=lambda _: None)
+    assert train(config, log=lambda _: None) == 0
+
+
+def test_a_run_is_not_continued_on_other_data(job, tmp_path):
+    corpus = tmp_path / "text"
+    shutil.copytree(job.data.sources[0].path, corpus)
+    source = dataclasses.replace(job.data.sources[0], path=str(corpus))
+    data = dataclasses.replace(job.data, sources=(source,), mixtures=(), cache_dir=str(tmp_path / "cache"))
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"), data=data)
+    assert train(config, log=terminate_at("step 8:")) == PREEMPTED
+    (corpus / "0.txt").write_text("another text " * 50)
+    with pytest.raises(ValueError, match=r"data of .* has changed since the run began \(.*content_hash"):
+        train(config, log=lambda _: None)
+
+
+def test_prompts_that_cannot_be_continued_are_refused_before_the_model_is_compiled(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "Loop", lambda *_: pytest.fail("the model was compiled"))
+    evaluation = dataclasses.replace(job.eval, sample_tokens=job.model.max_seq_len)
+    with pytest.raises(ValueError, match=r"eval.sample_tokens=128 that exceeds model.max_seq_len=128"):
+        train(dataclasses.replace(job, run_dir=str(tmp_path / "run"), eval=evaluation), log=lambda _: None)
+
+
+def test_windows_of_incidents_that_overlap_are_one(job):
+    records = [{"first_skipped": first, "last_skipped": last} for first, last in ((37, 38), (60, 61), (20, 40), (62, 63))]
+    windows = loop.skipped_windows(records)
+    assert windows == ((20, 40), (60, 63))
+    batches = object.__new__(loop.Batches)
+    batches._skipped = windows
+    served = [batches.data_step(step) for step in range(60)]
+    assert served == [step for step in range(85) if not (20 <= step <= 40 or 60 <= step <= 63)]
+
+
+def test_an_incident_behind_a_damaged_checkpoint_and_a_kill(job, tmp_path, monkeypatch):
+    """Incident after checkpoint 15; then checkpoint 15 is damaged, and an incident at the same data comes again."""
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
+    poison(monkeypatch, bad_data_step=16, value=np.nan)
+    assert train(config, log=terminate_at("went back to step 15")) == PREEMPTED
+    for path in (tmp_path / "run" / "checkpoints").glob("1[5-9]/state/**/*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    poison(monkeypatch, bad_data_step=12, value=np.nan)
+    assert train(config, log=lambda _: None) == 0
+    assert loop.skipped_windows(read_jsonl(f"{config.run_dir}/incidents.jsonl")) == ((10, 12), (15, 16))
+    records = [record for record in read_jsonl(f"{config.run_dir}/metrics.jsonl") if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, job.steps + 1))
 
 
 def test_a_second_process_in_the_same_directory_is_refused(job):
@@ -200,8 +258,6 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(job, tmp_path, monk
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_says_so(job, tmp_path):
-    import shutil
-
     config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
     shutil.copytree(job.run_dir, config.run_dir)
     array = max((tmp_path / "run" / "checkpoints" / "20").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
