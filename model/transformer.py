@@ -109,7 +109,15 @@ def attention_block(
         v_BTKD = cache[1].at[rows, context.positions].set(v_BTKD, mode="drop")
         cache = (k_BTKD, v_BTKD)
     scale = config.attention_scale or config.head_dim**-0.5
-    out_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, context.allowed[window], scale=scale, cap=config.attention_soft_cap)
+    out_BTHD = attention(
+        q_BTHD,
+        k_BTKD,
+        v_BTKD,
+        context.allowed[window],
+        scale=scale,
+        cap=config.attention_soft_cap,
+        in_order=cache is None,
+    )
     return linear(out_BTHD, params["out"], params.get("out_bias"), contract=2), cache
 
 
@@ -170,8 +178,9 @@ def forward(
     """Runs the network up to the final norm; `unembed` turns the result into logits.
 
     Args:
-      tokens, positions: int32 [B, T]. With a cache, a token at position p is written to slot p and sees slots 0..p, so
-        every slot up to p must have been written by then; a position of max_len or more is computed but not written.
+      tokens, positions: int32 [B, T]. Positions ascend along a row within a segment. With a cache, a token at position p is
+        written to slot p and sees slots 0..p, so every slot up to p must have been written by then; a position of max_len or
+        more is computed but not written.
       segment_ids: int32 [B, T]; tokens see only their own segment. None is one segment per row. Not with a cache.
 
     Returns:

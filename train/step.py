@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.config import ModelConfig
@@ -51,18 +52,17 @@ def loss_sums(params: Params, model: ModelConfig, loss: LossConfig, batch: Batch
     return nll + z_loss, sums
 
 
-def mean_gradients(
-    params: Params, model: ModelConfig, loss: LossConfig, batch: Batch, accumulation: int
+def gradient_sums(
+    params: Params, batch: Batch, *, model: ModelConfig, loss: LossConfig, accumulation: int
 ) -> tuple[Params, Metrics]:
-    """Gradients and metrics per token of the whole batch, computed in `accumulation` micro-batches.
+    """Gradients and metrics summed over the weighted tokens of a batch, computed in `accumulation` micro-batches.
 
-    Every micro-batch is divided by the tokens of the whole batch, so unequal padding does not change the result.
+    Sums, because they add up over micro-batches and replicas however unevenly the tokens lie; `weight` is what to divide by.
     """
-    num_tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
     def objective(params: Params, micro: Batch) -> tuple[jax.Array, Metrics]:
         total, sums = loss_sums(params, model, loss, micro)
-        return total / num_tokens, jax.tree.map(lambda s: s / num_tokens, sums)
+        return total, sums | {"weight": jnp.sum(micro["weights"])}
 
     gradient = jax.grad(objective, has_aux=True)
     if accumulation == 1:
@@ -77,19 +77,44 @@ def mean_gradients(
 
     shapes = jax.eval_shape(gradient, params, batch)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
-    (gradients, metrics), _ = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
-    return gradients, metrics
+    return jax.lax.scan(add, zeros, jax.tree.map(split, batch))[0]
+
+
+GradientSums = Callable[[Params, Batch], tuple[Params, Metrics]]
+
+
+def over_replicas(sums: GradientSums, mesh: Mesh) -> GradientSums:
+    """`sums` over the rows of all devices of a mesh that has only a data axis, added up as one vector.
+
+    The same numbers as the partitioner's, which adds up parameter by parameter: on CPU devices each of those is a meeting of
+    all threads, and their number, not their size, is what they cost (experiments/LOG.md).
+    """
+
+    def local(params: Params, batch: Batch) -> tuple[Params, Metrics]:
+        vector, unravel = ravel_pytree(sums(params, batch))
+        return unravel(jax.lax.psum(vector, "data"))
+
+    replicated = PartitionSpec()
+    return jax.shard_map(local, mesh=mesh, in_specs=(replicated, PartitionSpec("data")), out_specs=replicated, check_vma=False)
+
+
+def mean_gradients(sums: GradientSums, params: Params, batch: Batch) -> tuple[Params, Metrics]:
+    """Gradients and metrics per weighted token."""
+    gradients, metrics = sums(params, batch)
+    weight = jnp.maximum(metrics.pop("weight"), 1.0)
+    return jax.tree.map(lambda total: total / weight, (gradients, metrics))
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
     config: TrainConfig,
+    sums: GradientSums,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> tuple[TrainState, Metrics]:
     """One update. The metrics are those of the parameters before it; only `param_norm` is after it: were they left finite?"""
-    gradients, metrics = mean_gradients(state.params, config.model, config.loss, batch, config.accumulation)
+    gradients, metrics = mean_gradients(sums, state.params, batch)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
@@ -166,7 +191,10 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
     of_ema = of_params if config.optimizer.ema_decay else None
     shardings = abstract.replace(params=of_params, opt_state=of_opt_state, ema=of_ema, step=replicated)
     begin = jax.jit(begin, out_shardings=shardings)
-    step = functools.partial(train_step, config=config, optimizer=optimizer, schedule=schedule)
+    sums = functools.partial(gradient_sums, model=config.model, loss=config.loss, accumulation=config.accumulation)
+    if mesh.devices.flat[0].platform == "cpu" and 1 < mesh.size == mesh.shape["data"]:
+        sums = over_replicas(sums, mesh)
+    step = functools.partial(train_step, config=config, sums=sums, optimizer=optimizer, schedule=schedule)
     return Trainer(
         config=config,
         specs=specs,

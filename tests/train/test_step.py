@@ -14,7 +14,7 @@ from model.params import init_params, param_specs, unstack_layers
 from model.presets import preset
 from model.transformer import forward, unembed
 from train.config import LossConfig, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from train.step import loss_sums, make_trainer, mean_gradients
+from train.step import gradient_sums, loss_sums, make_trainer, mean_gradients
 
 MODEL = ModelConfig(
     vocab_size=64, num_layers=1, d_model=16, num_heads=4, num_kv_heads=2, d_ff=32, max_seq_len=16, window_pattern=(4,)
@@ -49,7 +49,9 @@ def make_params(model: ModelConfig = MODEL):
     return jax.jit(lambda key: init_params(param_specs(model), key))(jax.random.key(0))
 
 
-gradients_of = jax.jit(mean_gradients, static_argnums=(1, 2, 4))
+@functools.partial(jax.jit, static_argnums=(1, 2, 4))
+def gradients_of(params, model, loss, batch, accumulation):
+    return mean_gradients(functools.partial(gradient_sums, model=model, loss=loss, accumulation=accumulation), params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=1)
