@@ -10,7 +10,8 @@ So the loader's state is the step alone, and hosts, threads and restarts cannot 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
@@ -93,19 +94,25 @@ class Batches:
         return batch
 
 
-def load(batches: Batches, first_step: int, stop_step: int, num_threads: int, prefetch: int) -> Iterator[Batch]:
+def load(batches: Batches, first_step: int, stop_step: int, num_threads: int, prefetch: int) -> Generator[Batch]:
     """Batches of steps first_step..stop_step-1, in order, read ahead by threads of Grain (0: in the caller's thread).
 
     Args:
       prefetch: how many batches are kept ready.
+
+    Closing the generator ends the threads.
     """
     steps = range(first_step, stop_step)
     if num_threads == 0:
-        return map(batches.__getitem__, steps)
+        yield from map(batches.__getitem__, steps)
+        return
     import grain
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return iter(grain.MapDataset.range(first_step, stop_step).map(batches.__getitem__).to_iter_dataset(options))
+    with contextlib.closing(
+        iter(grain.MapDataset.range(first_step, stop_step).map(batches.__getitem__).to_iter_dataset(options))
+    ) as iterator:
+        yield from iterator
 
 
 def held_out_batches(

@@ -9,6 +9,7 @@ Axes: B rows, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import flax.struct
@@ -58,9 +59,11 @@ def token_logprobs(
     T = targets.shape[1]
     if not chunk_tokens:
         return _logprobs(config.logit_soft_cap, T, head, hidden, targets)
-    longest = max(1, chunk_tokens // targets.shape[0])
-    chunk = max(c for c in range(1, min(T, longest) + 1) if T % c == 0)
-    return _logprobs(config.logit_soft_cap, chunk, head, hidden, targets)
+    num_chunks = math.ceil(T / max(1, chunk_tokens // targets.shape[0]))
+    chunk = math.ceil(T / num_chunks)
+    padding = ((0, 0), (0, num_chunks * chunk - T))
+    hidden, targets = jnp.pad(hidden, (*padding, (0, 0))), jnp.pad(targets, padding)
+    return jax.tree.map(lambda x: x[:, :T], _logprobs(config.logit_soft_cap, chunk, head, hidden, targets))
 
 
 def _logits(cap: float, head: Head, hidden: jax.Array) -> jax.Array:

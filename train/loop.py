@@ -18,7 +18,7 @@ import pathlib
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -181,8 +181,7 @@ class Loop:
         self.timing = JsonlWriter(self.run_dir / "timing.jsonl")
         self.peak = matmul_peak(trainer.mesh, config.model.dtype)
         self.flops_per_step = train_flops_per_token(config.model, config.data.seq_len) * config.tokens_per_step
-        info = provenance(trainer.mesh, data.manifest_hash, self.peak)
-        write_json_atomic(self.run_dir / "provenance.json", info)
+        self._write_provenance()
         write_json_atomic(self.run_dir / "config.json", dataclasses.asdict(config))
         write_json_atomic(self.run_dir / "data_manifest.json", data.manifest)
         data.tokenizer.save(self.run_dir / "tokenizer")
@@ -207,6 +206,15 @@ class Loop:
         self.last_settled = time.perf_counter()
 
     # --- Setting up -----------------------------------------------------------------------------------------------
+
+    def _write_provenance(self) -> None:
+        """That of this start, with those of earlier starts, which may have been of other code or on another machine."""
+        path = self.run_dir / "provenance.json"
+        info = provenance(self.trainer.mesh, self.data.manifest_hash, self.peak)
+        if path.exists():
+            last = json.loads(path.read_text())
+            info["earlier_starts"] = [*last.pop("earlier_starts", []), last]
+        write_json_atomic(path, info)
 
     def _compile(self) -> Any:
         rows = (self.config.batch_size, self.config.data.seq_len)
@@ -233,7 +241,7 @@ class Loop:
         metrics = make_writers(self.config.writers, self.run_dir, self.config.name, first_step=self.step + 1)
         return metrics, JsonlWriter(self.run_dir / "samples.jsonl")
 
-    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
+    def _batches(self) -> Generator[dict[str, np.ndarray]]:
         batches = Batches(
             self.data,
             self.config.data,
@@ -264,8 +272,11 @@ class Loop:
 
     def _advance(self, stop_requested: Callable[[], bool]) -> int:
         """Steps until the end (0), a stop (PREEMPTED) or an Incident."""
+        with contextlib.closing(self._batches()) as batches:
+            return self._advance_over(batches, stop_requested)
+
+    def _advance_over(self, batches: Iterator[dict[str, np.ndarray]], stop_requested: Callable[[], bool]) -> int:
         config = self.config
-        batches = self._batches()
         self.last_settled = time.perf_counter()
         while self.step < config.steps:
             batch = self._on_devices(next(batches))

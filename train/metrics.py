@@ -46,7 +46,15 @@ class JsonlWriter:
         self._synced = time.monotonic()
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write((json.dumps(record) + "\n").encode())
+        line = (json.dumps(record) + "\n").encode()
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            written, reason = 0, error.strerror
+        else:
+            reason = "disk full"
+        if written != len(line):
+            raise OSError(f"cannot write to {self._file.name} ({reason}): make room, and start the same command again")
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.flush()
 

@@ -26,11 +26,14 @@ def start(config_file: Path, run_dir: Path) -> subprocess.Popen:
     return subprocess.Popen([*command, *OVERRIDES], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def interrupt(process: subprocess.Popen, which: signal.Signals, delay: float) -> int:
-    """Sends the signal `delay` seconds after the first step of this start; returns the exit status."""
+def interrupt(process: subprocess.Popen, which: signal.Signals, rng: random.Random) -> int:
+    """Sends the signal within 1.5 s of the first step; every fourth kill comes at any moment from the start of the process on
+    (preparing data, compiling, restoring). Returns the exit status."""
     assert process.stdout is not None
     said = []
-    for line in process.stdout:
+    early = which == signal.SIGKILL and rng.random() < 0.25
+    delay = rng.uniform(0.0, 8.0 if early else 1.5)
+    for line in () if early else process.stdout:
         said.append(line)
         if line.startswith("step"):
             break
@@ -53,14 +56,15 @@ def test_twenty_kills_and_five_terms_leave_no_trace(tmp_path):
     rng = random.Random(0)
     signals = [signal.SIGKILL] * KILLS + [signal.SIGTERM] * TERMS
     rng.shuffle(signals)
-    statuses = [interrupt(start(config_file, tmp_path / "broken"), which, rng.uniform(0.0, 1.5)) for which in signals]
+    statuses = [interrupt(start(config_file, tmp_path / "broken"), which, rng) for which in signals]
     assert statuses == [42 if which == signal.SIGTERM else -signal.SIGKILL for which in signals]
     last = start(config_file, tmp_path / "broken")
     output, _ = last.communicate()
     assert last.returncode == 0, output
 
-    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "broken")]
-    assert metrics[0] == metrics[1]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        whole_bytes, broken_bytes = ((tmp_path / run / name).read_bytes() for run in ("whole", "broken"))
+        assert whole_bytes == broken_bytes
     config = load_train_config(str(config_file), OVERRIDES)
     abstract = make_trainer(config).abstract_state
     stores = [Checkpoints(str(tmp_path / name / "checkpoints"), keep=None) for name in ("whole", "broken")]

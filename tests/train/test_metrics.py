@@ -15,6 +15,8 @@ from tensorboardX.proto import event_pb2
 from train import metrics
 from train.metrics import JsonlWriter, make_writers, read_jsonl, truncate_jsonl
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(metrics.__file__))}
+
 
 def record(step: int) -> dict:
     generator = np.random.default_rng(step)
@@ -59,6 +61,24 @@ def test_appending_after_a_torn_line_drops_it(tmp_path):
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
+def test_a_full_disk_names_the_file(tmp_path):
+    """As a quota has it: writing fails part of the way through a record."""
+    path = tmp_path / "metrics.jsonl"
+    code = f"""
+import resource, signal
+from train.metrics import JsonlWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))
+writer = JsonlWriter({str(path)!r})
+for step in range(1000, 1010):
+    writer.write({{"step": step}})
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 1
+    assert f"OSError: cannot write to {path} (disk full): make room" in result.stderr
+    assert [record["step"] for record in read_jsonl(path)] == [1000, 1001, 1002]
+
+
 def test_a_file_that_does_not_exist_is_empty(tmp_path):
     truncate_jsonl(tmp_path / "absent.jsonl", 3)
     assert read_jsonl(tmp_path / "absent.jsonl") == []
@@ -74,8 +94,7 @@ for step in range(1000):
     writer.write({{"step": step}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    repository = os.path.dirname(os.path.dirname(metrics.__file__))
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": repository})
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT)
     assert done.returncode == -signal.SIGKILL
     assert read_jsonl(tmp_path / "m.jsonl") == [{"step": step} for step in range(1000)]
 
