@@ -30,7 +30,7 @@ test: env
 	$(BIN)/python -m pytest
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 0
 	bash tests/other_pythons.sh
 
 lint: env

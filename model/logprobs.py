@@ -66,12 +66,17 @@ def token_logprobs(
     return jax.tree.map(lambda x: x[:, :T], _logprobs(config.logit_soft_cap, chunk, head, hidden, targets))
 
 
+def _wide(hidden: jax.Array) -> jnp.dtype:
+    """float32, or float64 where the hidden states are."""
+    return jnp.promote_types(hidden.dtype, jnp.float32)
+
+
 def _logits(cap: float, head: Head, hidden: jax.Array) -> jax.Array:
     B, T, D = hidden.shape
-    logits = jnp.matmul(hidden.reshape(B * T, D), head.matrix.astype(hidden.dtype), preferred_element_type=jnp.float32).reshape(
-        B, T, -1
-    )
-    return soft_cap(logits if head.bias is None else logits + head.bias.astype(jnp.float32), cap)
+    dtype = _wide(hidden)
+    logits = jnp.matmul(hidden.reshape(B * T, D), head.matrix.astype(hidden.dtype), preferred_element_type=dtype)
+    logits = logits if head.bias is None else logits + head.bias.astype(dtype)
+    return soft_cap(logits.reshape(B, T, -1), cap)
 
 
 def _outputs(logits: jax.Array, targets: jax.Array) -> TokenLogprobs:
@@ -139,7 +144,7 @@ def _chunk_backward(cap: float, head: Head, hidden, targets, outputs: TokenLogpr
     d_flat = d_logits.reshape(B * T, V).astype(hidden.dtype)
     hidden_flat = hidden.reshape(B * T, -1)
     d_hidden = (d_flat @ head.matrix.astype(hidden.dtype).T).reshape(hidden.shape)
-    d_matrix = jnp.matmul(hidden_flat.T, d_flat, preferred_element_type=jnp.float32)
+    d_matrix = jnp.matmul(hidden_flat.T, d_flat, preferred_element_type=_wide(hidden))
     d_bias = None if head.bias is None else jnp.sum(d_logits, axis=(0, 1))
     return Head(d_matrix, d_bias), d_hidden
 
@@ -158,7 +163,7 @@ def _logprobs_backward(cap: float, chunk: int, residuals, cotangents: TokenLogpr
             return jax.tree.map(jnp.add, d_head, d_chunk), d_hidden
 
         inputs = jax.tree.map(lambda x: _split(x, chunk), (hidden, targets, outputs, cotangents))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(hidden)), head)
         d_head, d_hidden = jax.lax.scan(step, zeros, inputs)
         d_hidden = _join(d_hidden)
     d_head = jax.tree.map(lambda d, x: d.astype(x.dtype), d_head, head)

@@ -59,7 +59,8 @@ def linear(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, contract: 
     width = math.prod(w.shape[:contract])
     out = x.reshape(-1, width) @ w.astype(x.dtype).reshape(width, -1)
     out = out.reshape(*x.shape[: x.ndim - contract], *w.shape[contract:])
-    return out if bias is None else out + bias.astype(x.dtype)
+    # In float32, so that the bias's gradient, a sum over all tokens, is.
+    return out if bias is None else (out.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axes: tuple[int, ...] = (-1,)) -> jax.Array:
@@ -191,11 +192,12 @@ def forward(
     """
     if cache is not None and (config.scan_layers or segment_ids is not None):
         raise ValueError("a KV cache needs scan_layers=False (model.params.unstack_layers) and no segment_ids")
-    x_BTD = params["embedding"].astype(config.dtype)[tokens]
+    # Rows are taken before they are cast: their gradients add up in the parameters' dtype, not in a narrower one.
+    x_BTD = params["embedding"][tokens].astype(config.dtype)
     if config.scale_embeddings:
         x_BTD = x_BTD * jnp.asarray(config.d_model**0.5, x_BTD.dtype)
     if config.positions == "learned":
-        x_BTD = x_BTD + params["position_embedding"].astype(config.dtype)[positions]
+        x_BTD = x_BTD + params["position_embedding"][positions].astype(config.dtype)
 
     if cache is None:
         kv_positions = positions

@@ -191,6 +191,11 @@ class Checkpoints:
         with self._write_errors():
             self._manager.close()
 
+    def delete(self, step: int) -> None:
+        """Removes a complete checkpoint."""
+        with self._write_errors():
+            self._manager.delete(step)
+
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, oldest first; whether they are sound shows when they are read."""
         self.wait()

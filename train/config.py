@@ -142,7 +142,7 @@ class LossConfig:
 class CheckpointConfig:
     """Attributes:
     every: steps between checkpoints (the last step is always saved).
-    keep: how many of the newest to keep; at least 2, so that a damaged one has a fallback.
+    keep: how many of the newest to keep; at least 3: a damaged one needs a fallback, and one made on SIGTERM comes between.
     """
 
     every: int = 200
@@ -150,7 +150,11 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check(self.every > 0, f"checkpoint.every={self.every} must be positive")
-        check(self.keep >= 2, f"checkpoint.keep={self.keep} must be at least 2: a damaged newest one needs a fallback")
+        check(
+            self.keep >= 3,
+            f"checkpoint.keep={self.keep} must be at least 3: a damaged newest one needs a fallback, and one made on SIGTERM "
+            "may come between them",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +255,21 @@ class TrainConfig:
             self.data.seq_len <= self.model.max_seq_len,
             f"data.seq_len={self.data.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}: "
             "shorten the rows or train a longer context",
+        )
+        check(
+            self.model.param_dtype == "float32",
+            f"model.param_dtype={self.model.param_dtype!r}: training keeps float32 master weights, or small updates would be "
+            "rounded away; set model.dtype to compute in another type",
+        )
+        tokenizer = self.data.tokenizer
+        check(
+            bool(tokenizer.path) or tokenizer.kind in ("bytes", "chars") or tokenizer.vocab_size <= self.model.vocab_size,
+            f"data.tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size={self.model.vocab_size}: "
+            f"set model.vocab_size to {tokenizer.vocab_size} or more",
+        )
+        check(
+            any(source.held_out_fraction > 0 for source in self.data.sources),
+            "nothing is held out to evaluate on: set held_out_fraction of a data source above 0",
         )
 
     @property

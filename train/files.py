@@ -10,9 +10,25 @@ import pathlib
 from collections.abc import Iterator
 
 
+@contextlib.contextmanager
+def named_disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises what the disk refuses as an OSError that names the file and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"cannot write to {path} ({error.strerror or error}): make room, and start the same command again"
+        ) from error
+
+
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes `content` to a neighbour of `path`, waits until the disk has it, and renames it into place."""
     path = pathlib.Path(path)
+    with named_disk_errors(path):
+        _replace(path, content)
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -335,23 +335,29 @@ class Loop:
     def _roll_back(self, incident: Incident) -> None:
         """Records the incident, then goes back to the last checkpoint; the data since then will not be seen again."""
         self.log(str(incident))
+        self.pending = None
+        every = self.config.checkpoint.every
+        steps = self.checkpoints.steps()
+        # Those made on SIGTERM do not count: without the signal there would be none, and the same data must be skipped.
+        target = max((step for step in steps if step % every == 0), default=0)
+        record = {
+            "step": incident.step,
+            "reason": incident.reason,
+            "first_skipped": self.data_step(target),
+            "last_skipped": self.data_step(incident.step - 1),
+            "seconds": self.seconds(),
+        }
         if len(self.incidents) >= self.config.rollback.max_incidents:
             raise RuntimeError(
                 f"{incident}. This is incident number {len(self.incidents) + 1}, more than rollback.max_incidents="
                 f"{self.config.rollback.max_incidents}: look at {self.run_dir}/incidents.jsonl, then lower the learning rate, "
                 "or clip harder, and start the run anew"
             )
-        self.pending = None
         self.metrics.close()
         self.samples.close()
-        first_bad = (self.checkpoints.steps() or [0])[-1]
-        record = {
-            "step": incident.step,
-            "reason": incident.reason,
-            "first_skipped": self.data_step(first_bad),
-            "last_skipped": self.data_step(incident.step - 1),
-            "seconds": self.seconds(),
-        }
+        for step in steps:
+            if step > target:
+                self.checkpoints.delete(step)
         JsonlWriter(self.run_dir / "incidents.jsonl").write_and_close(record)
         self.incidents.append(record)
         self.state, self.step, self.losses = self._restore()
@@ -362,6 +368,10 @@ class Loop:
         with self.timed("checkpoint"):
             self.metrics.flush()
             self.samples.flush()
+            # One made on SIGTERM is deleted once there is a newer one, so that it takes no scheduled one's place.
+            for step in self.checkpoints.steps()[:-1]:
+                if step % self.config.checkpoint.every:
+                    self.checkpoints.delete(step)
             self.checkpoints.save(self.step, self.state, {"recent_losses": list(self.losses)})
 
     # --- Held-out data --------------------------------------------------------------------------------------------
@@ -416,10 +426,9 @@ class Loop:
         write_json_atomic(self.run_dir / "result.json", result)
 
     def close(self) -> None:
-        self.metrics.close()
-        self.samples.close()
-        self.timing.close()
-        self.progress.close()
+        with contextlib.ExitStack() as stack:  # All of them, whatever one of them raises.
+            for part in (self.progress, self.timing, self.samples, self.metrics):
+                stack.callback(part.close)
 
 
 def evaluate(trainer: Trainer, params: Any, data: PreparedData, max_batches: int = 0) -> dict[str, float]:
@@ -431,7 +440,7 @@ def evaluate(trainer: Trainer, params: Any, data: PreparedData, max_batches: int
     totals: dict[str, list[float]] = {}
     for source in data.held_out:
         sums = []
-        for batch in held_out_batches(data, config.data, source, config.batch_size, max_batches):
+        for batch in held_out_batches(data, config.data, source, config.batch_size // config.accumulation, max_batches):
             num_bytes = float(np.sum(data.tokenizer.byte_lengths[batch["targets"]] * batch["weights"]))
             on_devices = {k: jax.make_array_from_process_local_data(trainer.batch_sharding, v) for k, v in batch.items()}
             sums.append((trainer.evaluate(params, on_devices), float(batch["weights"].sum()), num_bytes))

@@ -6,6 +6,7 @@ without. The other writers are conveniences; their packages are imported when on
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -16,7 +17,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from train.files import write_atomic
+from train.files import named_disk_errors, write_atomic
 
 SYNC_SECONDS = 10.0
 
@@ -47,20 +48,16 @@ class JsonlWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         line = (json.dumps(record) + "\n").encode()
-        try:
-            written = self._file.write(line)
-        except OSError as error:
-            written, reason = 0, error.strerror
-        else:
-            reason = "disk full"
-        if written != len(line):
-            raise OSError(f"cannot write to {self._file.name} ({reason}): make room, and start the same command again")
+        with named_disk_errors(self._file.name):
+            if self._file.write(line) != len(line):
+                raise OSError("disk full")
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Returns when the disk has every record."""
-        os.fsync(self._file.fileno())
+        with named_disk_errors(self._file.name):
+            os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
     def close(self) -> None:
@@ -120,31 +117,47 @@ class MetricWriter:
             writer.flush()
 
     def close(self) -> None:
-        self._jsonl.close()
-        for writer in self._others:
-            writer.close()
+        with contextlib.ExitStack() as stack:  # All of them, whatever one of them raises.
+            for writer in (*self._others, self._jsonl):
+                stack.callback(writer.close)
 
 
 class TensorBoardWriter:
-    """Event files in `<run_dir>/tensorboard`; a reader drops what an earlier start wrote from `first_step` on."""
+    """Event files in `<run_dir>/tensorboard`; a reader drops what an earlier start wrote from `first_step` on.
+
+    tensorboardX's SummaryWriter is not used: it hands events to a thread that dies of a full disk, and the run would wait for
+    it for ever.
+    """
 
     def __init__(self, run_dir: pathlib.Path, run_name: str, first_step: int):
-        tensorboard = _import("tensorboard")
+        _import("tensorboard")
+        self._pb2 = importlib.import_module("tensorboardX.proto.event_pb2")
+        self._summary_pb2 = importlib.import_module("tensorboardX.proto.summary_pb2")
+        events = importlib.import_module("tensorboardX.event_file_writer").EventsWriter
         # Its file names tell seconds only: a run that goes back to a checkpoint at once would overwrite its own file.
         suffix = f".{first_step:09d}.{os.getpid()}"
-        self._events = tensorboard.SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=first_step, filename_suffix=suffix, flush_secs=30
-        )
+        self._path = run_dir / "tensorboard"
+        with named_disk_errors(self._path):
+            self._path.mkdir(exist_ok=True)
+            self._events = events(str(self._path / "events"), suffix)
+        self._write(session_log=self._pb2.SessionLog(status=self._pb2.SessionLog.START), step=first_step)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+        value = self._summary_pb2.Summary.Value
+        summary = self._summary_pb2.Summary(value=[value(tag=name, simple_value=x) for name, x in scalars.items()])
+        self._write(summary=summary, step=step)
+
+    def _write(self, **fields: Any) -> None:
+        with named_disk_errors(self._path):
+            self._events.write_event(self._pb2.Event(wall_time=time.time(), **fields))
 
     def flush(self) -> None:
-        self._events.flush()
+        with named_disk_errors(self._path):
+            self._events.flush()
 
     def close(self) -> None:
-        self._events.close()
+        with named_disk_errors(self._path):
+            self._events.close()
 
 
 class WandbWriter:

@@ -101,7 +101,8 @@ def over_replicas(sums: GradientSums, mesh: Mesh) -> GradientSums:
 def mean_gradients(sums: GradientSums, params: Params, batch: Batch) -> tuple[Params, Metrics]:
     """Gradients and metrics per weighted token."""
     gradients, metrics = sums(params, batch)
-    weight = jnp.maximum(metrics.pop("weight"), 1.0)
+    weight = metrics.pop("weight")
+    weight = jnp.where(weight > 0, weight, 1.0)
     return jax.tree.map(lambda total: total / weight, (gradients, metrics))
 
 

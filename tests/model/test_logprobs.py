@@ -57,11 +57,10 @@ def test_values_and_gradients_equal_the_plain_ones_in_float64(cap, chunk_tokens)
         out = token_logprobs(params, config, hidden, targets, chunk_tokens)
         expected = plain(params, config, hidden, targets)
         for name, value in zip(("logprobs", "log_z", "entropy", "correct"), expected, strict=True):
-            # logits are rounded to float32 on the way
-            np.testing.assert_allclose(getattr(out, name), value, rtol=2e-6, atol=5e-6, err_msg=name)
+            np.testing.assert_allclose(getattr(out, name), value, rtol=1e-12, atol=1e-12, err_msg=name)
         ours = jax.grad(loss, argnums=(0, 1))(params, hidden, True)
         reference = jax.grad(loss, argnums=(0, 1))(params, hidden, False)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, reference)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), ours, reference)
 
 
 def test_extreme_logits_stay_finite():

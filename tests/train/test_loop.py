@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from data.config import MixtureConfig
+from data.config import MixtureConfig, TokenizerConfig
 from experiments.cli import load_train_config
 from tests.tiny import write_tiny_job
 from train import loop
@@ -133,6 +133,30 @@ def test_a_bad_loss_rolls_back_skips_the_data_and_is_logged(job, tmp_path, monke
     assert np.isfinite([record["loss"] for record in records]).all()
 
 
+def test_an_incident_after_a_stop_skips_what_it_skips_without_one(job, tmp_path, monkeypatch):
+    """SIGTERM saves steps 11 and 12; the bad loss of step 13 still goes back to the scheduled checkpoint of step 10."""
+    poison(monkeypatch, bad_data_step=12, value=np.nan)
+    straight = dataclasses.replace(job, run_dir=str(tmp_path / "straight"))
+    assert train(straight, log=lambda _: None) == 0
+    stopped = dataclasses.replace(job, run_dir=str(tmp_path / "stopped"))
+    settle = loop.Loop._settle
+    for last in (10, 11):
+        with monkeypatch.context() as patched:
+
+            def stop_after(self, last=last):
+                settle(self)
+                if self.step == last:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            patched.setattr(loop.Loop, "_settle", stop_after)
+            assert train(stopped, log=lambda _: None) == PREEMPTED
+    checkpoints = Checkpoints(f"{stopped.run_dir}/checkpoints", keep=None)
+    assert checkpoints.steps()[-1] in (11, 12)
+    assert train(stopped, log=lambda _: None) == 0
+    assert_same(straight, stopped)
+    assert checkpoints.steps() == Checkpoints(f"{straight.run_dir}/checkpoints", keep=None).steps() == [10, 15, 20]
+
+
 def test_it_gives_up_after_the_set_number_of_incidents(job, tmp_path, monkeypatch):
     rollback = dataclasses.replace(job.rollback, max_incidents=1)
     config = dataclasses.replace(job, run_dir=str(tmp_path / "run"), rollback=rollback)
@@ -251,9 +275,14 @@ def test_a_directory_that_cannot_be_written_is_refused(job, tmp_path):
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(job, tmp_path, monkeypatch):
     model = dataclasses.replace(job.model, vocab_size=299)
-    config = dataclasses.replace(job, model=model, run_dir=str(tmp_path / "run"))
-    monkeypatch.setattr(loop, "Loop", lambda *_: pytest.fail("the model was compiled"))
     with pytest.raises(ValueError, match="set model.vocab_size to 300 or more"):
+        dataclasses.replace(job, model=model)
+    # How many characters a text has is known when it has been read.
+    data = dataclasses.replace(job.data, tokenizer=TokenizerConfig(kind="chars", document_boundaries=False))
+    model = dataclasses.replace(job.model, vocab_size=2)
+    config = dataclasses.replace(job, model=model, data=data, run_dir=str(tmp_path / "run"))
+    monkeypatch.setattr(loop, "Loop", lambda *_: pytest.fail("the model was compiled"))
+    with pytest.raises(ValueError, match=r"tokenizer has \d+ tokens, but model.vocab_size=2"):
         train(config, log=lambda _: None)
 
 

@@ -79,6 +79,22 @@ for step in range(1000, 1010):
     assert [record["step"] for record in read_jsonl(path)] == [1000, 1001, 1002]
 
 
+def test_a_full_disk_stops_tensorboard_with_an_error_and_not_a_wait(tmp_path):
+    code = f"""
+import pathlib, resource, signal
+from train.metrics import TensorBoardWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+writer = TensorBoardWriter(pathlib.Path({str(tmp_path)!r}), "run", 1)
+for step in range(1000):
+    writer.write(step, {{"loss": 1.0, "grad_norm": 2.0}})
+writer.close()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=100)
+    assert result.returncode == 1
+    assert f"OSError: cannot write to {tmp_path / 'tensorboard'} (File too large): make room" in result.stderr
+
+
 def test_a_file_that_does_not_exist_is_empty(tmp_path):
     truncate_jsonl(tmp_path / "absent.jsonl", 3)
     assert read_jsonl(tmp_path / "absent.jsonl") == []
