@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-
 SHORTEST_TRIAL = 0.01  # seconds; below, dispatching the program would count
 
 
