@@ -47,6 +47,11 @@ class SourceConfig:
             raise ValueError("a data source needs a name")
         if self.kind != "stdlib" and not self.path:
             raise ValueError(f"data source {self.name!r} of kind {self.kind!r} needs a path")
+        if self.kind == "huggingface" and not self.hub_revision:
+            raise ValueError(
+                f"data source {self.name!r}: hub data sets change under their name; set hub_revision to a commit of "
+                f"{self.path!r}, as its page shows"
+            )
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(f"data source {self.name!r}: held_out_fraction={self.held_out_fraction} must lie in [0, 1)")
 

@@ -299,7 +299,18 @@ def test_a_truncated_shard_is_noticed_at_the_start(tmp_path, corpus):
     prepare(config_for(tmp_path), log=quiet)
     (shard,) = (tmp_path / "cache").glob("tokens-*/train-00000.array_record")
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"train-00000\.array_record is missing or does not have the \d+ bytes"):
+    with pytest.raises(ValueError, match=r"train-00000\.array_record is missing or is not what was written"):
+        prepare(config_for(tmp_path), log=quiet)
+
+
+@pytest.mark.parametrize("pattern", ["tokens-*/train_documents.npy", "packed-*/*chunks.npy", "packed-*/*rows.npy"])
+def test_a_flipped_bit_of_an_index_is_noticed_at_the_start(tmp_path, corpus, pattern):
+    prepare(config_for(tmp_path), log=quiet)
+    index = sorted((tmp_path / "cache").glob(pattern))[0]
+    content = bytearray(index.read_bytes())
+    content[-3] ^= 4
+    index.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{index.name} is missing or is not what was written"):
         prepare(config_for(tmp_path), log=quiet)
 
 

@@ -160,13 +160,13 @@ def test_a_hub_stream_stops_at_max_bytes(monkeypatch):
             return self
 
     hub(monkeypatch, lambda path, **options: Endless())
-    config = SourceConfig("h", "huggingface", path="a/b", max_bytes=25)
+    config = SourceConfig("h", "huggingface", path="a/b", hub_revision="abc", max_bytes=25)
     assert [d.text for d in read_documents(config)] == ["0123456789", "0123456789", "01234"]
     assert len(served) <= 4
 
 
 def test_hub_errors_say_what_to_do(monkeypatch):
-    config = SourceConfig("h", "huggingface", path="a/b")
+    config = SourceConfig("h", "huggingface", path="a/b", hub_revision="abc")
 
     def fail(path, **options):
         raise OSError("Name or service not known")
@@ -180,3 +180,8 @@ def test_hub_errors_say_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"'datasets', which is not installed: pip install 'loam\[data\]'"):
         list(read_documents(config))
+
+
+def test_a_hub_data_set_must_be_pinned():
+    with pytest.raises(ValueError, match=r"change under their name; set hub_revision to a commit of .a/b."):
+        SourceConfig("h", "huggingface", path="a/b")
