@@ -6,14 +6,14 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from data.config import DataConfig, MixtureConfig, SourceConfig
+from data.config import DataConfig, MixtureConfig, SourceConfig, TokenizerConfig
 from experiments.config import ConfigError, apply_overrides, build, load_config_file
 from model.config import ModelConfig, RopeConfig
 from train.config import DEFAULT_RULES, OptimizerConfig, ScheduleConfig, TrainConfig
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, d_model=32, num_heads=4, d_ff=64, max_seq_len=32)
 SOURCES = (SourceConfig("a", "files", path="a.txt"), SourceConfig("b", "files", path="b.txt"))
-DATA = DataConfig(SOURCES, mixtures=(MixtureConfig(0, (("a", 3), ("b", 1))),), seq_len=16)
+DATA = DataConfig(SOURCES, TokenizerConfig(kind="chars"), mixtures=(MixtureConfig(0, (("a", 3), ("b", 1))),), seq_len=16)
 TREE = {"name": "job", "model": MODEL, "data": DATA, "steps": 10, "batch_size": 4}
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.config import DataConfig, SourceConfig
+from data.config import DataConfig, SourceConfig, TokenizerConfig
 from model.config import ModelConfig
 from model.params import init_params, param_specs, unstack_layers
 from model.presets import preset
@@ -22,7 +22,7 @@ MODEL = ModelConfig(
 CONFIG = TrainConfig(
     name="test",
     model=MODEL,
-    data=DataConfig(sources=(SourceConfig(name="text", kind="stdlib"),), seq_len=16),
+    data=DataConfig(sources=(SourceConfig(name="text", kind="stdlib"),), tokenizer=TokenizerConfig(kind="chars"), seq_len=16),
     steps=6,
     batch_size=8,
     optimizer=OptimizerConfig(learning_rate=3e-3, ema_decay=0.75, schedule=ScheduleConfig(warmup="2 steps")),
