@@ -4,7 +4,7 @@ RoPE, RMSNorm, QK-norm, SwiGLU, and Muon for the matrices.
 
 Command:   loam run --config=configs/shakespeare_modern.py --config.data.sources.0.path=tinyshakespeare.txt
 Hardware:  2 CPU cores, about 3 minutes
-Expected:  val_loss 1.550, 1.548 for seeds 0, 1 (`shakespeare_gpt2`: 1.904, 1.906)
+Expected:  val_loss 1.550, 1.548, 1.545 for seeds 0, 1, 2 (`shakespeare_gpt2`: 1.904, 1.906, 1.926)
 """
 
 from ml_collections import ConfigDict
