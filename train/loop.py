@@ -78,7 +78,6 @@ def train(config: TrainConfig, log: Log = print) -> int:
         )
         compare_data(run_dir, data, checkpoints)
         check_prompts(config, data)
-        check(bool(data.held_out), "nothing is held out to evaluate on: set held_out_fraction of a data source above 0")
         loop = Loop(config, data, trainer, checkpoints, log)
         stack.enter_context(contextlib.closing(loop))
         return loop.run(stack.enter_context(stop_on_sigterm()))
@@ -335,11 +334,19 @@ class Loop:
     def _roll_back(self, incident: Incident) -> None:
         """Records the incident, then goes back to the last checkpoint; the data since then will not be seen again."""
         self.log(str(incident))
+        if len(self.incidents) >= self.config.rollback.max_incidents:
+            raise RuntimeError(
+                f"{incident}. This is incident number {len(self.incidents) + 1}, more than rollback.max_incidents="
+                f"{self.config.rollback.max_incidents}: look at {self.run_dir}/incidents.jsonl, then lower the learning rate, "
+                "or clip harder, and start the run anew"
+            )
         self.pending = None
-        every = self.config.checkpoint.every
-        steps = self.checkpoints.steps()
-        # Those made on SIGTERM do not count: without the signal there would be none, and the same data must be skipped.
-        target = max((step for step in steps if step % every == 0), default=0)
+        self.metrics.close()
+        self.samples.close()
+        target = self._roll_back_target(incident)
+        for step in self.checkpoints.steps():
+            if step > target:
+                self.checkpoints.delete(step)
         record = {
             "step": incident.step,
             "reason": incident.reason,
@@ -347,22 +354,20 @@ class Loop:
             "last_skipped": self.data_step(incident.step - 1),
             "seconds": self.seconds(),
         }
-        if len(self.incidents) >= self.config.rollback.max_incidents:
-            raise RuntimeError(
-                f"{incident}. This is incident number {len(self.incidents) + 1}, more than rollback.max_incidents="
-                f"{self.config.rollback.max_incidents}: look at {self.run_dir}/incidents.jsonl, then lower the learning rate, "
-                "or clip harder, and start the run anew"
-            )
-        self.metrics.close()
-        self.samples.close()
-        for step in steps:
-            if step > target:
-                self.checkpoints.delete(step)
         JsonlWriter(self.run_dir / "incidents.jsonl").write_and_close(record)
         self.incidents.append(record)
         self.state, self.step, self.losses = self._restore()
         self.metrics, self.samples = self._open_writers()
         self.log(f"went back to step {self.step}; data steps {record['first_skipped']} to {record['last_skipped']} are skipped")
+
+    def _roll_back_target(self, incident: Incident) -> int:
+        """The newest scheduled checkpoint: without a SIGTERM there would be no other, and the same data must be skipped.
+
+        Where there should be one and is none (damaged, or `checkpoint.every` was changed), the newest of all.
+        """
+        every, steps = self.config.checkpoint.every, self.checkpoints.steps()
+        scheduled = [step for step in steps if step % every == 0]
+        return max(scheduled or (steps if incident.step > every else []), default=0)
 
     def _save(self) -> None:
         with self.timed("checkpoint"):

@@ -157,6 +157,19 @@ def test_an_incident_after_a_stop_skips_what_it_skips_without_one(job, tmp_path,
     assert checkpoints.steps() == Checkpoints(f"{straight.run_dir}/checkpoints", keep=None).steps() == [10, 15, 20]
 
 
+def test_an_incident_after_the_schedule_changed_does_not_begin_anew(job, tmp_path, monkeypatch):
+    """Checkpoints of every fifth step and of a stop; none of them is one of every seventh."""
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
+    assert train(config, log=terminate_at("step 8:")) == PREEMPTED
+    newest = Checkpoints(f"{config.run_dir}/checkpoints", keep=None).steps()[-1]
+    assert newest in (8, 9)
+    poison(monkeypatch, bad_data_step=12, value=np.nan)
+    every_seventh = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=7))
+    assert train(every_seventh, log=lambda _: None) == 0
+    (incident,) = read_jsonl(f"{config.run_dir}/incidents.jsonl")
+    assert (incident["first_skipped"], incident["last_skipped"]) == (newest, 12)
+
+
 def test_it_gives_up_after_the_set_number_of_incidents(job, tmp_path, monkeypatch):
     rollback = dataclasses.replace(job.rollback, max_incidents=1)
     config = dataclasses.replace(job, run_dir=str(tmp_path / "run"), rollback=rollback)
