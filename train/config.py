@@ -180,7 +180,7 @@ class RollbackConfig:
 class EvalConfig:
     """Attributes:
     every: steps between evaluations on held-out data; the last step is always evaluated.
-    max_batches: held-out batches per evaluation during training; 0 is all. The final evaluation always takes all.
+    max_batches: held-out (micro-)batches per evaluation during training; 0 is all. The final evaluation always takes all.
     sample_prompts, sample_tokens: text continued at every evaluation, for the report.
     """
 

@@ -17,7 +17,8 @@ def named_disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"cannot write to {path} ({error.strerror or error}): make room, and start the same command again"
+            f"cannot write to {path} ({error.strerror or error}): see that the disk has room and may be written to, and start "
+            "the same command again"
         ) from error
 
 

@@ -75,7 +75,7 @@ for step in range(1000, 1010):
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 1
-    assert f"OSError: cannot write to {path} (disk full): make room" in result.stderr
+    assert f"OSError: cannot write to {path} (disk full): see that the disk has room" in result.stderr
     assert [record["step"] for record in read_jsonl(path)] == [1000, 1001, 1002]
 
 
@@ -92,7 +92,7 @@ writer.close()
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=100)
     assert result.returncode == 1
-    assert f"OSError: cannot write to {tmp_path / 'tensorboard'} (File too large): make room" in result.stderr
+    assert f"OSError: cannot write to {tmp_path / 'tensorboard'} (File too large): see that the disk has room" in result.stderr
 
 
 def test_a_file_that_does_not_exist_is_empty(tmp_path):
