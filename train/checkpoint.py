@@ -3,10 +3,12 @@
 Orbax writes and commits (a temporary directory, then a rename); each array is an uncompressed Zarr file at its own path, so
 that every byte of it counts. Orbax does not notice a flipped bit: it restores wrong weights in silence. So each checkpoint
 also carries a manifest, in the same commit: path, shape, dtype and digest of every leaf, the caller's metadata, and the
-SHA-256 of all that. A leaf is checked after every restore, on the devices, against the digest taken before the save.
+SHA-256 of all that. A leaf is checked after every restore, on the devices, against the digest taken before the save. The
+small files, Orbax's own notes among them, are also checked byte by byte, against sums taken right after the commit.
 
     runs/<name>/checkpoints/<step>/state/params/blocks/...   the arrays
     runs/<name>/checkpoints/<step>/manifest/metadata         the manifest
+    runs/<name>/checkpoints/<step>/SHA256SUMS                of files below 1 MiB; missing if a kill came before it
     runs/<name>/checkpoints/damaged-<step>/                  found damaged, set aside, never read again
 """
 
@@ -32,6 +34,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 PyTree = Any
+
+SUMS = "SHA256SUMS"
+SUMMED_BYTES = 1 << 20  # Larger files are array data, which the digests cover; reading them twice would double a restore.
 
 # Orbax warns about every option that differs from its defaults, at every save.
 absl.logging.set_verbosity(absl.logging.ERROR)
@@ -184,12 +189,27 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when the last save is complete. Raises CheckpointError if it failed."""
         with self._write_errors():
-            self._manager.wait_until_finished()
+            self._finish_save()
 
     def close(self) -> None:
         """`wait`, then ends the background threads."""
         with self._write_errors():
-            self._manager.close()
+            try:
+                self._finish_save()
+            finally:
+                self._manager.close()
+
+    def _finish_save(self) -> None:
+        self._manager.wait_until_finished()
+        if self._saving is not None and jax.process_index() == 0:
+            directory = self._directory / str(self._saving)
+            files = (parent / name for parent, _, names in directory.walk() for name in names)
+            files = (path for path in files if path.stat().length < SUMMED_BYTES)
+            sums = _sums(directory, sorted(str(path.relative_to(directory)) for path in files))
+            temporary = directory / f".{SUMS}"
+            temporary.write_text(sums)
+            temporary.rename(directory / SUMS)
+        self._saving = None
 
     def delete(self, step: int) -> None:
         """Removes a complete checkpoint."""
@@ -271,7 +291,21 @@ class Checkpoints:
         num_bytes = sum(math.prod(leaf["shape"]) * jnp.dtype(leaf["dtype"]).itemsize for leaf in leaves.values())
         return StepReport(step, len(leaves), num_bytes, problem)
 
+    def _check_files(self, step: int) -> None:
+        directory = self._directory / str(step)
+        if not (directory / SUMS).exists():
+            return
+        try:
+            saved = (directory / SUMS).read_text()
+            here = _sums(directory, [line.partition("  ")[2] for line in saved.splitlines()])
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpoint(f"a file listed in {SUMS} cannot be read: {_one_line(error)}") from error
+        wrong = [line.partition("  ")[2] for line in set(here.splitlines()) - set(saved.splitlines())]
+        if here != saved:
+            raise DamagedCheckpoint(f"{_listed(sorted(wrong)) or SUMS} is not what was saved")
+
     def _read_manifest(self, step: int) -> dict[str, Any]:
+        self._check_files(step)
         manifest = self._read(step, manifest=ocp.args.JsonRestore())["manifest"]
         seal = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
         if seal != _seal(manifest) or manifest["step"] != step:
@@ -382,6 +416,11 @@ def _check_tree(name: str, saved: dict[str, Any], wanted: dict[str, jax.ShapeDty
 
 def _seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sums(directory: epath.Path, names: list[str]) -> str:
+    """One line `sha256  name` for each file, as `sha256sum -c` reads it."""
+    return "".join(f"{hashlib.sha256((directory / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
 
 
 def _one_line(error: BaseException) -> str:

@@ -167,36 +167,46 @@ def test_metadata_that_json_would_change_is_refused(tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("trial", range(50))
-def test_a_flipped_bit_is_noticed_or_harmless(directory, trial):
-    """Half of the trials choose a file and then a byte of it, half choose among all bytes of array data."""
-    choose = random.Random(trial)
-    files = sorted(path for path in (directory / "2").rglob("*") if path.is_file())
-    arrays = [path for path in files if path.is_relative_to(directory / "2" / "state") and path.name[0] in "0123456789"]
-    arrays = [path for path in arrays if path.parent.name != "array_metadatas"]
-    assert len(arrays) == 7
-    sizes = [path.stat().st_size for path in arrays]
-    target = choose.choices(arrays, weights=sizes)[0] if trial % 2 else choose.choice(files)
-    content = bytearray(target.read_bytes())
-    position, flip = choose.randrange(len(content)), 1 << choose.randrange(8)
-    content[position] ^= flip
-    if target.parent.relative_to(directory / "2").as_posix() == "state/opt_state/2":
-        content[position] ^= flip ^ 1  # Of a bool's byte only the lowest bit means anything.
-    target.write_bytes(content)
+def flip_a_bit(path, choose):
+    content = bytearray(path.read_bytes())
+    content[choose.randrange(len(content))] ^= 1 << choose.randrange(8)
+    path.write_bytes(content)
 
+
+@pytest.mark.parametrize("trial", range(50))
+def test_every_flipped_bit_is_noticed(directory, trial):
+    """Of any file of a checkpoint, its list of sums included."""
+    choose = random.Random(trial)
+    flip_a_bit(choose.choice(sorted(path for path in (directory / "2").rglob("*") if path.is_file())), choose)
     (state, metadata, step), lines = restore_newest(directory)
-    assert same_bits(state, make_state(step))
-    assert metadata == {**METADATA, "data_step": step}
-    if target in arrays or target == directory / "2" / "manifest" / "metadata":
-        assert step == 1
-    if step == 1:
-        assert len(lines) == 1
-        assert "checkpoint 2 is damaged" in lines[0]
-        assert "\n" not in lines[0]
-        assert (directory / "damaged-2").is_dir()
-        assert not (directory / "2").exists()
-    else:
-        assert lines == []
+    assert step == 1
+    assert same_bits(state, make_state(1))
+    assert metadata == {**METADATA, "data_step": 1}
+    assert len(lines) == 1
+    assert "checkpoint 2 is damaged" in lines[0]
+    assert "\n" not in lines[0]
+    assert (directory / "damaged-2").is_dir()
+    assert not (directory / "2").exists()
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_a_flipped_bit_of_array_data_is_noticed_by_the_digests_alone(directory, trial):
+    """As in files too large to be summed, or where a kill came before the sums."""
+    (directory / "2" / checkpoint.SUMS).unlink()
+    choose = random.Random(trial)
+    arrays = [path for path in sorted((directory / "2" / "state").rglob("[0-9]*")) if path.is_file()]
+    # Of a bool's byte only the lowest bit means anything.
+    arrays = [path for path in arrays if path.parent.name != "array_metadatas" and "opt_state/2/" not in str(path)]
+    assert len(arrays) == 6
+    flip_a_bit(choose.choice(arrays), choose)
+    (state, _, step), lines = restore_newest(directory)
+    assert step == 1
+    assert same_bits(state, make_state(1))
+    assert "what was read differs from what was saved" in lines[0] or "checkpoint 2 is damaged" in lines[0]
+
+
+def test_sums_are_those_of_sha256sum(written):
+    assert subprocess.run(["sha256sum", "-c", "--quiet", checkpoint.SUMS], cwd=written / "2").returncode == 0
 
 
 @pytest.mark.parametrize(
