@@ -47,6 +47,7 @@ def sample_run(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
         max_new_tokens=arguments.max_tokens,
         seed=arguments.seed,
         sampling=sampling,
+        vocab_size=tokenizer.vocab_size,
         eos_id=-1 if tokenizer.eos_id is None else tokenizer.eos_id,
     )
     for prompt, tokens in zip(prompts, outputs, strict=True):

@@ -50,7 +50,7 @@ def sample_token(logits: jax.Array, key: jax.Array, sampling: SamplingConfig) ->
     return by_rank[jax.random.categorical(key, ranked)].astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "max_new_tokens", "eos_id"))
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "max_new_tokens", "vocab_size", "eos_id"))
 def _generate(
     params: Params,
     config: ModelConfig,
@@ -59,6 +59,7 @@ def _generate(
     key: jax.Array,
     sampling: SamplingConfig,
     max_new_tokens: int,
+    vocab_size: int,
     eos_id: int,
 ) -> jax.Array:
     """int32 [B, max_new_tokens] after right-padded prompts [B, P] of the given lengths; -1 after an end token."""
@@ -68,7 +69,8 @@ def _generate(
 
     def draw(hidden: jax.Array, step: jax.Array) -> jax.Array:
         keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, step))(row_keys)
-        return jax.vmap(lambda row, k: sample_token(row, k, sampling))(unembed(params, config, hidden), keys)
+        logits = unembed(params, config, hidden)[:, :vocab_size]
+        return jax.vmap(lambda row, k: sample_token(row, k, sampling))(logits, keys)
 
     # Padding gets a position past the cache: it is computed, and written nowhere.
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
@@ -98,23 +100,28 @@ def generate(
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
+    vocab_size: int | None = None,
     seed: int = 0,
     sampling: SamplingConfig = SamplingConfig(),
     eos_id: int = -1,
 ) -> list[list[int]]:
     """Continues every prompt by up to `max_new_tokens` tokens; an end token is included and ends its row.
 
+    Args:
+      vocab_size: the tokenizer's; what the model's (the default) has beyond it is never drawn.
+
     Raises:
       ValueError: an empty prompt, a token id outside the vocabulary, or prompt + max_new_tokens beyond the context.
     """
+    vocab_size = config.vocab_size if vocab_size is None else vocab_size
     lengths = [len(prompt) for prompt in prompts]
     check(bool(prompts) and min(lengths) > 0, "a prompt needs at least one token: give some text, or a <bos> token")
     check(max_new_tokens > 0, f"max_new_tokens={max_new_tokens} must be positive")
     highest = max(max(prompt) for prompt in prompts)
     lowest = min(min(prompt) for prompt in prompts)
     check(
-        lowest >= 0 and highest < config.vocab_size,
-        f"a prompt holds token ids {lowest}..{highest}, but the model's vocabulary is 0..{config.vocab_size - 1}: "
+        lowest >= 0 and highest < vocab_size,
+        f"a prompt holds token ids {lowest}..{highest}, but the vocabulary is 0..{vocab_size - 1}: "
         "was it encoded with another tokenizer?",
     )
     check(
@@ -128,5 +135,6 @@ def generate(
     padded = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    tokens = _generate(params, config, padded, np.asarray(lengths), jax.random.key(seed), sampling, max_new_tokens, eos_id)
+    key = jax.random.key(seed)
+    tokens = _generate(params, config, padded, np.asarray(lengths), key, sampling, max_new_tokens, vocab_size, eos_id)
     return [[int(token) for token in row if token >= 0] for row in np.asarray(tokens)]

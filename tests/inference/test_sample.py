@@ -169,7 +169,7 @@ def test_an_end_token_is_included_and_ends_its_row_alone():
         ([], 4, "at least one token"),
         ([[1], []], 4, "at least one token"),
         ([[1]], 0, "max_new_tokens=0 must be positive"),
-        ([[1, 48]], 4, r"token ids 1\.\.48, but the model's vocabulary is 0\.\.47"),
+        ([[1, 48]], 4, r"token ids 1\.\.48, but the vocabulary is 0\.\.47"),
         ([[-1]], 4, r"token ids -1\.\.-1"),
         ([[1] * 29], 4, r"29 tokens and 4 new ones exceed model\.max_seq_len=32"),
     ],
