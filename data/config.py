@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from typing import Literal
 
 SourceKind = Literal["stdlib", "files", "huggingface"]
@@ -43,8 +44,12 @@ class SourceConfig:
     held_out_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise ValueError("a data source needs a name")
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(
+                f"data source {self.name!r}: a name, of letters, digits and _.- only, is needed (files are named so)"
+            )
+        if self.max_bytes < 0:
+            raise ValueError(f"data source {self.name!r}: max_bytes={self.max_bytes} must be >= 0 (0 is all)")
         if self.kind != "stdlib" and not self.path:
             raise ValueError(f"data source {self.name!r} of kind {self.kind!r} needs a path")
         if self.kind == "huggingface" and not self.hub_revision:

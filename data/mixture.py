@@ -28,7 +28,7 @@ class Mixture:
         self._weights = weights
         self._patterns = [_even_pattern(row) for row in weights]
         # How often each occurrence's source came before it in the pattern.
-        self._ranks = [np.array([np.sum(p[:i] == p[i]) for i in range(p.size)], np.int64) for p in self._patterns]
+        self._ranks = [_ranks(pattern) for pattern in self._patterns]
         self._drawn_before = np.zeros_like(weights)
         for m in range(1, len(mixtures)):
             rows = int(self._first_row[m] - self._first_row[m - 1])
@@ -55,3 +55,11 @@ def _even_pattern(weights: np.ndarray) -> np.ndarray:
     source = np.repeat(np.arange(weights.size), weights)
     due = np.concatenate([(np.arange(weight) + 0.5) / weight for weight in weights if weight])
     return source[np.lexsort((source, due))]
+
+
+def _ranks(pattern: np.ndarray) -> np.ndarray:
+    ranks = np.empty(pattern.size, np.int64)
+    for source in np.unique(pattern):
+        here = pattern == source
+        ranks[here] = np.arange(np.sum(here))
+    return ranks

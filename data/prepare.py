@@ -310,11 +310,15 @@ def _prepare_rows(
             for split in SPLITS:
                 packed = write_index(stage.path, path, f"{name}_", split, config.seq_len, config.packing)
                 sources[name][split] = {**sources[name][split], **stage.manifest[split], **packed}
-            train = sources[name]["train"]
+            train, held_out = (sources[name][split] for split in SPLITS)
             log(
                 f"data: {name!r}: {train['documents']:,} documents, {train['bytes'] / 1e6:.1f} MB, {train['tokens']:,} tokens, "
                 f"{train['rows']:,} rows of {config.seq_len}, {100 * train['fill']:.1f} % full"
             )
+            if held_out["documents"] and not held_out["targets"]:
+                raise ValueError(
+                    f"data source {name!r} holds out {held_out['bytes']} bytes without a token to predict: raise held_out_fraction"
+                )
             if train["targets"] < config.seq_len:
                 raise ValueError(
                     f"data source {name!r} has {train['targets']} tokens to train on, fewer than one row of "

@@ -40,7 +40,7 @@ _FORMATS_HELP = f"readable formats are {', '.join(_FORMATS)}, each also with {' 
 @dataclasses.dataclass(frozen=True)
 class Document:
     """Attributes:
-    text: not empty, encodable as UTF-8.
+    text: not blank, encodable as UTF-8.
     id: unique and stable within its source.
     """
 
@@ -71,7 +71,7 @@ def read_documents(config: SourceConfig, seed: int = 0) -> Iterator[Document]:
     else:
         documents = _sample(config, seed)
     for id, text, licence in documents:
-        if text:
+        if text.strip():
             yield Document(text, id, config.name, licence or config.licence or "unknown")
 
 
@@ -310,6 +310,9 @@ def _parquet_texts(config: SourceConfig, name: str, file: IO[bytes] | gzip.GzipF
         raise ValueError(
             f"{name}: no column {config.text_field!r} (found: {table.schema_arrow.names}); set the source's text_field"
         )
+    kind = table.schema_arrow.field(config.text_field).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise ValueError(f"{name}: column {config.text_field!r} holds {kind}, not text; set the source's text_field")
     number = 0
     for batch in table.iter_batches(columns=[config.text_field]):
         for text in batch.column(0).to_pylist():

@@ -117,7 +117,7 @@ def test_mixture_spreads_sources_evenly():
     source, _ = Mixture((MixtureConfig(0, (("a", 3), ("b", 1))),), ("a", "b"), 4)(np.arange(400))
     gaps = np.diff(np.flatnonzero(source == 1))
     assert set(gaps) == {4}
-    source, _ = Mixture((MixtureConfig(0, (("a", 70), ("b", 30))),), ("a", "b"), 4)(np.arange(1000))
+    source, _ = Mixture((MixtureConfig(0, (("a", 700_000), ("b", 300_000))),), ("a", "b"), 4)(np.arange(1000))
     assert np.diff(np.flatnonzero(source == 1)).max() <= 4
 
 

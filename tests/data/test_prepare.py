@@ -245,8 +245,9 @@ def test_sample_text_takes_about_the_fraction_and_all_of_it_at_one():
 # --- Bad input ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_corpus_is_refused(tmp_path):
-    (tmp_path / "corpus.jsonl").write_text('{"text": ""}\n')
+@pytest.mark.parametrize("text", ["", " \\n"])
+def test_an_empty_corpus_is_refused(tmp_path, text):
+    (tmp_path / "corpus.jsonl").write_text(f'{{"text": "{text}"}}\n')
     with pytest.raises(ValueError, match="'c' is empty: no document"):
         prepare(config_for(tmp_path), log=quiet)
 
@@ -262,6 +263,20 @@ def test_a_corpus_shorter_than_a_row_is_refused(tmp_path):
     config = config_for(tmp_path, TokenizerConfig("bytes"), held_out_fraction=0.0)
     with pytest.raises(ValueError, match=r"'c' has 12 tokens to train on, fewer than one row of data\.seq_len=64"):
         prepare(config, log=quiet)
+
+
+def test_a_held_out_part_without_a_target_is_refused(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "x" * 1000}) + "\n")
+    tokenizer = TokenizerConfig("bytes", document_boundaries=False)
+    config = config_for(tmp_path, tokenizer, held_out_split="position", held_out_fraction=0.001)
+    with pytest.raises(ValueError, match=r"'c' holds out 1 bytes without a token to predict: raise held_out_fraction"):
+        prepare(config, log=quiet)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a b"])
+def test_a_source_name_that_is_no_file_name_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="a name, of letters"):
+        SourceConfig(name, "stdlib")
 
 
 def test_missing_paths_are_told_before_anything_is_read(tmp_path, corpus):

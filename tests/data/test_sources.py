@@ -111,6 +111,13 @@ def test_a_parquet_file_without_the_column_lists_its_columns(tmp_path):
         texts(tmp_path)
 
 
+@pytest.mark.parametrize(("column", "kind"), [([1, 2], "int64"), ([b"x"], "binary")])
+def test_a_parquet_column_that_is_not_text_is_refused(tmp_path, column, kind):
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=f"a.parquet: column 'text' holds {kind}, not text"):
+        texts(tmp_path)
+
+
 def test_missing_files_say_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\*\.txt' is neither a file nor a directory nor a glob"):
         texts(tmp_path / "nowhere*.txt")
