@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return COMMANDS[arguments.command](arguments)
     # ImportError: an optional package that a job needs, told by the room that needs it.
+    except KeyboardInterrupt:
+        print("loam: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("LOAM_DEBUG"):
             traceback.print_exc()
@@ -120,7 +123,7 @@ def summary(run_dir: str, report_path: Any) -> str:
         lines.append(f"`xz -9e` needs {result['baseline_xz_bits_per_byte']:.4f} bits a byte for the same documents.")
     lines += [
         f"Report: {report_path}",
-        f'Next:   loam sample {run_dir} --prompt="def main(" --temperature=0.8',
+        f'Next:   loam sample {run_dir} (add --prompt="..." for one of your own)',
     ]
     return "\n".join(lines)
 

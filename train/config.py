@@ -113,6 +113,7 @@ class OptimizerConfig:
         check_choices("optimizer", self)
         for field in ("b1", "b2", "momentum"):
             check(0 <= getattr(self, field) < 1, f"optimizer.{field}={getattr(self, field)} must lie in [0, 1)")
+        check(self.eps > 0, f"optimizer.eps={self.eps} must be positive")
         check(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must be >= 0")
         check(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
         check(self.clip_norm >= 0, "optimizer.clip_norm must be >= 0 (0 is off)")
@@ -192,6 +193,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check(self.every > 0 and self.max_batches >= 0, "eval.every must be positive and eval.max_batches >= 0")
+        check(self.sample_tokens > 0, f"eval.sample_tokens={self.sample_tokens} must be positive")
+        check(self.sample_temperature >= 0, f"eval.sample_temperature={self.sample_temperature} must be >= 0 (0 is greedy)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +250,7 @@ class TrainConfig:
         check("://" not in self.run_dir, f"run_dir={self.run_dir!r} must be a local or mounted directory")
         for field in ("steps", "batch_size", "accumulation", "log_every"):
             check(getattr(self, field) > 0, f"{field}={getattr(self, field)} must be positive")
+        check(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
         check(
             self.batch_size % self.accumulation == 0,
             f"batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}",
@@ -262,10 +266,11 @@ class TrainConfig:
             "rounded away; set model.dtype to compute in another type",
         )
         tokenizer = self.data.tokenizer
+        tokens = 256 + 2 * tokenizer.document_boundaries if tokenizer.kind == "bytes" else tokenizer.vocab_size
         check(
-            bool(tokenizer.path) or tokenizer.kind in ("bytes", "chars") or tokenizer.vocab_size <= self.model.vocab_size,
-            f"data.tokenizer.vocab_size={tokenizer.vocab_size} is larger than model.vocab_size={self.model.vocab_size}: "
-            f"set model.vocab_size to {tokenizer.vocab_size} or more",
+            bool(tokenizer.path) or tokenizer.kind == "chars" or tokens <= self.model.vocab_size,
+            f"the {tokenizer.kind} tokenizer's {tokens} tokens are more than model.vocab_size={self.model.vocab_size}: "
+            f"set model.vocab_size to {tokens} or more",
         )
         check(
             any(source.held_out_fraction > 0 for source in self.data.sources),

@@ -54,7 +54,7 @@ class Incident(Exception):
 
 
 def train(config: TrainConfig, log: Log = print) -> int:
-    """Runs, or continues, the job to its end. Returns the exit status: 0, or PREEMPTED after SIGTERM.
+    """Runs, or continues, the job to its end. Returns the exit status: 0, or PREEMPTED after SIGTERM or Ctrl-C.
 
     Raises:
       ValueError, OSError: bad input, told before anything expensive; see the message.
@@ -80,7 +80,7 @@ def train(config: TrainConfig, log: Log = print) -> int:
         check_prompts(config, data)
         loop = Loop(config, data, trainer, checkpoints, log)
         stack.enter_context(contextlib.closing(loop))
-        return loop.run(stack.enter_context(stop_on_sigterm()))
+        return loop.run(stack.enter_context(stop_on_signal()))
 
 
 def compare_config(run_dir: pathlib.Path, config: TrainConfig, checkpoints: Checkpoints) -> None:
@@ -158,14 +158,21 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, An
 
 
 @contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """While open, SIGTERM only sets a flag, which the yielded function returns."""
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """While open, SIGTERM and a first Ctrl-C only set a flag, which the yielded function returns."""
     received = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+
+    def receive(number: int, _: Any) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Loop:
@@ -297,7 +304,7 @@ class Loop:
                 self._save()
             if stop:
                 self.checkpoints.wait()
-                self.log(f"stopped on SIGTERM; step {self.step} is saved, and the same command continues from it")
+                self.log(f"stopped on a signal; step {self.step} is saved, and the same command continues from it")
                 return PREEMPTED
         self.checkpoints.wait()
         return 0
@@ -406,6 +413,7 @@ class Loop:
             max_new_tokens=settings.sample_tokens,
             seed=self.config.seed,
             sampling=SamplingConfig(temperature=settings.sample_temperature),
+            vocab_size=tokenizer.vocab_size,
             eos_id=-1 if tokenizer.eos_id is None else tokenizer.eos_id,
         )
         for prompt, tokens in zip(settings.sample_prompts, outputs, strict=True):
@@ -448,9 +456,9 @@ def evaluate(trainer: Trainer, params: Any, data: PreparedData, max_batches: int
         for batch in held_out_batches(data, config.data, source, config.batch_size // config.accumulation, max_batches):
             num_bytes = float(np.sum(data.tokenizer.byte_lengths[batch["targets"]] * batch["weights"]))
             on_devices = {k: jax.make_array_from_process_local_data(trainer.batch_sharding, v) for k, v in batch.items()}
+            if sums:  # One at a time: see `train.checkpoint.digests`.
+                jax.block_until_ready(sums[-1][0])
             sums.append((trainer.evaluate(params, on_devices), float(batch["weights"].sum()), num_bytes))
-            if len(sums) > 1:  # Never more than two batches wait on the devices.
-                jax.block_until_ready(sums[-2][0])
         loss = sum(float(jax.device_get(metrics["loss"])) for metrics, _, _ in sums)
         totals[source] = [loss, sum(tokens for _, tokens, _ in sums), sum(num_bytes for _, _, num_bytes in sums)]
 

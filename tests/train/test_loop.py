@@ -6,6 +6,8 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -92,6 +94,36 @@ def test_a_run_that_dies_and_is_stopped_continues_to_the_same_bits(job, tmp_path
     said = []
     assert train(config, log=said.append) == 0
     assert "continuing from the checkpoint of step 17" in said
+    assert_same(job, config)
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_a_sharded_run_survives_its_checkpoints_with_a_thread_for_each_device(tmp_path, axis):
+    """In a process of its own, because this one has eight devices, and as many threads for them."""
+    path = write_tiny_job(tmp_path)
+    mesh = ["--config.cpu_devices=2", "--config.mesh.data=1", f"--config.mesh.{axis}=2"]
+    command = [sys.executable, "-m", "experiments.cli", "run", f"--config={path}", *mesh, "--config.steps=6"]
+    command += ["--config.checkpoint.every=3", "--config.writers=()"]
+    done = subprocess.run(command, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert Checkpoints(str(tmp_path / "run" / "checkpoints"), keep=None).steps() == [3, 6]
+
+
+def test_a_vocabulary_larger_than_the_tokenizers_is_never_drawn_from(job, tmp_path):
+    model = dataclasses.replace(job.model, vocab_size=4096)
+    wide = dataclasses.replace(job, model=model, run_dir=str(tmp_path / "wide"), steps=3)
+    assert train(wide, log=lambda _: None) == 0
+    samples = read_jsonl(f"{wide.run_dir}/samples.jsonl")
+    assert len(samples) == 1
+
+
+def test_ctrl_c_saves_and_stops(job, tmp_path):
+    """A first one; the same command then continues."""
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "stopped"))
+    stop = lambda text: os.kill(os.getpid(), signal.SIGINT) if text.startswith("step 8:") else None  # noqa: E731
+    assert train(config, log=stop) == PREEMPTED
+    assert 8 <= Checkpoints(f"{config.run_dir}/checkpoints", keep=None).steps()[-1] < config.steps
+    assert train(config, log=lambda _: None) == 0
     assert_same(job, config)
 
 

@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.params import init_params, param_specs, unstack_layers
 from model.presets import preset
 from model.transformer import forward, unembed
-from train.config import LossConfig, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from train.config import EvalConfig, LossConfig, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from train.step import gradient_sums, loss_sums, make_trainer, mean_gradients
 
 MODEL = ModelConfig(
@@ -301,6 +301,11 @@ def test_a_mesh_that_does_not_fit_is_an_error(changes, num_devices, message):
             lambda: dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, seq_len=17)),
             r"data\.seq_len=17 is longer than model\.max_seq_len=16",
         ),
+        (lambda: dataclasses.replace(CONFIG, seed=-1), r"seed=-1 must lie in"),
+        (lambda: OptimizerConfig(eps=0.0), r"optimizer\.eps=0\.0 must be positive"),
+        (lambda: EvalConfig(sample_tokens=0), r"eval\.sample_tokens=0 must be positive"),
+        (lambda: EvalConfig(sample_temperature=-1.0), r"eval\.sample_temperature=-1\.0 must be >= 0"),
+        (lambda: dataclasses.replace(MODEL, init_std=0.0), r"model\.init_std=0\.0 must be positive"),
         (lambda: LossConfig(z_loss=-1.0), r"loss\.z_loss must be >= 0"),
         (lambda: LossConfig(chunk_tokens=-1), r"loss\.chunk_tokens must be >= 0"),
         (lambda: MeshConfig(data=-1, fsdp=-1), r"only one axis can be -1"),
