@@ -317,7 +317,8 @@ def _prepare_rows(
             )
             if held_out["documents"] and not held_out["targets"]:
                 raise ValueError(
-                    f"data source {name!r} holds out {held_out['bytes']} bytes without a token to predict: raise held_out_fraction"
+                    f"data source {name!r} holds out {held_out['bytes']} bytes without a token to predict: raise its "
+                    "held_out_fraction"
                 )
             if train["targets"] < config.seq_len:
                 raise ValueError(

@@ -269,7 +269,7 @@ def test_a_held_out_part_without_a_target_is_refused(tmp_path):
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "x" * 1000}) + "\n")
     tokenizer = TokenizerConfig("bytes", document_boundaries=False)
     config = config_for(tmp_path, tokenizer, held_out_split="position", held_out_fraction=0.001)
-    with pytest.raises(ValueError, match=r"'c' holds out 1 bytes without a token to predict: raise held_out_fraction"):
+    with pytest.raises(ValueError, match=r"'c' holds out 1 bytes without a token to predict: raise its held_out_fraction"):
         prepare(config, log=quiet)
 
 
