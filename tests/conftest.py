@@ -3,13 +3,13 @@
 import os
 import pathlib
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # inherited by the processes that tests start
+os.environ["JAX_PLATFORMS"] = "cpu"  # inherited by the processes that tests start, as is what `configure` sets
+# Programs that tests compile are kept between tests and between runs of the suite.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent / ".xla_cache")
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)
+from model.xla import configure
 
-# Programs that tests compile are kept between tests and between runs of the suite.
-jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent / ".xla_cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+configure(cpu_devices=8)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from model import xla
@@ -38,6 +41,11 @@ def test_devices_flags_and_the_cache_of_programs_take_effect(tmp_path):
     output = subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True)
     assert json.loads(output) == [3, " ".join(xla.CPU_FLAGS)]
     assert any((tmp_path / "loam" / "xla").iterdir())
+
+
+def test_a_maximum_keeps_nans():
+    """By JAX 0.10.2's (and 0.12's) own flags it is -inf, and a network of NaNs looks sound."""
+    assert np.all(np.isnan(jax.jit(lambda x: jnp.max(x, axis=1))(np.full((128, 128), np.nan, np.float32))))
 
 
 @pytest.mark.parametrize(("cores", "rows", "devices"), [(1, 12, 1), (2, 12, 2), (2, 7, 1), (8, 12, 6), (8, 4, 4), (6, 25, 5)])
