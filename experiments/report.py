@@ -393,11 +393,13 @@ def samples_section(run: Run) -> str:
 def incidents_section(run: Run) -> str:
     if not run.incidents:
         return ""
-    rows = "".join(
-        f"<tr><th>step {text(i['step'])}</th><td>{text(i['reason'])}; data steps {text(i['first_skipped'])} to "
-        f"{text(i['last_skipped'])} were skipped</td></tr>"
-        for i in run.incidents
-    )
+
+    def outcome(incident: dict[str, Any]) -> str:
+        if incident.get("gave_up"):
+            return "the run gave up"
+        return f"data steps {text(incident['first_skipped'])} to {text(incident['last_skipped'])} were skipped"
+
+    rows = "".join(f"<tr><th>step {text(i['step'])}</th><td>{text(i['reason'])}; {outcome(i)}</td></tr>" for i in run.incidents)
     return f'<section><h2>Incidents</h2><table class="incidents">{rows}</table></section>'
 
 

@@ -38,8 +38,8 @@ PyTree = Any
 SUMS = "SHA256SUMS"
 SUMMED_BYTES = 1 << 20  # Larger files are array data, which the digests cover; reading them twice would double a restore.
 
-# Orbax warns about every option that differs from its defaults, at every save.
-absl.logging.set_verbosity(absl.logging.ERROR)
+# Orbax warns about every option that differs from its defaults, at every save, and logs pages of what it then raises.
+absl.logging.set_verbosity(absl.logging.FATAL)
 
 
 class CheckpointError(RuntimeError):
@@ -250,10 +250,14 @@ class Checkpoints:
             raise DamagedCheckpoint(f"what was read differs from what was saved in {_listed(wrong)}")
         return structure.unflatten([leaves[path] for path in wanted]), manifest["metadata"]
 
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What the caller saved beside the state. Raises DamagedCheckpoint if it cannot be read."""
+        return self._read_manifest(step)["metadata"]
+
     def restore_newest(
-        self, abstract: PyTree, log: Callable[[str], None], partial: bool = False
+        self, abstract: PyTree, log: Callable[[str], None], partial: bool = False, among: list[int] | None = None
     ) -> tuple[PyTree, dict[str, Any], int] | None:
-        """Reads the newest sound checkpoint: (state, metadata, step), or None if there is none at all.
+        """Reads the newest sound checkpoint (`among` these steps): (state, metadata, step), or None if there is none at all.
 
         A damaged one is reported through `log` in one line and renamed `damaged-<step>`, nothing being deleted. This happens
         only after an older one has proved readable: a fault that all of them share (no memory, a bad mesh) is no damage.
@@ -263,7 +267,7 @@ class Checkpoints:
           CheckpointError: there are checkpoints, and none can be read.
         """
         damaged: dict[int, DamagedCheckpoint] = {}
-        for step in reversed(self.steps()):
+        for step in sorted(self.steps() if among is None else among, reverse=True):
             try:
                 state, metadata = self.restore(step, abstract, partial)
             except DamagedCheckpoint as error:

@@ -29,7 +29,7 @@ from data.prepare import PreparedData, prepare
 from inference.sample import SamplingConfig, generate
 from model.flops import train_flops_per_token
 from train.baseline import xz_bits_per_byte
-from train.checkpoint import Checkpoints
+from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
 from train.config import PREEMPTED, TrainConfig, check
 from train.files import only_process_in, write_json_atomic
 from train.metrics import JsonlWriter, Writer, check_writers, make_writers, read_jsonl, truncate_jsonl
@@ -95,7 +95,7 @@ def compare_config(run_dir: pathlib.Path, config: TrainConfig, checkpoints: Chec
     here = json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists():
         there = json.loads(path.read_text())
-        skipped = skipped_windows(read_jsonl(run_dir / "incidents.jsonl"))
+        skipped = skipped_windows(rolled_back(run_dir))
         seen = (checkpoints.steps() or [0])[-1] + sum(last - first + 1 for first, last in skipped)
         past = [[mixture for mixture in side["data"]["mixtures"] if mixture["start_step"] < seen] for side in (there, here)]
         free = (*FREE_FIELDS, "data.mixtures") if past[0] == past[1] else FREE_FIELDS
@@ -135,6 +135,11 @@ def check_prompts(config: TrainConfig, data: PreparedData) -> None:
         )
 
 
+def rolled_back(run_dir: pathlib.Path) -> list[dict[str, Any]]:
+    """The recorded incidents but those at which a run gave up."""
+    return [record for record in read_jsonl(run_dir / "incidents.jsonl") if not record.get("gave_up")]
+
+
 def skipped_windows(incidents: list[dict[str, Any]]) -> tuple[tuple[int, int], ...]:
     """The disjoint windows (first, last) of data steps that incidents leave out.
 
@@ -153,6 +158,9 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, An
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(a, b, f"{prefix}.{i}")
     elif old != new:
         yield prefix, old, new
 
@@ -181,7 +189,7 @@ class Loop:
     def __init__(self, config: TrainConfig, data: PreparedData, trainer: Trainer, checkpoints: Checkpoints, log: Log):
         self.config, self.data, self.trainer, self.checkpoints, self.log = config, data, trainer, checkpoints, log
         self.run_dir = pathlib.Path(config.run_dir)
-        self.incidents = read_jsonl(self.run_dir / "incidents.jsonl")
+        self.incidents = rolled_back(self.run_dir)
         timing = read_jsonl(self.run_dir / "timing.jsonl")
         self.started = time.perf_counter() - max((record["seconds"] for record in timing), default=0.0)
         self.timing = JsonlWriter(self.run_dir / "timing.jsonl")
@@ -229,10 +237,10 @@ class Loop:
         with self.timed("compile"):
             return self.trainer.step.lower(self.trainer.abstract_state, batch).compile()
 
-    def _restore(self) -> tuple[TrainState, int, collections.deque[float]]:
-        """The newest sound checkpoint, or the initial state; metrics that came after it are dropped."""
+    def _restore(self, among: list[int] | None = None) -> tuple[TrainState, int, collections.deque[float]]:
+        """The newest sound checkpoint (`among` these steps), or the initial state; metrics that came after it are dropped."""
         with self.timed("restore"):
-            restored = self.checkpoints.restore_newest(self.trainer.abstract_state, self.log)
+            restored = self.checkpoints.restore_newest(self.trainer.abstract_state, self.log, among=among)
             if restored is None:
                 state, step, losses = self.trainer.init(jax.random.key(self.config.seed)), 0, []
             else:
@@ -341,40 +349,48 @@ class Loop:
     def _roll_back(self, incident: Incident) -> None:
         """Records the incident, then goes back to the last checkpoint; the data since then will not be seen again."""
         self.log(str(incident))
+        record = {"step": incident.step, "reason": incident.reason, "seconds": self.seconds()}
+        incidents = JsonlWriter(self.run_dir / "incidents.jsonl")
         if len(self.incidents) >= self.config.rollback.max_incidents:
+            incidents.write_and_close({**record, "gave_up": True})
             raise RuntimeError(
                 f"{incident}. This is incident number {len(self.incidents) + 1}, more than rollback.max_incidents="
                 f"{self.config.rollback.max_incidents}: look at {self.run_dir}/incidents.jsonl, then lower the learning rate, "
                 "or clip harder, and start the run anew"
             )
-        self.pending = None
         self.metrics.close()
         self.samples.close()
-        target = self._roll_back_target(incident)
+        # The old state makes room for the one that is read.
+        self.pending = None
+        del self.state
+        self.state, self.step, self.losses = self._restore_scheduled()
         for step in self.checkpoints.steps():
-            if step > target:
+            if step > self.step:
                 self.checkpoints.delete(step)
-        record = {
-            "step": incident.step,
-            "reason": incident.reason,
-            "first_skipped": self.data_step(target),
-            "last_skipped": self.data_step(incident.step - 1),
-            "seconds": self.seconds(),
-        }
-        JsonlWriter(self.run_dir / "incidents.jsonl").write_and_close(record)
+        record |= {"first_skipped": self.data_step(self.step), "last_skipped": self.data_step(incident.step - 1)}
+        # Last: a kill before this line repeats the steps, and the incident, instead of skipping data that it has seen.
+        incidents.write_and_close(record)
         self.incidents.append(record)
-        self.state, self.step, self.losses = self._restore()
         self.metrics, self.samples = self._open_writers()
         self.log(f"went back to step {self.step}; data steps {record['first_skipped']} to {record['last_skipped']} are skipped")
 
-    def _roll_back_target(self, incident: Incident) -> int:
+    def _restore_scheduled(self) -> tuple[TrainState, int, collections.deque[float]]:
         """The newest scheduled checkpoint: without a SIGTERM there would be no other, and the same data must be skipped.
 
-        Where there should be one and is none (damaged, or `checkpoint.every` was changed), the newest of all.
+        Where none of them can be read, the newest of all; where none was made yet, the initial state.
         """
-        every, steps = self.config.checkpoint.every, self.checkpoints.steps()
-        scheduled = [step for step in steps if step % every == 0]
-        return max(scheduled or (steps if incident.step > every else []), default=0)
+        scheduled = [step for step in self.checkpoints.steps() if self._is_scheduled(step)]
+        try:
+            return self._restore(scheduled)
+        except CheckpointError as error:
+            self.log(str(error))
+            return self._restore()
+
+    def _is_scheduled(self, step: int) -> bool:
+        try:
+            return self.checkpoints.metadata(step)["scheduled"]
+        except DamagedCheckpoint:
+            return True  # Reading it will tell.
 
     def _save(self) -> None:
         with self.timed("checkpoint"):
@@ -382,9 +398,10 @@ class Loop:
             self.samples.flush()
             # One made on SIGTERM is deleted once there is a newer one, so that it takes no scheduled one's place.
             for step in self.checkpoints.steps()[:-1]:
-                if step % self.config.checkpoint.every:
+                if not self._is_scheduled(step):
                     self.checkpoints.delete(step)
-            self.checkpoints.save(self.step, self.state, {"recent_losses": list(self.losses)})
+            scheduled = self.step % self.config.checkpoint.every == 0 or self.step == self.config.steps
+            self.checkpoints.save(self.step, self.state, {"recent_losses": list(self.losses), "scheduled": scheduled})
 
     # --- Held-out data --------------------------------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ class JsonlWriter:
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a file, without a torn last line; a file that does not exist has none."""
     path = pathlib.Path(path)
-    return [json.loads(line) for line in _complete_lines(path)] if path.exists() else []
+    return [record for _, record in _records(path)] if path.exists() else []
 
 
 def truncate_jsonl(path: str | os.PathLike[str], first_step: int) -> None:
@@ -83,8 +83,17 @@ def truncate_jsonl(path: str | os.PathLike[str], first_step: int) -> None:
     """
     path = pathlib.Path(path)
     if path.exists():
-        lines = _complete_lines(path)
-        write_atomic(path, b"".join(line for line in lines if json.loads(line)["step"] < first_step))
+        write_atomic(path, b"".join(line for line, record in _records(path) if record["step"] < first_step))
+
+
+def _records(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
+    records = []
+    for number, line in enumerate(_complete_lines(path), start=1):
+        try:
+            records.append((line, json.loads(line)))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error}): remove the line, or move the run away") from error
+    return records
 
 
 def _complete_lines(path: pathlib.Path) -> list[bytes]:
@@ -117,8 +126,9 @@ class MetricWriter:
             writer.flush()
 
     def close(self) -> None:
+        others, self._others = self._others, ()  # Closing twice does no harm.
         with contextlib.ExitStack() as stack:  # All of them, whatever one of them raises.
-            for writer in (*self._others, self._jsonl):
+            for writer in (*others, self._jsonl):
                 stack.callback(writer.close)
 
 
@@ -166,14 +176,11 @@ class WandbWriter:
 
     def __init__(self, run_dir: pathlib.Path, run_name: str, first_step: int):
         wandb = _import("wandb")
-        identity = run_dir / "wandb_id"
-        if not identity.exists():
-            write_atomic(identity, uuid.uuid4().hex.encode())
         connected = any(name in os.environ for name in ("WANDB_MODE", "WANDB_API_KEY"))
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "loam"),
             name=run_name,
-            id=identity.read_text(),
+            id=_identity(run_dir, "wandb"),
             resume="allow",
             dir=str(run_dir),
             mode=None if connected else "offline",
@@ -196,7 +203,9 @@ class TrackioWriter:
 
     def __init__(self, run_dir: pathlib.Path, run_name: str, first_step: int):
         trackio = _import("trackio")
-        self._run = trackio.init(project=os.environ.get("TRACKIO_PROJECT", "loam"), name=run_name, resume="allow")
+        # It knows runs by their names: those of one config in two directories must differ.
+        name = f"{run_name}-{_identity(run_dir, 'trackio')[:8]}"
+        self._run = trackio.init(project=os.environ.get("TRACKIO_PROJECT", "loam"), name=name, resume="allow")
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         self._run.log(scalars, step=step)
@@ -206,6 +215,14 @@ class TrackioWriter:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _identity(run_dir: pathlib.Path, writer: str) -> str:
+    """A random name of the directory's run, the same after a restart."""
+    path = run_dir / f"{writer}_id"
+    if not path.exists():
+        write_atomic(path, uuid.uuid4().hex.encode())
+    return path.read_text()
 
 
 WRITERS = {"tensorboard": TensorBoardWriter, "wandb": WandbWriter, "trackio": TrackioWriter}

@@ -67,6 +67,7 @@ def write_run(directory: pathlib.Path, last_step: int = STEPS) -> None:
         "samples.jsonl": samples,
         "incidents.jsonl": [
             {"step": 701, "reason": "loss is nan", "first_skipped": 600, "last_skipped": 700, "seconds": 240.0},
+            {"step": 702, "reason": "loss is inf", "gave_up": True, "seconds": 241.0},
         ],
         "config.json": {
             "name": "quickstart <tiny>",

@@ -134,6 +134,15 @@ def test_numbers_of_the_header(page, run_dir):
     assert "finished" in [badge.text for badge in page.iter("span")]
 
 
+def test_incidents_are_told(page):
+    (table,) = [table for table in page.iter("table") if table.get("class") == "incidents"]
+    rows = ["".join(row.itertext()) for row in table.iter("tr")]
+    assert rows == [
+        "step 701loss is nan; data steps 600 to 700 were skipped",
+        "step 702loss is inf; the run gave up",
+    ]
+
+
 @pytest.mark.parametrize("last_step", [1, 2, 30])
 def test_a_run_in_progress(tmp_path, last_step):
     write_run(tmp_path, last_step)

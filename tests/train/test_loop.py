@@ -189,17 +189,36 @@ def test_an_incident_after_a_stop_skips_what_it_skips_without_one(job, tmp_path,
     assert checkpoints.steps() == Checkpoints(f"{straight.run_dir}/checkpoints", keep=None).steps() == [10, 15, 20]
 
 
-def test_an_incident_after_the_schedule_changed_does_not_begin_anew(job, tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [7, 200])
+def test_an_incident_after_the_schedule_changed_does_not_begin_anew(job, tmp_path, monkeypatch, every):
     """Checkpoints of every fifth step and of a stop; none of them is one of every seventh."""
     config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
     assert train(config, log=terminate_at("step 8:")) == PREEMPTED
-    newest = Checkpoints(f"{config.run_dir}/checkpoints", keep=None).steps()[-1]
-    assert newest in (8, 9)
+    assert Checkpoints(f"{config.run_dir}/checkpoints", keep=None).steps()[-1] in (8, 9)
     poison(monkeypatch, bad_data_step=12, value=np.nan)
-    every_seventh = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=7))
-    assert train(every_seventh, log=lambda _: None) == 0
+    changed = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=every))
+    assert train(changed, log=lambda _: None) == 0
     (incident,) = read_jsonl(f"{config.run_dir}/incidents.jsonl")
-    assert (incident["first_skipped"], incident["last_skipped"]) == (newest, 12)
+    assert (incident["first_skipped"], incident["last_skipped"]) == (5, 12)
+
+
+def test_an_incident_behind_a_damaged_scheduled_checkpoint_takes_the_newest_sound_one(job, tmp_path, monkeypatch):
+    """Nothing is deleted before what replaces it has been read."""
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"), checkpoint=dataclasses.replace(job.checkpoint, every=10))
+    stop = lambda self: (settle(self), self.step == 11 and os.kill(os.getpid(), signal.SIGTERM))[0]  # noqa: E731
+    settle = loop.Loop._settle
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Loop, "_settle", stop)
+        assert train(config, log=lambda _: None) == PREEMPTED
+    directory = pathlib.Path(config.run_dir) / "checkpoints"
+    stopped = Checkpoints(str(directory), keep=None).steps()[-1]
+    assert stopped in (11, 12)
+    array = directory / "10/state/params/embedding/0.0"
+    array.write_bytes(bytes([array.read_bytes()[0] ^ 1]) + array.read_bytes()[1:])
+    poison(monkeypatch, bad_data_step=12, value=np.nan)
+    assert train(config, log=lambda _: None) == 0
+    (incident,) = read_jsonl(f"{config.run_dir}/incidents.jsonl")
+    assert (incident["first_skipped"], incident["last_skipped"]) == (stopped, 12)
 
 
 def test_it_gives_up_after_the_set_number_of_incidents(job, tmp_path, monkeypatch):
@@ -213,7 +232,8 @@ def test_it_gives_up_after_the_set_number_of_incidents(job, tmp_path, monkeypatc
     monkeypatch.setattr(loop.Batches, "__getitem__", always_bad)
     with pytest.raises(RuntimeError, match="rollback.max_incidents=1"):
         train(config, log=lambda _: None)
-    assert len(read_jsonl(f"{config.run_dir}/incidents.jsonl")) == 1
+    records = read_jsonl(f"{config.run_dir}/incidents.jsonl")
+    assert [record.get("gave_up", False) for record in records] == [False, True]
 
 
 def test_a_spike_is_an_incident(job):

@@ -168,6 +168,41 @@ def test_wandb_offline_run_goes_on_after_a_restart(tmp_path, monkeypatch):
     assert all(path.name.endswith(identity) for path in (tmp_path / "wandb").glob("offline-run-*"))
 
 
+class FakeService:
+    """Stands for wandb and trackio, which are large: records the calls that are made."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: (self.calls.append((name, args, kwargs)), self)[1]
+
+
+@pytest.mark.parametrize(("name", "argument"), [("wandb", "id"), ("trackio", "name")])
+def test_a_service_knows_the_run_of_a_directory_again_and_no_other(tmp_path, monkeypatch, name, argument):
+    service = FakeService()
+    monkeypatch.setitem(sys.modules, name, service)
+    for directory, step in (("a", 1), ("a", 2), ("b", 1)):
+        (tmp_path / directory).mkdir(exist_ok=True)
+        writer = make_writers((name,), tmp_path / directory, "run", step)
+        writer.write(step, {"loss": 0.5})
+        writer.close()
+        writer.close()
+    first, again, other = (kwargs[argument] for call, _, kwargs in service.calls if call == "init")
+    assert first == again != other
+    assert [call for call, _, _ in service.calls].count("log") == 3
+    assert [call for call, _, _ in service.calls].count("finish") == 3
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    write(tmp_path / "m.jsonl", range(3))
+    lines = (tmp_path / "m.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "m.jsonl").write_bytes(b"".join([lines[0], b"\0" * 20 + b"\n", lines[2]]))
+    for read in (read_jsonl, lambda path: truncate_jsonl(path, 2)):
+        with pytest.raises(ValueError, match=r"m\.jsonl, line 2 is damaged"):
+            read(tmp_path / "m.jsonl")
+
+
 def test_trackio_runs_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
