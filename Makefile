@@ -1,5 +1,5 @@
 # Two commands set everything up on a fresh machine: `make quickstart` and `make test`.
-# EXTRAS=bench,data adds extras of pyproject.toml; PYTHON= chooses the interpreter.
+# EXTRAS=bench,data adds extras of pyproject.toml (tpu: libtpu, to compile for TPUs without one); PYTHON= chooses the interpreter.
 PYTHON ?= python3
 EXTRAS ?=
 VENV ?= .venv

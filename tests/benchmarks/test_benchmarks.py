@@ -45,6 +45,17 @@ def test_train_step_says_how_to_get_torch(monkeypatch):
 
 
 @pytest.mark.slow
+def test_attention_schedule():
+    """Against splash attention at its best, by the bundles of all tiles: what docs/kernels.md says of one chip."""
+    pytest.importorskip("libtpu")
+    result = last_line("attention_schedule", "--chips", "v5e")
+    for case in ("causal_forward", "causal_backward"):
+        assert 0 < result[f"{case}_vs_splash"] <= 1
+    for case in ("packed_forward", "packed_backward"):
+        assert 0 < result[f"{case}_vs_splash"] <= 1 / 3
+
+
+@pytest.mark.slow
 def test_loss_memory():
     result = last_line("loss_memory", "--quick")
     assert_positive(result, "peak_vs_plain", "chunked_bytes", "plain_bytes")
