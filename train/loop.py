@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import signal
 import statistics
 import time
@@ -43,6 +44,10 @@ Log = Callable[[str], None]
 # Fields of a config that may differ when a run is continued: none of them changes an update by more than rounding.
 FREE_FIELDS = ("run_dir", "mesh", "cpu_devices", "writers", "log_every", "checkpoint", "eval", "data.cache_dir",
                "data.loader_threads", "data.prefetch_batches", "rollback.max_incidents", "xz_baseline")  # fmt: skip
+
+
+# Where the text lies may change too: `compare_data` looks at what it is.
+MOVED = re.compile(r"(data\.)?sources\.[\w.-]+\.(path|origin)")
 
 
 class Incident(Exception):
@@ -102,7 +107,7 @@ def compare_config(run_dir: pathlib.Path, config: TrainConfig, checkpoints: Chec
         differing = [
             f"{key} (there {old!r}, here {new!r})"
             for key, old, new in _differences(there, here)
-            if not any(key == field or key.startswith(field + ".") for field in free)
+            if not any(key == field or key.startswith(field + ".") for field in free) and not MOVED.fullmatch(key)
         ]
         check(
             not differing,
@@ -115,7 +120,8 @@ def compare_data(run_dir: pathlib.Path, data: PreparedData, checkpoints: Checkpo
     """Raises ValueError where a run is to be continued on other data than it began with."""
     path = run_dir / "data_manifest.json"
     if path.exists() and checkpoints.steps():
-        differing = [key for key, _, _ in _differences(json.loads(path.read_text()), json.loads(json.dumps(data.manifest)))]
+        differences = _differences(json.loads(path.read_text()), json.loads(json.dumps(data.manifest)))
+        differing = [key for key, _, _ in differences if not MOVED.fullmatch(key)]
         check(
             not differing,
             f"the data of {run_dir} has changed since the run began ({', '.join(differing[:8])}): bring the old data back, or "

@@ -295,6 +295,16 @@ def test_a_run_is_not_continued_on_other_data(job, tmp_path):
         train(config, log=lambda _: None)
 
 
+def test_the_text_may_have_moved(tmp_path):
+    """It is compared by content, and may lie elsewhere when a run is continued."""
+    path = write_tiny_job(tmp_path)
+    config = load_train_config(str(path), ["--config.writers=()"])
+    assert train(config, log=terminate_at("step 8:")) == PREEMPTED
+    shutil.move(tmp_path / "a", tmp_path / "elsewhere")
+    moved = load_train_config(str(path), ["--config.writers=()", f"--config.data.sources.0.path={tmp_path / 'elsewhere'}"])
+    assert train(moved, log=lambda _: None) == 0
+
+
 def test_prompts_that_cannot_be_continued_are_refused_before_the_model_is_compiled(job, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "Loop", lambda *_: pytest.fail("the model was compiled"))
     evaluation = dataclasses.replace(job.eval, sample_tokens=job.model.max_seq_len)
