@@ -488,7 +488,10 @@ def _backward_kernel(
     dv_total[...] = jnp.zeros(dv_total.shape, jnp.float32)
     k_transposed[...] = k[0, 0].T
     segments[...], positions[...] = _columns(kv_ids[0], LANES)
-    head = lambda repeat: kv_head * group + repeat  # noqa: E731
+
+    def head(repeat: Any) -> Any:
+        return kv_head * group + repeat
+
     sources = [
         lambda repeat, tile: q_hbm.at[batch, head(repeat), _rows(tile, block[0])],
         lambda repeat, tile: d_out_hbm.at[batch, head(repeat), _rows(tile, block[0])],

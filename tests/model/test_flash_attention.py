@@ -99,7 +99,8 @@ def check(ids, *, window, cap, group, with_sinks, dtype, tolerance, sizes=SIZES,
         gradients = pull((jnp.asarray(d_out, dtype), jnp.asarray(d_lse, jnp.float32)))
     names = ("out", "lse", "dq", "dk", "dv", "d_sinks")
     for name, x, y in zip(names, (out, lse, *gradients), (*expected, *expected_gradients), strict=False):
-        x, y = np.asarray(x, np.float64), np.where(y == MASKED, np.float32(MASKED), y)
+        x, y = np.asarray(x, np.float64), np.asarray(y)
+        y = np.where(y == MASKED, np.float32(MASKED), y)
         assert np.all(np.isfinite(x)), name
         np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, np.abs(y[y > MASKED / 2]).max()), rtol=0, err_msg=name)
 
