@@ -458,11 +458,14 @@ def _forward_kernel(
         k, v = k_buffer[slot], v_buffer[slot]
         v_and_ones = jnp.concatenate([v.T, jnp.ones((ONES, v.shape[0]), v.dtype)], axis=0)
         # In strips of queries: the products of one are computed while the exponentials of another are.
-        strips = [pl.ds(start, min(STRIP, block[0])) for start in range(0, block[0], STRIP)]
+        strips = [pl.ds(start, min(STRIP, block[0] - start)) for start in range(0, block[0], STRIP)]
         scores = [logits(k, q[0, 0, strip])[0] for strip in strips]
         if masked:
-            columns = _columns(ids_buffer[slot], min(STRIP, block[0]))
-            scores = [logits.mask(z, columns, q_ids[0, :, strip]) for z, strip in zip(scores, strips, strict=True)]
+            segments, positions = _columns(ids_buffer[slot], min(STRIP, block[0]))
+            scores = [
+                logits.mask(z, (segments[:, : z.shape[1]], positions[:, : z.shape[1]]), q_ids[0, :, strip])
+                for z, strip in zip(scores, strips, strict=True)
+            ]
         for z, strip in zip(scores, strips, strict=True):
             before = highest[0:1, strip]
             now = jnp.maximum(before, jnp.max(z, axis=0, keepdims=True))

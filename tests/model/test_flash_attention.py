@@ -142,6 +142,12 @@ def test_tiles_that_are_not_square(forward, backward):
     check(same(layouts(500)), window=0, cap=0.0, group=1, with_sinks=False, dtype=jnp.float32, tolerance=3e-6, sizes=sizes)
 
 
+def test_a_row_that_is_no_multiple_of_a_strip():
+    """Its 600 queries are one block of 640, a strip of 512 and one of 128."""
+    ids = tuple(x[None] for x in document_ids([200, 370], 600))
+    check(same(ids), window=0, cap=0.0, group=1, with_sinks=False, dtype=jnp.float32, tolerance=3e-6, sizes=BlockSizes())
+
+
 def test_segments_in_any_order():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 4, (2, 260)), rng.integers(0, 300, (2, 260))
