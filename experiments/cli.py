@@ -32,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         restart_with_huge_pages()
     try:
         return COMMANDS[arguments.command](arguments)
-    # ImportError: an optional package that a job needs, told by the room that needs it.
     except KeyboardInterrupt:
         print("loam: interrupted", file=sys.stderr)
         return 130
+    # ImportError: an optional package that a job needs, told by the room that needs it.
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("LOAM_DEBUG"):
             traceback.print_exc()

@@ -240,6 +240,7 @@ class Checkpoints:
           TreeMismatch: the checkpoint is of another state; every path that is missing, left over or different is named.
           DamagedCheckpoint: it is incomplete or not what was saved.
         """
+        self._check_files(step)
         manifest = self._read_manifest(step)
         wanted, structure = flatten(abstract)
         _check_tree(f"{self._directory}/{step}", manifest["leaves"], wanted, partial)
@@ -313,7 +314,6 @@ class Checkpoints:
             raise DamagedCheckpoint(f"{_listed(sorted(wrong)) or SUMS} is not what was saved")
 
     def _read_manifest(self, step: int) -> dict[str, Any]:
-        self._check_files(step)
         manifest = self._read(step, manifest=ocp.args.JsonRestore())["manifest"]
         seal = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
         if seal != _seal(manifest) or manifest["step"] != step:
