@@ -190,7 +190,7 @@ def make_plan(
 
     def ids(segments: jax.Array, positions: jax.Array, multiple: int) -> jax.Array:
         x = jnp.stack([segments, positions], axis=1).astype(jnp.int32)
-        return _pad(x, 2, multiple)
+        return _pad(x, _round_up(x.shape[2], multiple))
 
     q_ids, kv_ids = ids(q_segments, q_positions, q_multiple), ids(kv_segments, kv_positions, kv_multiple)
     some, every = _tiles(q_ids, kv_ids, window, sizes.backward)
@@ -208,10 +208,9 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, _round_up(x.shape[axis], multiple) - x.shape[axis])
-    return jnp.pad(x, widths)
+def _pad(x: jax.Array, length: int) -> jax.Array:
+    """Zeros along the third axis."""
+    return jnp.pad(x, [(0, length - size if axis == 2 else 0) for axis, size in enumerate(x.shape)])
 
 
 # --- Inside the kernels ---------------------------------------------------------------------------------------------------
@@ -694,11 +693,7 @@ def flash_attention(
             "key-value heads, and all head dimensions equal"
         )
     sinks = jnp.full((H,), MASKED, jnp.float32) if sinks_H is None else sinks_H.astype(jnp.float32)
-    q = _pad_to(q_BHTD, plan.q_ids.shape[2])
-    k, v = (_pad_to(x, plan.kv_ids.shape[2]) for x in (k_BKSD, v_BKSD))
+    q = _pad(q_BHTD, plan.q_ids.shape[2])
+    k, v = (_pad(x, plan.kv_ids.shape[2]) for x in (k_BKSD, v_BKSD))
     out_and_lse: tuple[jax.Array, jax.Array] = _attend(plan, _Logits(scale, cap, plan.window), q, k, v, sinks)
     return out_and_lse[0][:, :, :T], out_and_lse[1][:, :, 0, :T]
-
-
-def _pad_to(x: jax.Array, length: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
