@@ -46,7 +46,8 @@ def compile_ours(topology: str, sizes: tuple[int, int]) -> None:
     import jax
     import jax.numpy as jnp
 
-    from model.kernels.flash_attention import BlockSizes, flash_attention, make_plan
+    from model.kernels.flash_attention import flash_attention
+    from model.kernels.tiles import BlockSizes, make_plan
 
     def both(q: jax.Array, d_out: jax.Array, segments: jax.Array, positions: jax.Array) -> Any:
         plan = make_plan(segments, positions, segments, positions, sizes=BlockSizes(sizes, sizes))
@@ -137,7 +138,7 @@ def tiles_visited(kind: str, layout: str, pass_: str, sizes: tuple[int, ...]) ->
     if kind == "splash":
         last_query = np.arange(sizes[0], LENGTH + 1, sizes[0]) - 1
         return int(np.sum(last_query // sizes[1] + 1)), 0
-    from model.kernels.flash_attention import BlockSizes, make_plan
+    from model.kernels.tiles import BlockSizes, make_plan
 
     tokens = np.arange(LENGTH)
     segments, positions = (jnp.asarray(x[None]) for x in np.divmod(tokens, LENGTH if layout == "causal" else DOCUMENT))
@@ -222,7 +223,7 @@ def main() -> None:
         return
     if importlib.util.find_spec("libtpu") is None:
         sys.exit("libtpu, the TPU compiler, is not installed: `make env EXTRAS=tpu` installs it.")
-    from model.kernels.flash_attention import BLOCK_SIZES_FILE
+    from model.kernels.tiles import BLOCK_SIZES_FILE
 
     chosen: dict[str, Any] = json.loads(BLOCK_SIZES_FILE.read_text()) if BLOCK_SIZES_FILE.exists() else {}
     results = {}

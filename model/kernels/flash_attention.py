@@ -1,14 +1,6 @@
 """Flash attention for TPU, forward and backward, that never visits a tile without an allowed pair (arXiv:2205.14135).
 
-A pair (query, key) is allowed if both are of the same segment, the key's position is not later, and, with a window, the
-distance is below it. Segment 0 is padding: it sees nothing, nobody sees it, and its output is 0.
-
-A *tile* is a block of queries times a block of keys. For every row (and column) of tiles, `make_plan` computes on the device
-the range of tiles that hold an allowed pair and, within it, the range of tiles in which every pair is allowed: four integers,
-from the extents of ids and positions in each block. Where segments lie one after the other along a row, as packing and zigzag
-sharding lay them, the range holds exactly the tiles with an allowed pair; in any other order it holds at least those. The
-ranges are scalars that bound the inner loop of the kernels, so a tile outside costs nothing, and ids are compared only in
-tiles that are not wholly allowed.
+Which pairs are allowed, and which tiles hence are visited, is in `model/kernels/tiles.py`.
 
 Scores are computed transposed, [keys, queries]: maxima and sums then run along sublanes, which is element-wise work, running
 statistics are one row each, and the sum over keys comes from the MXU through rows of ones appended to the values.
@@ -22,195 +14,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from model.kernels.tiles import LANES, Plan, pad
+
 LOG2_E = math.log2(math.e)
 # Large enough that exp2 underflows to exactly 0, small enough that a difference of two is finite.
 MASKED = -1e30
 EMPTY = MASKED / 2  # A maximum below it is of a query that sees nothing.
 STRIP = 512  # queries whose scores are computed at once
-BLOCK_SIZES_FILE = Path(__file__).with_name("block_sizes.json")  # made by benchmarks/attention_schedule.py --tune
 ONES = 16  # rows of ones under the values: one packed bfloat16 register
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockSizes:
-    """(queries, keys) of a tile for each kernel; multiples of 128."""
-
-    forward: tuple[int, int] = (1024, 1024)
-    backward: tuple[int, int] = (1024, 1024)
-
-    @classmethod
-    def of_chip(cls, chip: str) -> BlockSizes:
-        """The sizes with the fewest bundles on a generation, such as "v5e", for one long document.
-
-        Raises:
-          ValueError: a generation that is not in the table.
-        """
-        table = json.loads(BLOCK_SIZES_FILE.read_text())
-        if chip not in table:
-            raise ValueError(f"no block sizes for {chip!r}: block_sizes.json has {sorted(table)}")
-        return cls(**{name: (q, kv) for name, (q, kv) in table[chip].items()})
-
-
-@flax.struct.dataclass
-class Visits:
-    """Ranges of tiles along one side, for each block of the other; int32 [B, num_blocks], stops are exclusive.
-
-    Attributes:
-      first, stop: the tiles that are visited.
-      full_first, full_stop: those of them in which every pair is allowed.
-    """
-
-    first: jax.Array
-    stop: jax.Array
-    full_first: jax.Array
-    full_stop: jax.Array
-
-    def scalars(self) -> jax.Array:
-        """int32 [B * num_blocks * 4], as the kernels read it."""
-        return jnp.stack([self.first, self.stop, self.full_first, self.full_stop], axis=-1).reshape(-1)
-
-
-@flax.struct.dataclass
-class Plan:
-    """What all layers and heads of a step share.
-
-    Attributes:
-      q_ids, kv_ids: int32 [B, 2, T or S rounded up]: segments and positions.
-      forward: keys that each block of queries visits.
-      backward: queries that each block of keys visits.
-    """
-
-    q_ids: jax.Array
-    kv_ids: jax.Array
-    forward: Visits
-    backward: Visits
-    window: int = flax.struct.field(pytree_node=False)
-    sizes: BlockSizes = flax.struct.field(pytree_node=False)
-
-
-@flax.struct.dataclass
-class _Extents:
-    """Of each block of tokens, int32 [B, num_blocks]: smallest and largest segment but padding, the positions of each of these
-    two segments and of all, and whether there is padding."""
-
-    segments: tuple[jax.Array, jax.Array]
-    of_first: tuple[jax.Array, jax.Array]
-    of_last: tuple[jax.Array, jax.Array]
-    of_all: tuple[jax.Array, jax.Array]
-    padded: jax.Array
-
-    def positions(self, segment: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Bounds on the positions of `segment` in the block; exact for its first and last segment."""
-
-        def choose(first: jax.Array, last: jax.Array, other: jax.Array) -> jax.Array:
-            return jnp.where(segment == self.segments[0], first, jnp.where(segment == self.segments[1], last, other))
-
-        low, high = (choose(*bounds) for bounds in zip(self.of_first, self.of_last, self.of_all, strict=True))
-        return low, high
-
-
-def _extents(ids: jax.Array, block: int) -> _Extents:
-    segments, positions = ids.reshape(ids.shape[0], 2, -1, block).swapaxes(0, 1)
-    highest = jnp.iinfo(jnp.int32).max
-
-    def bounds(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.min(jnp.where(where, x, highest), axis=-1), jnp.max(jnp.where(where, x, -1), axis=-1)
-
-    real = segments > 0
-    first, last = bounds(segments, real)
-    of_first, of_last = (bounds(positions, segments == segment[..., None]) for segment in (first, last))
-    return _Extents((first, last), of_first, of_last, bounds(positions, real), ~jnp.all(real, axis=-1))
-
-
-def _tiles(q_ids: jax.Array, kv_ids: jax.Array, window: int, block: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """Whether each tile may hold an allowed pair, and whether all its pairs are allowed: bool [B, T / bq, S / bk] each."""
-    q = jax.tree.map(lambda x: x[:, :, None], _extents(q_ids, block[0]))
-    k = jax.tree.map(lambda x: x[:, None, :], _extents(kv_ids, block[1]))
-    first, last = jnp.maximum(q.segments[0], k.segments[0]), jnp.minimum(q.segments[1], k.segments[1])
-    (q_low, q_high), (k_low, k_high) = q.positions(first), k.positions(first)
-    near = q_low - k_high < window if window else True
-    some = (first < last) | ((first == last) & (q_high >= k_low) & near)
-    one_segment = (q.segments[0] == q.segments[1]) & (k.segments[0] == k.segments[1]) & (first == last)
-    all_near = q_high - k_low < window if window else True
-    every = one_segment & ~q.padded & ~k.padded & (q_low >= k_high) & all_near
-    return some, every
-
-
-def _visits(some: jax.Array, every: jax.Array) -> Visits:
-    """Ranges along the last axis; `full` is left empty where what is wholly allowed is no single range."""
-    length = some.shape[-1]
-
-    def bounds(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.argmax(x, axis=-1), length - jnp.argmax(x[..., ::-1], axis=-1)
-
-    found = jnp.any(some, axis=-1)
-    first, stop = (jnp.where(found, x, 0) for x in bounds(some))
-    full_first, full_stop = bounds(every)
-    is_range = jnp.sum(every, axis=-1) == full_stop - full_first
-    full_first, full_stop = (jnp.where(is_range, x, stop) for x in (full_first, full_stop))
-    return Visits(*(x.astype(jnp.int32) for x in (first, stop, full_first, full_stop)))
-
-
-def make_plan(
-    q_segments: jax.Array,
-    q_positions: jax.Array,
-    kv_segments: jax.Array,
-    kv_positions: jax.Array,
-    window: int = 0,
-    sizes: BlockSizes | None = None,
-) -> Plan:
-    """The plan of one attention pattern, for every layer and head that has it.
-
-    Args:
-      q_segments, q_positions: int32 [B, T], not negative; segment 0 is padding.
-      kv_segments, kv_positions: int32 [B, S].
-      window: a query sees keys at distances below it; 0 is no limit.
-    """
-    sizes = sizes or BlockSizes()
-    sizes = BlockSizes(
-        **{
-            name: (min(q, _round_up(q_segments.shape[1], LANES)), min(kv, _round_up(kv_segments.shape[1], LANES)))
-            for name, (q, kv) in dataclasses.asdict(sizes).items()
-        }
-    )
-    q_multiple, kv_multiple = (math.lcm(*(size[i] for size in dataclasses.astuple(sizes))) for i in (0, 1))
-
-    def ids(segments: jax.Array, positions: jax.Array, multiple: int) -> jax.Array:
-        x = jnp.stack([segments, positions], axis=1).astype(jnp.int32)
-        return _pad(x, _round_up(x.shape[2], multiple))
-
-    q_ids, kv_ids = ids(q_segments, q_positions, q_multiple), ids(kv_segments, kv_positions, kv_multiple)
-    some, every = _tiles(q_ids, kv_ids, window, sizes.backward)
-    return Plan(
-        q_ids=q_ids,
-        kv_ids=kv_ids,
-        forward=_visits(*_tiles(q_ids, kv_ids, window, sizes.forward)),
-        backward=_visits(some.swapaxes(1, 2), every.swapaxes(1, 2)),
-        window=window,
-        sizes=sizes,
-    )
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _pad(x: jax.Array, length: int) -> jax.Array:
-    """Zeros along the third axis."""
-    return jnp.pad(x, [(0, length - size if axis == 2 else 0) for axis, size in enumerate(x.shape)])
 
 
 # --- Inside the kernels ---------------------------------------------------------------------------------------------------
@@ -693,7 +513,7 @@ def flash_attention(
             "key-value heads, and all head dimensions equal"
         )
     sinks = jnp.full((H,), MASKED, jnp.float32) if sinks_H is None else sinks_H.astype(jnp.float32)
-    q = _pad(q_BHTD, plan.q_ids.shape[2])
-    k, v = (_pad(x, plan.kv_ids.shape[2]) for x in (k_BKSD, v_BKSD))
+    q = pad(q_BHTD, plan.q_ids.shape[2])
+    k, v = (pad(x, plan.kv_ids.shape[2]) for x in (k_BKSD, v_BKSD))
     out_and_lse: tuple[jax.Array, jax.Array] = _attend(plan, _Logits(scale, cap, plan.window), q, k, v, sinks)
     return out_and_lse[0][:, :, :T], out_and_lse[1][:, :, 0, :T]

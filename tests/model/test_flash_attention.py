@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from model.kernels.flash_attention import MASKED, BlockSizes, flash_attention, make_plan
+from model.kernels.flash_attention import MASKED, flash_attention
+from model.kernels.tiles import BlockSizes, make_plan
 
 SCALE = 0.3
 SIZES = BlockSizes(forward=(128, 128), backward=(128, 128))
@@ -273,7 +274,8 @@ COMPILE = textwrap.dedent(
     import sys
     import jax, jax.numpy as jnp, numpy as np
     from jax.experimental import topologies
-    from model.kernels.flash_attention import BlockSizes, flash_attention, make_plan
+    from model.kernels.flash_attention import flash_attention
+    from model.kernels.tiles import make_plan
 
     topology, length, head_dim, group, window = sys.argv[1], *map(int, sys.argv[2:6])
     cap, gradients = float(sys.argv[6]), int(sys.argv[7])
