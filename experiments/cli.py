@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   loam run --config=configs/quickstart.py
   loam run --config=configs/quickstart.py --config.steps=100 --config.optimizer.learning_rate=0.001
   loam inspect --config=configs/quickstart.py
+  loam compile --config=configs/quickstart.py --topology=v5e:2x2
   loam sample runs/quickstart --prompt="def main(" --temperature=0.8 --top-k=50
   loam ckpt verify runs/quickstart
 
@@ -52,10 +53,18 @@ def parse(words: list[str]) -> argparse.Namespace:
     for name, help_text in (
         ("run", "run, or continue, the job of a config"),
         ("inspect", "parameters, memory and FLOPs of a config, without running it"),
+        ("compile", "compile a config's training step for a TPU slice, without a TPU: does it fit, how fast may it be"),
     ):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
         command.add_argument("overrides", nargs="*", metavar="--config.KEY=VALUE", help="changes a key of the config")
+        if name != "run":
+            slice_help = "a TPU slice, such as v5e:16x16 or v5p:4x4x8"
+            command.add_argument("--topology", required=name == "compile", metavar="NAME", help=slice_help)
+        if name == "compile":
+            command.add_argument("--json", action="store_true", help="print one JSON object")
+            command.add_argument("--search", action="store_true", help="try meshes, remat policies and batch sizes")
+            command.add_argument("--tries", type=int, default=8, help="compilations of --search; default 8")
     sample = commands.add_parser("sample", help="continue a prompt from a run's checkpoint")
     sample.add_argument("run_dir", help="directory of the run, such as runs/quickstart")
     sample.add_argument("--prompt", action="append", help="text to continue; may be given several times")
@@ -74,9 +83,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     # argparse has no options of free name: the overrides are taken out beforehand.
     overrides = [word for word in words if word.startswith("--config.")]
     arguments = parser.parse_args([word for word in words if word not in overrides])
-    if overrides and arguments.command not in ("run", "inspect"):
+    takes_config = arguments.command in ("run", "inspect", "compile")
+    if overrides and not takes_config:
         parser.error(f"{overrides[0]}: `loam {arguments.command}` takes no config")
-    if arguments.command in ("run", "inspect"):
+    if takes_config:
         arguments.overrides += overrides
     return arguments
 
@@ -130,11 +140,26 @@ def summary(run_dir: str, report_path: Any) -> str:
 
 def inspect(arguments: argparse.Namespace) -> int:
     config = load_train_config(arguments.config, arguments.overrides)
+    if arguments.topology:
+        from model.chips import topology_of
+
+        topology = topology_of(arguments.topology)
+        os.environ["JAX_PLATFORMS"] = "cpu"  # A plan needs no device.
+        from experiments.inspect import describe_plan
+
+        print(describe_plan(config, topology))
+        return 0
     configure_jax(config)
     from experiments.inspect import describe
 
     print(describe(config))
     return 0
+
+
+def compile_for_slice(arguments: argparse.Namespace) -> int:
+    from experiments.compile import main as compile_main
+
+    return compile_main(arguments)
 
 
 def sample(arguments: argparse.Namespace) -> int:
@@ -180,7 +205,7 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"run": run, "inspect": inspect, "sample": sample, "ckpt": ckpt, "report": report}
+COMMANDS = {"run": run, "inspect": inspect, "compile": compile_for_slice, "sample": sample, "ckpt": ckpt, "report": report}
 
 if __name__ == "__main__":
     sys.exit(main())

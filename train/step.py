@@ -22,7 +22,8 @@ from model.transformer import forward
 from train.config import LossConfig, TrainConfig, check
 from train.optimizer import make_optimizer, make_schedule
 
-Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions int32 and weights float32, all [rows, seq_len]
+Batch = dict[str, jax.Array]  # all [rows, seq_len]
+BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "segment_ids": "int32", "positions": "int32", "weights": "float32"}
 Metrics = dict[str, jax.Array]  # float32 scalars
 
 
@@ -147,6 +148,11 @@ def opt_state_shardings(
         return candidates[0] if candidates else replicated
 
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def abstract_batch(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    rows = (config.batch_size, config.data.seq_len)
+    return {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in BATCH_DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)

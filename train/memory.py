@@ -1,0 +1,143 @@
+"""What a device will hold during a training step, planned from shapes before anything is compiled.
+
+Nothing is allocated and no device is asked: parameters and optimizer state are counted under the rules of the mesh, and what
+the backward pass needs of the forward one is found by tracing one device's share of the model. It is a plan: the compiler
+shares buffers, pads them and keeps copies; `loam compile` tells what it really takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from model.config import ModelConfig
+from model.params import abstract_params, block_layout, is_spec, param_shardings, param_specs
+from model.sharding import TRAIN_RULES
+from train.config import LossConfig, TrainConfig, check
+from train.optimizer import make_optimizer, make_schedule
+from train.step import BATCH_DTYPES, loss_sums, opt_state_shardings
+
+
+def mesh_sizes(config: TrainConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of the mesh's axes over so many devices, with -1 replaced by what remains.
+
+    Raises:
+      ValueError: they do not multiply to the number of devices, or the rows of a batch do not divide.
+    """
+    sizes = dataclasses.asdict(config.mesh)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
+    check(
+        math.prod(sizes.values()) == num_devices,
+        f"mesh {sizes} does not fit {num_devices} devices: its sizes must multiply to {num_devices}; "
+        f"for example fsdp={num_devices} and 1 for the others",
+    )
+    shards = math.prod(sizes[axis] for axis in ("data", "fsdp"))
+    rows = config.batch_size // config.accumulation
+    check(
+        rows % shards == 0,
+        f"batch_size / accumulation = {rows} rows do not divide over mesh.data x mesh.fsdp = {shards}: choose a multiple of "
+        f"{shards}, or a smaller mesh",
+    )
+    return sizes
+
+
+def plan_memory(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
+    """Bytes that each device holds at the fullest moment of a step, by what they are.
+
+    Args:
+      mesh: sizes of the axes, as `mesh_sizes` gives them.
+
+    Raises:
+      ValueError: a parameter does not divide over the mesh.
+    """
+    specs = param_specs(config.model)
+    abstract_mesh = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    params = abstract_params(specs)
+    of_params = param_shardings(specs, TRAIN_RULES, abstract_mesh)  # type: ignore[arg-type]
+    schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, config.steps, config.tokens_per_step)
+    opt_state = jax.eval_shape(make_optimizer(config.optimizer, specs, schedule).init, params)
+    replicated = NamedSharding(abstract_mesh, PartitionSpec())  # type: ignore[arg-type]
+    parameters = _bytes(params, of_params)
+    plan = {
+        "parameters": parameters,
+        "optimizer state": _bytes(opt_state, opt_state_shardings(opt_state, specs, of_params, replicated)),
+        "moving average": parameters if config.optimizer.ema_decay else 0,
+        "gradients": parameters * (2 if config.accumulation > 1 else 1),
+    }
+    return plan | _activations(config, mesh)
+
+
+def _bytes(tree: object, shardings: object) -> int:
+    sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize, tree, shardings)
+    return sum(jax.tree.leaves(sizes))
+
+
+def _activations(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
+    """What comes and goes within a micro-batch: what all layers keep, and the larger of what comes after it."""
+    tensor = mesh["tensor"]
+    shards = mesh["data"] * mesh["fsdp"]
+    rows = config.batch_size // config.accumulation // shards
+    seq_len = config.data.seq_len // mesh.get("context", 1)
+    model = _share(config.model, tensor)
+    width = jnp.dtype(model.dtype).itemsize
+    chunk = rows * seq_len if not config.loss.chunk_tokens else max(1, min(rows * seq_len, config.loss.chunk_tokens // shards))
+    loss = dataclasses.replace(config.loss, chunk_tokens=chunk)
+    period, _ = block_layout(model)
+    # Layers of one period, without the rest: what two periods keep more than one is what a period keeps.
+    kept = _per_period(model, loss, rows, seq_len, model.remat)
+    one = _per_period(model, loss, rows, seq_len, "none")
+    block = sum(leaf.size for leaf in jax.tree.leaves(param_specs(dataclasses.replace(model, num_layers=1)), is_leaf=is_spec))
+    head = model.vocab_size * model.d_model
+    block -= head * (1 if model.tie_embeddings else 2)
+    # With fsdp the next layer's weights arrive while those of one are used, and gradients leave in the parameters' type.
+    gathered = mesh["fsdp"] > 1
+    of_layer = int(one / period) + (2 * width + 4) * block * gathered
+    of_loss = 2 * 4 * chunk * model.vocab_size + (width + 4) * head * gathered
+    return {
+        f"activations kept (remat {model.remat})": int(kept * model.num_layers / period),
+        "the loss" if of_loss > of_layer else "a layer in the backward pass": max(of_loss, of_layer),
+    }
+
+
+def _share(model: ModelConfig, tensor: int) -> ModelConfig:
+    """The model whose layers are as wide as a device's part of them under tensor parallelism."""
+    return dataclasses.replace(
+        model,
+        num_heads=model.num_heads // tensor,
+        num_kv_heads=max(1, model.num_kv_heads // tensor),
+        d_ff=model.d_ff // tensor,
+        vocab_size=-(-model.vocab_size // tensor),
+    )
+
+
+def _per_period(model: ModelConfig, loss: LossConfig, rows: int, seq_len: int, remat: str) -> int:
+    """Bytes of activations that the backward pass needs of one period of layers."""
+    period, _ = block_layout(model)
+
+    def kept(periods: int) -> int:
+        return _residual_bytes(dataclasses.replace(model, num_layers=periods * period, remat=remat), loss, rows, seq_len)  # type: ignore[arg-type]
+
+    return kept(2) - kept(1)
+
+
+def _residual_bytes(model: ModelConfig, loss: LossConfig, rows: int, seq_len: int) -> int:
+    """Bytes of all that the forward pass leaves for the backward one, parameters and what has their shapes excepted."""
+    params = abstract_params(param_specs(model))
+    batch = {name: jax.ShapeDtypeStruct((rows, seq_len), dtype) for name, dtype in BATCH_DTYPES.items()}
+
+    def residuals(params: object, batch: dict[str, jax.Array]) -> object:
+        return jax.vjp(lambda params: loss_sums(params, model, loss, batch)[0], params)[1]
+
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    left = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
+    return sum(
+        leaf.size * jnp.dtype(leaf.dtype).itemsize
+        for leaf in left
+        if leaf.shape not in shapes and leaf.shape[1:] not in shapes and leaf.shape[-2:] not in shapes
+    )
