@@ -16,19 +16,18 @@ UNITS: tuple[str, ...] = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
-def compiler_environment(dump: Path) -> dict[str, str]:
-    """Environment of a process that compiles for TPUs on a machine without one and leaves its final schedules in `dump`.
-
-    The flags go before those in `LIBTPU_INIT_ARGS`.
-    """
-    flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_"
+def compiler_environment(dump: Path | None = None) -> dict[str, str]:
+    """Environment of a process that compiles for TPUs on a machine without one, and leaves its final schedules in `dump`."""
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if dump:
+        flags += f" --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_"
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "LIBTPU_INIT_ARGS": f"{flags} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip(),
+        "LIBTPU_INIT_ARGS": flags.strip(),
     }
 
 
