@@ -128,7 +128,7 @@ def attention_call_cycles(name: str, kernel: Any, config: TrainConfig, topology:
     from experiments.tpu_schedule import attention_cycles, causal_tiles, read_schedule
     from model.kernels.tiles import BlockSizes
 
-    # Queries and keys, [B, H, T, D] and [B, K, S, D]: the second and third of the wide operands forward, and the other way back.
+    # Queries and keys, [B, H, T, D] and [B, K, S, D]: two of the operands, in another order in each pass.
     wide = [shape for shape in map(first_shape, kernel.operands) if len(shape) == 4]
     queries, keys = (wide[0], wide[1]) if name == "flash_forward" else (wide[2], wide[0])
     block = getattr(BlockSizes.of_chip(topology.chip.name), name.removeprefix("flash_"))
@@ -302,12 +302,14 @@ def check_fits(report: Report, config: TrainConfig, topology: Topology) -> None:
 def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
     """Changes of mesh, remat and batch that pass the checks and, by plan, fit.
 
-    Meshes over data, fsdp and tensor; 1, 2, 4 or 8 rows for each of data x fsdp; the policy that recomputes least. More rows and
-    less tensor parallelism come first: they are what usually wins.
+    Meshes over data, fsdp and tensor; 1, 2, 4 or 8 rows for each of data x fsdp; the policy that recomputes least. More rows
+    and less tensor parallelism come first: they are what usually wins.
     """
     from train.memory import mesh_sizes, plan_memory
 
-    fixed = {axis: size for axis, size in mesh_sizes(config, topology.num_devices).items() if axis not in ("data", "fsdp", "tensor")}
+    fixed = {
+        axis: size for axis, size in mesh_sizes(config, topology.num_devices).items() if axis not in ("data", "fsdp", "tensor")
+    }
     devices = topology.num_devices
     for size in fixed.values():
         devices //= size
@@ -405,7 +407,7 @@ def describe(report: Report) -> str:
     lines += [
         "",
         f"model FLOPs per step {report['model_flops_per_step']:.4g}",
-        f"by the compiler's estimate {report['estimated_step_seconds']:.4f} s a step, MFU {100 * report['estimated_mfu']:.1f} %",
+        f"the compiler's estimate: {report['estimated_step_seconds']:.4f} s a step, MFU {100 * report['estimated_mfu']:.1f} %",
     ]
     return "\n".join(lines)
 

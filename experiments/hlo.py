@@ -1,12 +1,12 @@
 """What a scheduled TPU program costs, read from its text (`compiled.as_text()`): cycles, FLOPs and collectives.
 
-Pure functions over text. The compiler writes its estimate of an operation's cycles beside it (`estimated_cycles`); a loop's body
-is counted as often as it runs. Collectives have no such estimate: theirs comes from the bytes and the links. All of it is an
-estimate, made without a TPU.
+Pure functions over text. The compiler writes its estimate of an operation's cycles beside it (`estimated_cycles`); a loop's
+body is counted as often as it runs. Collectives have no such estimate: theirs comes from the bytes and the links. All of it is
+an estimate, made without a TPU.
 
 An asynchronous collective comes in two forms: `…-start` and `…-done` with other operations scheduled between them, and a chain
-of fusions, of which the first contains `AsyncCollectiveStart`, the last `AsyncCollectiveDone`, and those between (the *steps*) a
-piece of the collective beside a computation. Without anything between its ends it is as good as synchronous: *exposed*.
+of fusions, of which the first contains `AsyncCollectiveStart`, the last `AsyncCollectiveDone`, and those between (the *steps*)
+a piece of the collective beside a computation. Without anything between its ends it is as good as synchronous: *exposed*.
 """
 
 from __future__ import annotations
@@ -513,7 +513,7 @@ def replica_groups(attributes: str) -> Groups:
     # A part of an axis, 'a':(before)size, is an axis of its own.
     shape, taken = [], []
     parts = {name: (int(before or 1), int(size)) for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", match[3])}
-    whole = {name for name in re.findall(r"'([^']+)'", match[3])} - set(parts)
+    whole = set(re.findall(r"'([^']+)'", match[3])) - set(parts)
     for name, size in sizes.items():
         before, part = parts.get(name, (1, size))
         shape += [before, part, size // before // part]

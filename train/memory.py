@@ -8,19 +8,22 @@ shares buffers, pads them and keeps copies; `loam compile` tells what it really 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from model.config import ModelConfig
-from model.params import abstract_params, block_layout, is_spec, param_shardings, param_specs
+from model.params import Params, abstract_params, block_layout, is_spec, param_shardings, param_specs
 from model.sharding import TRAIN_RULES
-from train.config import LossConfig, TrainConfig, check
-from train.optimizer import make_optimizer, make_schedule
-from train.step import BATCH_DTYPES, loss_sums, opt_state_shardings
+from model.transformer import forward
+from train.config import OptimizerConfig, TrainConfig, check
+from train.optimizer import make_optimizer
+from train.step import opt_state_shardings
 
 
 def mesh_sizes(config: TrainConfig, num_devices: int) -> dict[str, int]:
@@ -56,21 +59,26 @@ def plan_memory(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
     Raises:
       ValueError: a parameter does not divide over the mesh.
     """
-    specs = param_specs(config.model)
-    abstract_mesh = AbstractMesh(tuple(mesh.values()), tuple(mesh))
-    params = abstract_params(specs)
-    of_params = param_shardings(specs, TRAIN_RULES, abstract_mesh)  # type: ignore[arg-type]
-    schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, config.steps, config.tokens_per_step)
-    opt_state = jax.eval_shape(make_optimizer(config.optimizer, specs, schedule).init, params)
-    replicated = NamedSharding(abstract_mesh, PartitionSpec())  # type: ignore[arg-type]
-    parameters = _bytes(params, of_params)
+    parameters, opt_state = _state_bytes(config.model, config.optimizer, tuple(mesh.items()))
     plan = {
         "parameters": parameters,
-        "optimizer state": _bytes(opt_state, opt_state_shardings(opt_state, specs, of_params, replicated)),
+        "optimizer state": opt_state,
         "moving average": parameters if config.optimizer.ema_decay else 0,
         "gradients": parameters * (2 if config.accumulation > 1 else 1),
     }
     return plan | _activations(config, mesh)
+
+
+@functools.cache
+def _state_bytes(model: ModelConfig, optimizer: OptimizerConfig, mesh: tuple[tuple[str, int], ...]) -> tuple[int, int]:
+    """Bytes per device of parameters and of optimizer state."""
+    specs = param_specs(model)
+    abstract_mesh: Any = AbstractMesh(tuple(size for _, size in mesh), tuple(axis for axis, _ in mesh))
+    params = abstract_params(specs)
+    of_params = param_shardings(specs, TRAIN_RULES, abstract_mesh)
+    opt_state = jax.eval_shape(make_optimizer(optimizer, specs, lambda _: 0.0).init, params)
+    replicated = NamedSharding(abstract_mesh, PartitionSpec())
+    return _bytes(params, of_params), _bytes(opt_state, opt_state_shardings(opt_state, specs, of_params, replicated))
 
 
 def _bytes(tree: object, shardings: object) -> int:
@@ -87,11 +95,9 @@ def _activations(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]
     model = _share(config.model, tensor)
     width = jnp.dtype(model.dtype).itemsize
     chunk = rows * seq_len if not config.loss.chunk_tokens else max(1, min(rows * seq_len, config.loss.chunk_tokens // shards))
-    loss = dataclasses.replace(config.loss, chunk_tokens=chunk)
     period, _ = block_layout(model)
-    # Layers of one period, without the rest: what two periods keep more than one is what a period keeps.
-    kept = _per_period(model, loss, rows, seq_len, model.remat)
-    one = _per_period(model, loss, rows, seq_len, "none")
+    kept = rows * _period_bytes(model, seq_len)
+    one = rows * _period_bytes(dataclasses.replace(model, remat="none"), seq_len)
     block = sum(leaf.size for leaf in jax.tree.leaves(param_specs(dataclasses.replace(model, num_layers=1)), is_leaf=is_spec))
     head = model.vocab_size * model.d_model
     block -= head * (1 if model.tie_embeddings else 2)
@@ -116,26 +122,24 @@ def _share(model: ModelConfig, tensor: int) -> ModelConfig:
     )
 
 
-def _per_period(model: ModelConfig, loss: LossConfig, rows: int, seq_len: int, remat: str) -> int:
-    """Bytes of activations that the backward pass needs of one period of layers."""
+@functools.cache
+def _period_bytes(model: ModelConfig, seq_len: int) -> int:
+    """Bytes that one period of layers leaves for the backward pass, for one row: what two leave more than one."""
     period, _ = block_layout(model)
-
-    def kept(periods: int) -> int:
-        return _residual_bytes(dataclasses.replace(model, num_layers=periods * period, remat=remat), loss, rows, seq_len)  # type: ignore[arg-type]
-
-    return kept(2) - kept(1)
+    one, two = (_residual_bytes(dataclasses.replace(model, num_layers=n * period), seq_len) for n in (1, 2))
+    return two - one
 
 
-def _residual_bytes(model: ModelConfig, loss: LossConfig, rows: int, seq_len: int) -> int:
-    """Bytes of all that the forward pass leaves for the backward one, parameters and what has their shapes excepted."""
+def _residual_bytes(model: ModelConfig, seq_len: int) -> int:
+    """Bytes of all that the forward pass of a row leaves for the backward one, except parameters and what has their shapes."""
     params = abstract_params(param_specs(model))
-    batch = {name: jax.ShapeDtypeStruct((rows, seq_len), dtype) for name, dtype in BATCH_DTYPES.items()}
+    row = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
 
-    def residuals(params: object, batch: dict[str, jax.Array]) -> object:
-        return jax.vjp(lambda params: loss_sums(params, model, loss, batch)[0], params)[1]
+    def residuals(params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> Any:
+        return jax.vjp(lambda params: forward(params, model, tokens, positions, segment_ids)[0], params)[1]
 
     shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
-    left = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
+    left = jax.tree.leaves(jax.eval_shape(residuals, params, row, row, row))
     return sum(
         leaf.size * jnp.dtype(leaf.dtype).itemsize
         for leaf in left
