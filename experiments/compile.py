@@ -105,7 +105,8 @@ def analyse(
         "kernels": kernels,
         "collectives": [row._asdict() for row in rows],
         "exposed_all_gathers": [
-            {"name": one.name, "bytes": one.operand_bytes, "times": one.times} for one in hlo.exposed_gathers(found)
+            {"name": one.name, "bytes": one.times * one.moved_bytes(len(places)), "times": one.times}
+            for one in hlo.exposed_gathers(found)
         ],
         "exposed_collective_seconds": exposed,
         "loops_of_unknown_length": done.unknown_loops,
@@ -115,14 +116,14 @@ def analyse(
 
 def kernel_report(kernel: Any, config: TrainConfig, topology: Topology, dump: Path) -> Report:
     """Calls of a Pallas kernel and the cycles of all of them: None where its schedule cannot be multiplied out."""
-    name = re.sub(r"\.\d+$", "", kernel.name)
+    attention = re.search(r"flash_(forward|backward)", kernel.name)  # An instruction is named after scopes around it, too.
     cycles = None
-    if name in ("flash_forward", "flash_backward"):
-        cycles = kernel.times * attention_call_cycles(name, kernel, config, topology, dump)
-    return {"name": name, "instruction": kernel.name, "times": kernel.times, "cycles": cycles}
+    if attention:
+        cycles = kernel.times * attention_call_cycles(attention[1], kernel, config, topology, dump)
+    return {"instruction": kernel.name, "times": kernel.times, "cycles": cycles}
 
 
-def attention_call_cycles(name: str, kernel: Any, config: TrainConfig, topology: Topology, dump: Path) -> float:
+def attention_call_cycles(pass_: str, kernel: Any, config: TrainConfig, topology: Topology, dump: Path) -> float:
     """Cycles of one call for a document as long as a row: the mean over the layers' windows and over parts of the context."""
     from experiments.hlo import first_shape
     from experiments.tpu_schedule import attention_cycles, causal_tiles, read_schedule
@@ -130,8 +131,8 @@ def attention_call_cycles(name: str, kernel: Any, config: TrainConfig, topology:
 
     # Queries and keys, [B, H, T, D] and [B, K, S, D]: two of the operands, in another order in each pass.
     wide = [shape for shape in map(first_shape, kernel.operands) if len(shape) == 4]
-    queries, keys = (wide[0], wide[1]) if name == "flash_forward" else (wide[2], wide[0])
-    block = getattr(BlockSizes.of_chip(topology.chip.name), name.removeprefix("flash_"))
+    queries, keys = (wide[0], wide[1]) if pass_ == "forward" else (wide[2], wide[0])
+    block = getattr(BlockSizes.of_chip(topology.chip.name), pass_)
     block = (min(block[0], queries[2]), min(block[1], keys[2]))
     length = config.data.seq_len
     parts = max(1, length // queries[2]) * max(1, length // keys[2])
@@ -139,8 +140,14 @@ def attention_call_cycles(name: str, kernel: Any, config: TrainConfig, topology:
     tiles = [causal_tiles(length, window, block) for window in layers]
     heads = queries[0] * queries[1]
     masked, full = (heads * sum(counts) / len(layers) / parts for counts in zip(*tiles, strict=True))
-    rows, heads_of_rows = (queries[2] // block[0], queries[1]) if name == "flash_forward" else (keys[2] // block[1], keys[1])
-    return attention_cycles(read_schedule(dump, f"-{kernel.name}-"), (masked, full), queries[0] * heads_of_rows * rows)
+    chip = topology.chip
+    if pass_ == "forward":
+        rows, products = queries[0] * queries[1] * queries[2] / block[0], 2
+    else:
+        rows, products = keys[0] * keys[1] * keys[2] / block[1], 5
+    # The cores of a device share the steps of the grid; each has its part of the MXUs.
+    least = products * 2 * block[0] * block[1] * queries[3] / (chip.flops_per_cycle / chip.cores)
+    return attention_cycles(read_schedule(dump, f"-{kernel.name}-"), (masked, full), rows, least) / chip.cores
 
 
 def worker(directory: Path) -> None:
@@ -215,12 +222,13 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
     memory = compiled["memory"]
     if memory is None:
         arguments = sum(plan[key] for key in ("parameters", "optimizer state", "moving average"))
-        report["hbm_bytes_per_device"] = exhausted_bytes(compiled["refused"], arguments)
+        live = exhausted_bytes(compiled["refused"], arguments)
     else:
-        report["hbm_bytes_per_device"] = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
+        live = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
         seconds = report["estimated_step_seconds"]
         report["estimated_mfu"] = flops / (seconds * topology.num_devices * chip.peak_flops)
-    report["fits"] = memory is not None and report["hbm_bytes_per_device"] <= chip.hbm_bytes
+    report["hbm_bytes_per_device"] = live
+    report["fits"] = memory is not None and live is not None and live <= chip.hbm_bytes
     return report
 
 
@@ -404,6 +412,10 @@ def describe(report: Report) -> str:
         f"{row['seconds']:>9.4f}{row['exposed_seconds']:>9.4f}"
         for row in report["collectives"]
     ]
+    gathers = sorted(report["exposed_all_gathers"], key=lambda one: -one["bytes"])
+    if gathers:
+        lines.append(f"  all-gathers that nothing covers: {len(gathers)}; the largest:")
+        lines += [f"    {one['name']:<28}{one['times']:>6.0f} times{one['bytes'] / GIB:>9.3f} GiB" for one in gathers[:4]]
     lines += [
         "",
         f"model FLOPs per step {report['model_flops_per_step']:.4g}",

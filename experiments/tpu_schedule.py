@@ -67,8 +67,10 @@ class Schedule:
         return found
 
     def tile_loops(self) -> list[list[Bundle]]:
-        """Innermost loops that use the MXU."""
-        return [loop for loop in self.loops() if used(loop, "MXU") and all(bundle.starts != "LB" for bundle in loop[1:])]
+        """Loops that use the MXU and hold no other that does."""
+        working = [loop for loop in self.loops() if used(loop, "MXU")]
+        starts = {id(loop[0]) for loop in working}
+        return [loop for loop in working if not any(id(bundle) in starts for bundle in loop[1:])]
 
     def blocks(self) -> list[list[Bundle]]:
         """Basic blocks: bundles between places where control flow arrives or leaves."""
@@ -96,17 +98,19 @@ def causal_tiles(length: int, window: int, block: tuple[int, int]) -> tuple[int,
             last_key = first_key + block[1] - 1
             if window and first_query - last_key >= window:
                 continue
-            whole = last_key <= first_query and last_query < length and (not window or last_query - first_key < window)
+            whole = last_key <= first_query and first_query + block[0] <= length
+            whole &= not window or last_query - first_key < window
             full, masked = full + whole, masked + (not whole)
     return masked, full
 
 
-def attention_cycles(schedule: Schedule, tiles: tuple[float, float], rows_of_tiles: int) -> float:
-    """Bundles that one of our attention kernels executes.
+def attention_cycles(schedule: Schedule, tiles: tuple[float, float], rows_of_tiles: float, least: float) -> float:
+    """Cycles that one of our attention kernels takes at least: of a tile its bundles, or `least` if they are fewer.
 
     Args:
       tiles: (masked, full) tiles visited, by all heads and rows.
       rows_of_tiles: steps of its grid.
+      least: cycles that the MXUs need for the products of a tile. A bundle may wait for them.
 
     Raises:
       ValueError: its code is not what it was when this was written.
@@ -115,7 +119,8 @@ def attention_cycles(schedule: Schedule, tiles: tuple[float, float], rows_of_til
     if len(loops) != 3:
         raise ValueError(f"{len(loops)} inner loops of our kernel use the MXU, not 3: its code has changed, mend this count")
     inside = sum(1 for bundle in schedule.bundles if bundle.depth) - sum(len(loop) for loop in loops)
-    return tiles[0] * len(loops[0]) + tiles[1] * len(loops[1]) + rows_of_tiles * inside
+    masked, full = (max(len(loop), least) for loop in loops[:2])
+    return tiles[0] * masked + tiles[1] * full + rows_of_tiles * inside
 
 
 def read_schedule(dump: Path, kernel: str) -> Schedule:

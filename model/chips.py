@@ -32,6 +32,7 @@ class Chip:
       hbm_bandwidth, link_bandwidth: bytes/s; a link's is one way, and a device's share if devices share a chip's links.
       peak_flops: FLOP/s of bfloat16 matmuls.
       flops_per_cycle: of all MXUs of the device.
+      cores: that work as one device.
       configuration: libtpu's name of how chips are divided into devices; empty is its default.
     """
 
@@ -44,6 +45,7 @@ class Chip:
     link_bandwidth: float
     peak_flops: float
     flops_per_cycle: int
+    cores: int = 1
     configuration: str = ""
 
     @property
@@ -58,9 +60,9 @@ _MXU_128, _MXU_256 = 2 * 128 * 128, 2 * 256 * 256
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("v4", 3, 4096, 1, int(30.75 * GIB), 1228e9, 50e9, 275e12, 8 * _MXU_128, "megacore"),
+        Chip("v4", 3, 4096, 1, int(30.75 * GIB), 1228e9, 50e9, 275e12, 8 * _MXU_128, 2, "megacore"),
         Chip("v5e", 2, 256, 1, int(15.75 * GIB), 819e9, 50e9, 197e12, 4 * _MXU_128),
-        Chip("v5p", 3, 6144, 1, int(95.74 * GIB), 2765e9, 100e9, 459e12, 8 * _MXU_128),
+        Chip("v5p", 3, 6144, 1, int(95.74 * GIB), 2765e9, 100e9, 459e12, 8 * _MXU_128, 2),
         # Two MXUs of 256 x 256, each with two slots in a bundle.
         Chip("v6e", 2, 256, 1, int(31.25 * GIB), 1638e9, 100e9, 918e12, 4 * _MXU_256),
         Chip("tpu7x", 3, 9216, 2, int(94.75 * GIB), 3690e9, 50e9, 1153.5e12, 4 * _MXU_256),
