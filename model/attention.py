@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from model.config import AttentionBackend
@@ -90,7 +91,8 @@ def attention(
     Returns:
       [B, T, H, D] of q's dtype. A query that sees nothing and has no sink gets 0.
     """
-    q, k, v = (x.swapaxes(1, 2) for x in (q_BTHD, k_BSKD, v_BSKD))
+    named = {"query": q_BTHD, "key": k_BSKD, "value": v_BSKD}
+    q, k, v = (checkpoint_name(x.swapaxes(1, 2), name) for name, x in named.items())
     on_ring = layout is not None and layout.shards("sequence") > 1
     attend = functools.partial(_attend_on_ring if on_ring else _attend, scale=scale, cap=cap, backend=backend)
     # The partitioner splits plain JAX by itself; a kernel and a ring are split by hand.

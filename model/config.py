@@ -15,7 +15,7 @@ Norm = Literal["layernorm", "rmsnorm"]
 NormPlacement = Literal["pre", "post", "sandwich"]
 QkNorm = Literal["none", "head", "full"]
 Mlp = Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "attention", "dots"]
 AttentionBackend = Literal["reference", "xla", "flash", "cudnn"]
 DType = Literal["float32", "bfloat16"]
 
@@ -91,7 +91,8 @@ class ModelConfig:
       attention_sinks: one more logit per head, learned, that takes part in the softmax without a value (arXiv:2309.17453).
       attention_backend: who computes it, see model/attention.py; decoding with a cache always takes `reference`.
       parallel_block: attention and MLP read the same normalised input and are added together (Falcon, Phi).
-      remat: what the backward pass recomputes: `none`, `full` (everything but layer inputs), `dots` (all but matmuls).
+      remat: what the backward pass recomputes: `none`, `full` (everything but layer inputs), `attention` (that but for
+        attention with its inputs), `dots` (all but matmuls).
       dtype: of activations and matmuls; parameters are stored in `param_dtype`.
     """
 
