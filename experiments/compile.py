@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -24,8 +24,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.launch_tpu import Topology, check_topology
 from experiments.tpu_schedule import compiler_environment
-from model.chips import Topology, topology_of
+from model.chips import CHIPS
 from model.config import check
 from model.xla import TPU_FLAGS, with_flags
 from train.config import TrainConfig
@@ -33,7 +34,7 @@ from train.config import TrainConfig
 GIB = 2**30
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 # What keeps more comes first: the first that fits recomputes least.
-REMAT_ORDER = ("none", "dots", "full")
+REMAT_ORDER = ("none", "dots", "attention", "full")
 Report = dict[str, Any]
 
 
@@ -55,9 +56,13 @@ def compile_step(config: TrainConfig, topology: Topology, dump: Path) -> Report:
 
     from train.step import abstract_batch, make_trainer
 
-    # With megacore a v4 chip is one device, as it is on a TPU VM.
-    extra = {"chip_config_name": topology.chip.configuration} if topology.chip.configuration else {}
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **extra).devices
+    chip = CHIPS[topology.generation]
+    options: dict[str, Any] = {}
+    if chip.configuration:  # With megacore a v4 chip is one device, as it is on a TPU VM.
+        options["chip_config_name"] = chip.configuration
+    if topology.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     begin = time.perf_counter()
     trainer = make_trainer(config, devices)
     lowered = trainer.step.lower(trainer.abstract_state, abstract_batch(config))
@@ -110,7 +115,7 @@ def analyse(
         ],
         "exposed_collective_seconds": exposed,
         "loops_of_unknown_length": done.unknown_loops,
-        "estimated_step_seconds": sum(cycles.values()) / topology.chip.clock + exposed,
+        "estimated_step_seconds": sum(cycles.values()) / CHIPS[topology.generation].clock + exposed,
     }
 
 
@@ -132,7 +137,7 @@ def attention_call_cycles(pass_: str, kernel: Any, config: TrainConfig, topology
     # Queries and keys, [B, H, T, D] and [B, K, S, D]: two of the operands, in another order in each pass.
     wide = [shape for shape in map(first_shape, kernel.operands) if len(shape) == 4]
     queries, keys = (wide[0], wide[1]) if pass_ == "forward" else (wide[2], wide[0])
-    block = getattr(BlockSizes.of_chip(topology.chip.name), pass_)
+    block = getattr(BlockSizes.of_chip(CHIPS[topology.generation].name), pass_)
     block = (min(block[0], queries[2]), min(block[1], keys[2]))
     length = config.data.seq_len
     parts = max(1, length // queries[2]) * max(1, length // keys[2])
@@ -140,7 +145,7 @@ def attention_call_cycles(pass_: str, kernel: Any, config: TrainConfig, topology
     tiles = [causal_tiles(length, window, block) for window in layers]
     heads = queries[0] * queries[1]
     masked, full = (heads * sum(counts) / len(layers) / parts for counts in zip(*tiles, strict=True))
-    chip = topology.chip
+    chip = CHIPS[topology.generation]
     if pass_ == "forward":
         rows, products = queries[0] * queries[1] * queries[2] / block[0], 2
     else:
@@ -157,7 +162,7 @@ def worker(directory: Path) -> None:
     task = json.loads((directory / "task.json").read_text())
     try:
         config = load_train_config(task["config"], task["overrides"])
-        report = compile_step(config, topology_of(task["topology"]), directory / "schedules")
+        report = compile_step(config, check_topology(task["topology"]), directory / "schedules")
     except (ValueError, RuntimeError) as error:
         report = {"error": str(error)}
     (directory / "report.json").write_text(json.dumps(report))
@@ -187,7 +192,7 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
     from train.memory import mesh_sizes, plan_memory
 
     config = load_train_config(path, list(overrides))
-    plan = plan_memory(config, mesh_sizes(config, topology.num_devices))
+    plan = plan_memory(config, mesh_sizes(config, topology.devices))
     environment = compiler_environment()
     environment["LIBTPU_INIT_ARGS"] = with_flags(environment["LIBTPU_INIT_ARGS"], TPU_FLAGS)
     with tempfile.TemporaryDirectory() as directory:
@@ -202,17 +207,16 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
         compiled = json.loads(output.read_text())
     if "error" in compiled:
         raise ValueError(compiled["error"])
-    chip, tokens = topology.chip, config.tokens_per_step
+    chip, tokens = CHIPS[topology.generation], config.tokens_per_step
     flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
     report: Report = {
         "config": config.name,
         "overrides": list(overrides),
         "topology": topology.name,
         "chip": chip.name,
-        "devices": topology.num_devices,
+        "devices": topology.devices,
         "tokens_per_step": tokens,
         "remat": config.model.remat,
-        "rows_per_device": config.batch_size // config.accumulation / (compiled["mesh"]["data"] * compiled["mesh"]["fsdp"]),
         "hbm_limit_bytes": chip.hbm_bytes,
         "model_flops_per_step": flops,
         "planned_bytes_per_device": plan,
@@ -226,7 +230,7 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
     else:
         live = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
         seconds = report["estimated_step_seconds"]
-        report["estimated_mfu"] = flops / (seconds * topology.num_devices * chip.peak_flops)
+        report["estimated_mfu"] = flops / (seconds * topology.devices * chip.peak_flops)
     report["hbm_bytes_per_device"] = live
     report["fits"] = memory is not None and live is not None and live <= chip.hbm_bytes
     return report
@@ -248,10 +252,11 @@ def exhausted_bytes(message: str, arguments: int) -> int | None:
 
 def proposals(config: TrainConfig, topology: Topology) -> list[str]:
     """Overrides that need less memory, with what the plan says of each; those that fit first, no more than four."""
+    from model.sharding import TRAIN_RULES
     from train.memory import mesh_sizes, plan_memory
 
-    mesh = mesh_sizes(config, topology.num_devices)
-    rows = config.batch_size // config.accumulation // (mesh["data"] * mesh["fsdp"])
+    mesh = mesh_sizes(config, topology.devices)
+    rows = config.batch_size // config.accumulation // math.prod(mesh[axis] for axis in TRAIN_RULES["batch"])
     tried: list[dict[str, Any]] = [
         {"model.remat": policy} for policy in REMAT_ORDER[REMAT_ORDER.index(config.model.remat) + 1 :]
     ]
@@ -262,16 +267,21 @@ def proposals(config: TrainConfig, topology: Topology) -> list[str]:
     if mesh["fsdp"] % 2 == 0:
         tried.append({"mesh.fsdp": mesh["fsdp"] // 2, "mesh.tensor": 2 * mesh["tensor"], "batch_size": config.batch_size // 2})
     if not config.loss.chunk_tokens:
-        tried.append({"loss.chunk_tokens": 512 * mesh["data"] * mesh["fsdp"]})
+        tried.append({"loss.chunk_tokens": 1024})
     found = []
     for changes in tried:
         try:
             changed = changed_config(config, changes)
-            total = sum(plan_memory(changed, mesh_sizes(changed, topology.num_devices)).values())
+            total = sum(plan_memory(changed, mesh_sizes(changed, topology.devices)).values())
         except ValueError:
             continue
         found.append((total, f"{' '.join(as_overrides(changes))} (planned: {total / GIB:.1f} GiB)"))
-    found.sort(key=lambda item: (item[0] > topology.chip.hbm_bytes, item[0] if item[0] > topology.chip.hbm_bytes else 0))
+    found.sort(
+        key=lambda item: (
+            item[0] > CHIPS[topology.generation].hbm_bytes,
+            item[0] if item[0] > CHIPS[topology.generation].hbm_bytes else 0,
+        )
+    )
     return [text for _, text in found[:4]]
 
 
@@ -300,7 +310,7 @@ def check_fits(report: Report, config: TrainConfig, topology: Topology) -> None:
     hint = f"Try {'; or '.join(better)}" if better else "Take a larger slice"
     raise DoesNotFit(
         f"{config.name} needs {needed / GIB:.2f} GiB of HBM on each device of {topology.name}, which has "
-        f"{topology.chip.hbm_bytes / GIB:.2f}. {hint}"
+        f"{CHIPS[topology.generation].hbm_bytes / GIB:.2f}. {hint}"
     )
 
 
@@ -313,41 +323,28 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
     Meshes over data, fsdp and tensor; 1, 2, 4 or 8 rows for each of data x fsdp; the policy that recomputes least. More rows
     and less tensor parallelism come first: they are what usually wins.
     """
+    from model.sharding import TRAIN_RULES, factorizations
     from train.memory import mesh_sizes, plan_memory
 
-    fixed = {
-        axis: size for axis, size in mesh_sizes(config, topology.num_devices).items() if axis not in ("data", "fsdp", "tensor")
-    }
-    devices = topology.num_devices
-    for size in fixed.values():
-        devices //= size
+    given = mesh_sizes(config, topology.devices)
     found = []
-    for tensor, data in itertools.product(_divisors(devices), repeat=2):
-        if devices % (tensor * data) or config.model.num_kv_heads % tensor:
+    for mesh in factorizations(topology.devices):
+        if any(mesh[axis] != given[axis] for axis in ("context", "expert")):
             continue
-        shards = devices // tensor
+        shards = math.prod(mesh[axis] for axis in TRAIN_RULES["batch"])
         for rows in (8, 4, 2, 1):
             for remat in REMAT_ORDER:
-                changes = {
-                    "mesh.data": data,
-                    "mesh.fsdp": shards // data,
-                    "mesh.tensor": tensor,
-                    "model.remat": remat,
-                    "batch_size": rows * shards * config.accumulation,
-                }
+                changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
+                changes |= {"model.remat": remat, "batch_size": rows * shards * config.accumulation}
                 try:
                     changed = changed_config(config, changes)
-                    planned = sum(plan_memory(changed, mesh_sizes(changed, topology.num_devices)).values())
+                    planned = sum(plan_memory(changed, mesh_sizes(changed, topology.devices)).values())
                 except ValueError:
                     break  # The mesh is not possible.
-                if planned <= topology.chip.hbm_bytes:
-                    found.append((tensor, -rows, data, changes))
+                if planned <= CHIPS[topology.generation].hbm_bytes:
+                    found.append((mesh["tensor"], -rows, mesh["data"], changes))
                     break
     return [changes for *_, changes in sorted(found, key=lambda item: item[:3])]
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def search(
@@ -456,7 +453,7 @@ def main(arguments: argparse.Namespace) -> int:
     """`loam compile`: the exit status."""
     from experiments.cli import load_train_config
 
-    topology = topology_of(arguments.topology)
+    topology = check_topology(arguments.topology)
     config = load_train_config(arguments.config, arguments.overrides)
     require_libtpu()
     os.environ["JAX_PLATFORMS"] = "cpu"  # Nothing is computed here; a plan needs no device.

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.chips import Topology
+from experiments.launch_tpu import Topology
+from model.chips import CHIPS, rings
 
 COLLECTIVES = (
     "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -554,17 +555,18 @@ def seconds(one: Collective, topology: Topology, places: Sequence[Sequence[int]]
     Args:
       places: coordinates on the torus of every position of the mesh.
     """
-    groups = one.groups or [tuple(range(len(places)))]
-    members = [places[i] for i in groups[0]]
+    link = CHIPS[topology.generation].link_bandwidth
+    moved = one.moved_bytes(len(places))
     if one.kind == "collective-permute":
-        return one.moved_bytes(len(places)) / topology.chip.link_bandwidth
-    rings = topology.rings(members)
-    if not rings:  # Two cores of a chip, between which there are six times as many lanes as along a dimension of the torus.
-        return one.moved_bytes(len(places)) / (6 * topology.chip.link_bandwidth)
+        return moved / link
+    members = one.groups[0] if one.groups else range(len(places))
+    lines = rings(topology.shape, [places[i] for i in members])
+    if not lines:  # Two cores of a chip, between which there are six times as many lanes as along a dimension of the torus.
+        return moved / (6 * link)
     if one.kind in ("all-to-all", "ragged-all-to-all"):
         # Half of everything crosses the middle of the longest ring or line.
-        return max(one.operand_bytes * chips / (4 * links) for chips, links in rings) / topology.chip.link_bandwidth
-    return one.moved_bytes(len(places)) / (sum(links for _, links in rings) * topology.chip.link_bandwidth)
+        return max(one.operand_bytes * chips / (4 * links) for chips, links in lines) / link
+    return moved / (sum(links for _, links in lines) * link)
 
 
 class Traffic(NamedTuple):
@@ -590,13 +592,14 @@ def traffic(
 ) -> list[Traffic]:
     """The table of collectives, the longest exposed first."""
     rows: dict[tuple[str, str], list[float]] = {}
+    clock = CHIPS[topology.generation].clock
     cache: dict[tuple[str, tuple[tuple[int, ...], ...], int], tuple[str, float]] = {}
     for one in found:
         key = (one.kind, tuple(one.groups), one.operand_bytes)
         if key not in cache:
             cache[key] = (mesh_axes(one, mesh), seconds(one, topology, places))
         axes, each = cache[key]
-        exposed = max(0.0, each - one.cycles_between / topology.chip.clock)
+        exposed = max(0.0, each - one.cycles_between / clock)
         row = rows.setdefault((one.kind, axes), [0.0] * 5)
         overlapped = one.is_async and one.cycles_between > 0
         values = (1, overlapped, one.moved_bytes(len(places)), each, exposed)

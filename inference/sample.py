@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention import MASKED
 from model.config import ModelConfig, check
+from model.kernels.tiles import MASKED
 from model.params import Params, unstack_layers
 from model.transformer import KVCache, forward, unembed
 

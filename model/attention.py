@@ -1,97 +1,127 @@
-"""Scaled dot-product attention with grouped queries, causal by position, isolated by segment; optional window and soft cap.
+"""Scaled dot-product attention with grouped queries, by one signature over its backends and over a mesh.
 
-Axes: B rows, T queries, S keys, H query heads, K key-value heads, G query heads per key-value head, D head dimension.
+A query sees the keys of its segment that are not later and, with a window, nearer than it. Segment 0 is padding: it sees
+nothing, nobody sees it, and its output is 0. What a backend cannot do is refused by `ModelConfig`.
+
+  reference  plain JAX over a mask; any device
+  xla        plain JAX, in tiles that skip the keys after their end; tuned for CPUs
+  flash      our Pallas kernel; TPUs
+  cudnn      cuDNN's kernel through jax.nn, which reads a mask; GPUs
+
+Axes: B rows, T queries, S keys, H query heads, K key-value heads, D head dimension.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
-# Queries are taken in tiles of so many or more, in at most MAX_TILES of them.
-TILE = 128
-MAX_TILES = 8
+from model.config import AttentionBackend
+from model.kernels.flash_attention import flash_attention, flash_gradients
+from model.kernels.tiles import Plan, make_plan
+from model.kernels.xla_attention import allowed_pairs, masked_attention, masked_gradients, tiled_attention
+from model.ring_attention import Part, ring_attention, ring_patterns
+from model.sharding import Layout
 
-# Large enough that exp underflows to exactly 0, small enough that a row with nothing allowed stays finite in any dtype.
-MASKED = -1e30
+# Which pairs are allowed, as the backend reads it: bool [B, T, S] or a plan of tiles; with a leading axis of steps for a ring.
+Pattern = Plan | jax.Array
 
 
-def allowed_pairs(
-    q_positions: jax.Array, kv_positions: jax.Array, q_segments: jax.Array, kv_segments: jax.Array, window: int
-) -> jax.Array:
-    """Which keys a query may see: same segment, not later, and within the window (0: no limit).
+def make_pattern(
+    q_segments: jax.Array,
+    q_positions: jax.Array,
+    kv_segments: jax.Array,
+    kv_positions: jax.Array,
+    *,
+    window: int,
+    backend: AttentionBackend,
+    layout: Layout | None = None,
+) -> Pattern:
+    """What all layers of a step with the same window share.
 
     Args:
-      q_positions, q_segments: int32 [B, T].
-      kv_positions, kv_segments: int32 [B, S].
-
-    Returns:
-      bool [B, T, S].
+      q_segments, q_positions: int32 [B, T].
+      kv_segments, kv_positions: int32 [B, S]; those of the queries if a mesh splits the tokens of a row.
+      window: a query sees keys at distances below it; 0 is no limit.
     """
-    distance_BTS = q_positions[:, :, None] - kv_positions[:, None, :]
-    allowed_BTS = (distance_BTS >= 0) & (q_segments[:, :, None] == kv_segments[:, None, :])
-    return allowed_BTS & (distance_BTS < window) if window else allowed_BTS
+    make = functools.partial(make_plan if backend == "flash" else allowed_pairs, window=window)
+    if layout is None or layout.shards("sequence") == 1:
+        return make(q_segments, q_positions, kv_segments, kv_positions)
+    tokens = layout.spec("batch", "sequence")
+    ids = jax.ShapeDtypeStruct(layout.sharding("batch", "sequence").shard_shape(q_segments.shape), jnp.int32)
+    on_ring = functools.partial(ring_patterns, make)
+    specs = jax.tree.map(lambda x: _pattern_spec(x.ndim + 1, layout), jax.eval_shape(make, ids, ids, ids, ids))
+    return jax.shard_map(on_ring, mesh=layout.mesh, in_specs=(tokens, tokens), out_specs=specs, check_vma=False)(
+        q_segments, q_positions
+    )
 
 
-def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-    """cap * tanh(x / cap): keeps |x| below cap with gradients everywhere (Gemma 2). 0 is off."""
-    return cap * jnp.tanh(x / cap) if cap else x
+def _pattern_spec(ndim: int, layout: Layout) -> PartitionSpec:
+    """Over which mesh axes an array of a pattern lies: on a ring steps come first, then rows; tokens or tiles last."""
+    batch, sequence = layout.spec("batch", "sequence")
+    steps = (None,) if layout.shards("sequence") > 1 else ()
+    return PartitionSpec(*steps, batch, *(None,) * (ndim - len(steps) - 2), sequence)
 
 
 def attention(
     q_BTHD: jax.Array,
     k_BSKD: jax.Array,
     v_BSKD: jax.Array,
-    allowed_BTS: jax.Array,
+    pattern: Pattern,
+    sinks_H: jax.Array | None = None,
     *,
     scale: float,
     cap: float = 0.0,
-    in_order: bool = False,
+    backend: AttentionBackend = "reference",
+    layout: Layout | None = None,
 ) -> jax.Array:
-    """softmax(cap(scale * q k^T)) v over the allowed pairs.
-
-    Softmax is taken in float32. Heads come before time, because XLA's CPU dots over [.., time, head_dim] are 2.7 times faster.
+    """softmax(cap(scale * q k^T)) v over the allowed pairs; the softmax is float32.
 
     Args:
-      in_order: queries and keys are the same tokens (T = S), and none is allowed one that stands later in its row. Then tiles
-        of queries meet only the keys up to their own end, which halves the work.
+      pattern: of `make_pattern`, for the same backend and layout.
+      sinks_H: a logit per head that takes part in the softmax without a value (arXiv:2309.17453).
+      cap: logits become cap * tanh(logits / cap); 0 is off.
+      backend: `xla` needs queries and keys to be the same tokens in order.
 
     Returns:
-      [B, T, H, D] of q's dtype. A query with nothing allowed gets a mean of values; it never reaches the loss.
+      [B, T, H, D] of q's dtype. A query that sees nothing and has no sink gets 0.
     """
-    B, T, H, D = q_BTHD.shape
-    K = k_BSKD.shape[2]
-    q_BKGTD = (q_BTHD * scale).reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
-    k_BKSD, v_BKSD = k_BSKD.transpose(0, 2, 1, 3), v_BSKD.transpose(0, 2, 1, 3)
-    if not in_order:
-        out_BKGTD = _attend(q_BKGTD, k_BKSD, v_BKSD, allowed_BTS, cap)
-    else:
-        tile = max(TILE, -(-T // MAX_TILES))
-        tiles = []
-        for start in range(0, T, tile):
-            rows, keys = slice(start, start + tile), slice(0, start + tile)
-            tiles.append(
-                _attend(q_BKGTD[..., rows, :], k_BKSD[:, :, keys], v_BKSD[:, :, keys], allowed_BTS[:, rows, keys], cap)
-            )
-        out_BKGTD = jnp.concatenate(tiles, axis=3)
-    return out_BKGTD.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    named = {"query": q_BTHD, "key": k_BSKD, "value": v_BSKD}
+    q, k, v = (checkpoint_name(x.swapaxes(1, 2), name) for name, x in named.items())
+    on_ring = layout is not None and layout.shards("sequence") > 1
+    attend = functools.partial(_attend_on_ring if on_ring else _attend, scale=scale, cap=cap, backend=backend)
+    # The partitioner splits plain JAX by itself; a kernel and a ring are split by hand.
+    if layout is not None and (on_ring or backend == "flash"):
+        heads, kv_heads = (layout.spec("batch", axis, "sequence", None) for axis in ("heads", "kv_heads"))
+        patterns = jax.tree.map(lambda x: _pattern_spec(x.ndim, layout), pattern)
+        attend = jax.shard_map(
+            attend,
+            mesh=layout.mesh,
+            in_specs=(heads, kv_heads, kv_heads, patterns, layout.spec("heads")),
+            out_specs=heads,
+            check_vma=False,
+        )
+    return attend(q, k, v, pattern, sinks_H).swapaxes(1, 2)
 
 
-def _attend(q_BKGTD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, allowed_BTS: jax.Array, cap: float) -> jax.Array:
-    B, K, G, T, D = q_BKGTD.shape
-    S = k_BKSD.shape[2]
-    q_BKXD = q_BKGTD.reshape(B, K, G * T, D)
-    scores_BKXS = jnp.einsum("bkxd,bksd->bkxs", q_BKXD, k_BKSD, preferred_element_type=jnp.float32)
-    scores_BKGTS = soft_cap(scores_BKXS, cap).reshape(B, K, G, T, S)
-    scores_BKGTS = jnp.where(allowed_BTS[:, None, None], scores_BKGTS, MASKED)
-    highest_BKGT1 = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
-    weights_BKGTS = jnp.exp(scores_BKGTS - highest_BKGT1)
-    total_BKGT1 = jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
-    # Divided after the product with the values: that is S / D times less to divide.
-    out_BKXD = jnp.einsum(
-        "bkxs,bksd->bkxd",
-        weights_BKGTS.astype(v_BKSD.dtype).reshape(B, K, G * T, S),
-        v_BKSD,
-        preferred_element_type=jnp.float32,
-    )
-    return (out_BKXD.reshape(B, K, G, T, D) / total_BKGT1).astype(v_BKSD.dtype)
+def _attend(q, k, v, pattern: Any, sinks, *, scale: float, cap: float, backend: AttentionBackend) -> jax.Array:
+    """[B, H, T, D] on one device."""
+    if backend == "cudnn":
+        tokens_first = (x.swapaxes(1, 2) for x in (q, k, v))
+        out = jax.nn.dot_product_attention(*tokens_first, mask=pattern[:, None], scale=scale, implementation="cudnn")
+        return jnp.where(jnp.any(pattern, axis=-1)[:, None, :, None], out.swapaxes(1, 2), 0)
+    if backend == "xla":
+        return tiled_attention(q, k, v, pattern, sinks, scale=scale, cap=cap)
+    function = flash_attention if backend == "flash" else masked_attention
+    return function(q, k, v, pattern, sinks, scale=scale, cap=cap)[0].astype(q.dtype)
+
+
+def _attend_on_ring(q, k, v, patterns: Any, sinks, *, scale: float, cap: float, backend: AttentionBackend) -> jax.Array:
+    forward, gradients = (flash_attention, flash_gradients) if backend == "flash" else (masked_attention, masked_gradients)
+    part = Part(functools.partial(forward, scale=scale, cap=cap), functools.partial(gradients, scale=scale, cap=cap))
+    return ring_attention(part, patterns, q, k, v, sinks)

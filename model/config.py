@@ -15,7 +15,8 @@ Norm = Literal["layernorm", "rmsnorm"]
 NormPlacement = Literal["pre", "post", "sandwich"]
 QkNorm = Literal["none", "head", "full"]
 Mlp = Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "attention", "dots"]
+AttentionBackend = Literal["reference", "xla", "flash", "cudnn"]
 DType = Literal["float32", "bfloat16"]
 
 
@@ -87,8 +88,11 @@ class ModelConfig:
       qk_norm: RMSNorm of queries and keys over each head (`head`: Qwen3, Gemma 3) or over all heads (`full`: OLMo 2).
       attention_scale: multiplies q·k; 0 means head_dim**-0.5.
       attention_soft_cap, logit_soft_cap: c*tanh(x/c); 0 is off.
+      attention_sinks: one more logit per head, learned, that takes part in the softmax without a value (arXiv:2309.17453).
+      attention_backend: who computes it, see model/attention.py; decoding with a cache always takes `reference`.
       parallel_block: attention and MLP read the same normalised input and are added together (Falcon, Phi).
-      remat: what the backward pass recomputes: `none`, `full` (everything but layer inputs), `dots` (all but matmuls).
+      remat: what the backward pass recomputes: `none`, `full` (everything but layer inputs), `attention` (that but for
+        attention with its inputs), `dots` (all but matmuls).
       dtype: of activations and matmuls; parameters are stored in `param_dtype`.
     """
 
@@ -113,6 +117,8 @@ class ModelConfig:
     window_pattern: tuple[int, ...] = (0,)
     attention_scale: float = 0.0
     attention_soft_cap: float = 0.0
+    attention_sinks: bool = False
+    attention_backend: AttentionBackend = "xla"
     mlp: Mlp = "swiglu"
     mlp_bias: bool = False
     parallel_block: bool = False
@@ -160,6 +166,15 @@ class ModelConfig:
             "model.parallel_block needs model.norm_placement='pre'",
         )
         check(not (self.norm_bias and self.norm == "rmsnorm"), "model.norm_bias needs model.norm='layernorm'")
+        if self.attention_backend == "cudnn":
+            cannot = {
+                "attention_soft_cap": self.attention_soft_cap > 0,
+                "attention_sinks": self.attention_sinks,
+                "dtype='float32'": self.dtype == "float32",
+                f"head_dim={self.head_dim} (a multiple of 8 up to 128 it can)": self.head_dim > 128 or self.head_dim % 8 > 0,
+            }
+            found = [f"model.{name}" for name, asked in cannot.items() if asked]
+            check(not found, f"model.attention_backend='cudnn' cannot do {', '.join(found)}: take 'xla', or change these")
 
     @property
     def rotary_dim(self) -> int:

@@ -15,10 +15,12 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from model.attention import soft_cap
 from model.config import ModelConfig
+from model.kernels.xla_attention import soft_cap
 from model.params import Params
+from model.sharding import Layout, constrain
 from model.transformer import head_weights
 
 
@@ -47,23 +49,55 @@ class Head(NamedTuple):
 
 
 def token_logprobs(
-    params: Params, config: ModelConfig, hidden: jax.Array, targets: jax.Array, chunk_tokens: int = 0
+    params: Params,
+    config: ModelConfig,
+    hidden: jax.Array,
+    targets: jax.Array,
+    chunk_tokens: int = 0,
+    layout: Layout | None = None,
 ) -> TokenLogprobs:
     """Log-probabilities of `targets` int32 [B, T] after `hidden` [B, T, D] (the output of `forward`).
 
     Args:
-      chunk_tokens: how many tokens' logits may exist at once. 0 keeps all logits for the backward pass, the fastest way for a
-        small vocabulary. Chunks are cut along T, so that rows stay where their mesh axis put them.
+      chunk_tokens: how many tokens' logits may exist at once on each device. 0 keeps all logits for the backward pass, the
+        fastest way for a small vocabulary.
+      layout: where arrays live on a mesh. Each device then takes the tokens it has, and gradients of the output matrix meet
+        once, not once per chunk.
     """
     head = Head(*head_weights(params, config))
+    in_chunks = functools.partial(_in_chunks, chunk_tokens=chunk_tokens, cap=config.logit_soft_cap)
+    if layout is None:
+        return in_chunks(head, hidden, targets, vocab_is_split=False)
+    in_chunks = functools.partial(in_chunks, vocab_is_split=layout.shards("vocab") > 1)
+    by_hand = {*layout.rules["batch"], *layout.rules["sequence"]}
+    hidden = constrain(hidden, layout, "batch", "sequence", None)
+    if not by_hand:
+        return in_chunks(head, hidden, targets)
+    tokens, embed = layout.spec("batch", "sequence"), layout.rules["embed"]
+
+    def local(matrix: jax.Array, bias: jax.Array | None, hidden: jax.Array, targets: jax.Array) -> TokenLogprobs:
+        matrix = matrix.astype(hidden.dtype)
+        matrix = jax.lax.all_gather(matrix, embed, axis=0, tiled=True) if embed else matrix
+        return in_chunks(Head(matrix, bias), hidden, targets)
+
+    # The vocabulary's axis is left to the partitioner.
+    specs = (layout.spec("embed", None), PartitionSpec(), tokens, tokens)
+    by_device = jax.shard_map(local, mesh=layout.mesh, axis_names=by_hand, in_specs=specs, out_specs=tokens, check_vma=False)
+    return by_device(*head, hidden, targets)
+
+
+def _in_chunks(
+    head: Head, hidden: jax.Array, targets: jax.Array, chunk_tokens: int, cap: float, vocab_is_split: bool
+) -> TokenLogprobs:
     T = targets.shape[1]
     if not chunk_tokens:
-        return _logprobs(config.logit_soft_cap, T, head, hidden, targets)
+        return _logprobs(cap, T, vocab_is_split, head, hidden, targets)
+    # Cut along T, so that rows stay where they are.
     num_chunks = math.ceil(T / max(1, chunk_tokens // targets.shape[0]))
     chunk = math.ceil(T / num_chunks)
     padding = ((0, 0), (0, num_chunks * chunk - T))
     hidden, targets = jnp.pad(hidden, (*padding, (0, 0))), jnp.pad(targets, padding)
-    return jax.tree.map(lambda x: x[:, :T], _logprobs(config.logit_soft_cap, chunk, head, hidden, targets))
+    return jax.tree.map(lambda x: x[:, :T], _logprobs(cap, chunk, vocab_is_split, head, hidden, targets))
 
 
 def _wide(hidden: jax.Array) -> jnp.dtype:
@@ -79,12 +113,15 @@ def _logits(cap: float, head: Head, hidden: jax.Array) -> jax.Array:
     return soft_cap(logits.reshape(B, T, -1), cap)
 
 
-def _outputs(logits: jax.Array, targets: jax.Array) -> TokenLogprobs:
+def _outputs(logits: jax.Array, targets: jax.Array, vocab_is_split: bool) -> TokenLogprobs:
     highest = jnp.max(logits, axis=-1)
     shifted = logits - highest[..., None]
     unnormalised = jnp.exp(shifted)
     total = jnp.sum(unnormalised, axis=-1)
-    target_shifted = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
+    if vocab_is_split:  # a look-up would gather the logits
+        target_shifted = jnp.sum(jnp.where(_is_target(logits, targets), shifted, 0.0), axis=-1)
+    else:
+        target_shifted = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
     log_total = jnp.log(total)
     return TokenLogprobs(
         logprobs=target_shifted - log_total,
@@ -92,6 +129,10 @@ def _outputs(logits: jax.Array, targets: jax.Array) -> TokenLogprobs:
         entropy=log_total - jnp.sum(unnormalised * shifted, axis=-1) / total,
         correct=(target_shifted >= 0).astype(jnp.float32),
     )
+
+
+def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
 
 
 def _split(x: jax.Array, chunk: int) -> jax.Array:
@@ -106,20 +147,20 @@ def _join(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _logprobs(cap: float, chunk: int, head: Head, hidden: jax.Array, targets: jax.Array) -> TokenLogprobs:
-    return _logprobs_forward(cap, chunk, head, hidden, targets)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _logprobs(cap: float, chunk: int, vocab_is_split: bool, head: Head, hidden: jax.Array, targets: jax.Array) -> TokenLogprobs:
+    return _logprobs_forward(cap, chunk, vocab_is_split, head, hidden, targets)[0]
 
 
-def _logprobs_forward(cap: float, chunk: int, head: Head, hidden: jax.Array, targets: jax.Array):
+def _logprobs_forward(cap: float, chunk: int, vocab_is_split: bool, head: Head, hidden: jax.Array, targets: jax.Array):
     if chunk == targets.shape[1]:
         logits = _logits(cap, head, hidden)
-        outputs = _outputs(logits, targets)
+        outputs = _outputs(logits, targets, vocab_is_split)
         return outputs, (head, hidden, targets, outputs, logits)
 
     def step(_, inputs):
         chunk_hidden, chunk_targets = inputs
-        return None, _outputs(_logits(cap, head, chunk_hidden), chunk_targets)
+        return None, _outputs(_logits(cap, head, chunk_hidden), chunk_targets, vocab_is_split)
 
     _, outputs = jax.lax.scan(step, None, (_split(hidden, chunk), _split(targets, chunk)))
     outputs = jax.tree.map(_join, outputs)
@@ -136,8 +177,7 @@ def _chunk_backward(cap: float, head: Head, hidden, targets, outputs: TokenLogpr
     slope = (cotangents.log_z - cotangents.logprobs)[..., None] - cotangents.entropy[..., None] * (
         log_p + outputs.entropy[..., None]
     )
-    is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
-    d_logits = jnp.exp(log_p) * slope + jnp.where(is_target, cotangents.logprobs[..., None], 0.0)
+    d_logits = jnp.exp(log_p) * slope + jnp.where(_is_target(logits, targets), cotangents.logprobs[..., None], 0.0)
     if cap:
         d_logits = d_logits * (1 - jnp.square(logits / cap))
     B, T, V = logits.shape
@@ -149,7 +189,7 @@ def _chunk_backward(cap: float, head: Head, hidden, targets, outputs: TokenLogpr
     return Head(d_matrix, d_bias), d_hidden
 
 
-def _logprobs_backward(cap: float, chunk: int, residuals, cotangents: TokenLogprobs):
+def _logprobs_backward(cap: float, chunk: int, vocab_is_split: bool, residuals, cotangents: TokenLogprobs):
     head, hidden, targets, outputs, logits = residuals
     if logits is not None:
         d_head, d_hidden = _chunk_backward(cap, head, hidden, targets, outputs, cotangents, logits)

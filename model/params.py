@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from model.config import ModelConfig
+from model.sharding import Dimensions, Layout
 
 Params = Any  # nested dicts and tuples of jax.Array, of the structure of `param_specs`
 
@@ -54,10 +55,11 @@ def block_layout(config: ModelConfig) -> tuple[int, int]:
     return period, config.num_layers // period
 
 
-def _norm_spec(config: ModelConfig, size: int, axis: str | None) -> dict[str, ParamSpec]:
-    spec = {"scale": ParamSpec((size,), (axis,), "zeros" if config.norm_zero_centered else "ones")}
+def _norm_spec(config: ModelConfig) -> dict[str, ParamSpec]:
+    # Vectors as wide as the model are kept whole: gathering them would cost more than they weigh.
+    spec = {"scale": ParamSpec((config.d_model,), (None,), "zeros" if config.norm_zero_centered else "ones")}
     if config.norm_bias:
-        spec["bias"] = ParamSpec((size,), (axis,), "zeros")
+        spec["bias"] = ParamSpec((config.d_model,), (None,), "zeros")
     return spec
 
 
@@ -74,7 +76,9 @@ def _attention_spec(config: ModelConfig, out_std: float) -> dict[str, Any]:
         spec["key_bias"] = ParamSpec((kv_heads, head_dim), ("kv_heads", "head_dim"), "zeros")
         spec["value_bias"] = ParamSpec((kv_heads, head_dim), ("kv_heads", "head_dim"), "zeros")
     if config.attention_out_bias:
-        spec["out_bias"] = ParamSpec((d_model,), ("embed",), "zeros")
+        spec["out_bias"] = ParamSpec((d_model,), (None,), "zeros")
+    if config.attention_sinks:
+        spec["sinks"] = ParamSpec((heads,), ("heads",), "zeros")
     init = "zeros" if config.norm_zero_centered else "ones"
     if config.qk_norm == "head":
         spec["query_norm"] = ParamSpec((head_dim,), ("head_dim",), init)
@@ -95,7 +99,7 @@ def _mlp_spec(config: ModelConfig, out_std: float) -> dict[str, ParamSpec]:
         spec["gate"] = ParamSpec((d_model, d_ff), ("embed", "mlp"), scale=config.init_std)
     if config.mlp_bias:
         spec["up_bias"] = ParamSpec((d_ff,), ("mlp",), "zeros")
-        spec["down_bias"] = ParamSpec((d_model,), ("embed",), "zeros")
+        spec["down_bias"] = ParamSpec((d_model,), (None,), "zeros")
         if config.gated_mlp:
             spec["gate_bias"] = ParamSpec((d_ff,), ("mlp",), "zeros")
     return spec
@@ -111,7 +115,7 @@ def _block_spec(config: ModelConfig) -> dict[str, Any]:
         "sandwich": ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm"),
     }
     for name in norms[config.norm_placement]:
-        spec[name] = _norm_spec(config, config.d_model, "embed")
+        spec[name] = _norm_spec(config)
     return spec
 
 
@@ -133,7 +137,7 @@ def param_specs(config: ModelConfig) -> Params:
         specs["blocks"] = tuple(block for _ in range(config.num_layers - period * repetitions))
     else:
         specs["blocks"] = tuple(block for _ in range(config.num_layers))
-    specs["final_norm"] = _norm_spec(config, d_model, "embed")
+    specs["final_norm"] = _norm_spec(config)
     if not config.tie_embeddings:
         specs["head"] = ParamSpec((d_model, vocab), ("embed", "vocab"), scale=config.init_std)
     if config.head_bias:
@@ -186,45 +190,17 @@ def abstract_params(specs: Params) -> Params:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype)), specs, is_leaf=is_spec)
 
 
-def partition_specs(specs: Params, rules: dict[str, str | tuple[str, ...] | None]) -> Params:
-    """PartitionSpec of every parameter under the rules that map logical axes to mesh axes.
-
-    Raises:
-      ValueError: a logical axis without a rule, or two dimensions of one parameter on the same mesh axis.
-    """
-
-    def partition(path: tuple[Any, ...], spec: ParamSpec) -> PartitionSpec:
-        for axis in spec.axes:
-            if axis is not None and axis not in rules:
-                raise ValueError(f"parameter {path_name(path)}: logical axis {axis!r} has no rule; add it to the rules table")
-        mesh_axes = [rules[axis] if axis else None for axis in spec.axes]
-        used = [name for axes in mesh_axes if axes for name in ((axes,) if isinstance(axes, str) else axes)]
-        if len(set(used)) < len(used):
-            raise ValueError(f"parameter {path_name(path)}: axes {spec.axes} map to mesh axes {mesh_axes}, one of them twice")
-        return PartitionSpec(*mesh_axes)
-
-    return jax.tree_util.tree_map_with_path(partition, specs, is_leaf=is_spec)
+def dimensions(specs: Params) -> list[Dimensions]:
+    """What a mesh must divide."""
+    return [
+        Dimensions(f"parameter {path_name(path)}", spec.shape, spec.axes)
+        for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
+    ]
 
 
-def param_shardings(specs: Params, rules: dict[str, str | tuple[str, ...] | None], mesh: Mesh) -> Params:
-    """NamedSharding of every parameter.
-
-    Raises:
-      ValueError: additionally to `partition_specs`, a dimension that its mesh axes do not divide.
-    """
-
-    def shard(path: tuple[Any, ...], spec: ParamSpec, partition: PartitionSpec) -> NamedSharding:
-        sharding = NamedSharding(mesh, partition)
-        try:
-            sharding.shard_shape(spec.shape)
-        except ValueError as error:
-            raise ValueError(
-                f"parameter {path_name(path)} of shape {spec.shape} (axes {spec.axes}) does not divide over the mesh "
-                f"{dict(mesh.shape)} as {partition}: choose a mesh axis size that divides the dimension"
-            ) from error
-        return sharding
-
-    return jax.tree_util.tree_map_with_path(shard, specs, partition_specs(specs, rules), is_leaf=is_spec)
+def param_shardings(specs: Params, layout: Layout) -> Params:
+    """NamedSharding of every parameter."""
+    return jax.tree.map(lambda spec: layout.sharding(*spec.axes), specs, is_leaf=is_spec)
 
 
 def num_parameters(specs: Params) -> int:

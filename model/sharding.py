@@ -1,47 +1,189 @@
-"""The rules that map logical axes to mesh axes, one table per use, and the meshes they speak of."""
+"""Where arrays live: the mesh, the rules that map logical axes to its axes (one table per use), and what they must divide.
+
+Every parameter names the logical axis of each dimension (`model/params.py`), activations are constrained by the same names.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Rules = dict[str, str | tuple[str, ...] | None]
+Rules = dict[str, tuple[str, ...]]  # logical axis -> mesh axes
 
-# Rows over data and fsdp; parameters over fsdp along `embed` and over tensor along what attention and MLP are wide in.
+# Neighbours along the last axis exchange most, so that is where a pod's fastest links go.
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+# Parameters are scattered along `embed` over all axes along which they would otherwise be copies (ZeRO-3, arXiv:1910.02054),
+# and over `tensor` along what attention and MLP are wide in (arXiv:1909.08053). The rows of a batch lie over data, fsdp and
+# expert, its tokens over context; outside attention and MLP over tensor too (sequence parallelism, arXiv:2205.05198).
 TRAIN_RULES: Rules = {
-    "batch": ("data", "fsdp"),
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "head_dim": None,
-    "layers": None,
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": ("context",),
+    "residual": ("context", "tensor"),
+    "embed": ("fsdp", "expert", "context"),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+    "expert_embed": ("fsdp", "context"),
+    "head_dim": (),
+    "layers": (),
 }
 
 
-def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with named axes over all devices; one size may be -1 and takes what remains.
+@dataclasses.dataclass(frozen=True)
+class Dimensions:
+    """The shape of an array and the logical axis of each dimension, None where it is never split."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+def partition(array: Dimensions, rules: Rules) -> PartitionSpec:
+    """Which mesh axes each dimension lies over.
+
+    Raises:
+      ValueError: a logical axis without a rule, or two dimensions on one mesh axis.
+    """
+    for axis in array.axes:
+        if axis is not None and axis not in rules:
+            raise ValueError(f"{array.name}: logical axis {axis!r} has no rule; add it to the rules table")
+    mesh_axes = [rules[axis] if axis else () for axis in array.axes]
+    used = list(itertools.chain(*mesh_axes))
+    if len(set(used)) < len(used):
+        raise ValueError(f"{array.name}: axes {array.axes} map to mesh axes {mesh_axes}, one of them twice")
+    return PartitionSpec(*(axes or None for axes in mesh_axes))
+
+
+def indivisible(arrays: Iterable[Dimensions], rules: Rules, sizes: dict[str, int]) -> str:
+    """The first dimension that the mesh axes it lies over do not divide, in words; empty if there is none."""
+    for array in arrays:
+        partition(array, rules)
+        for length, axis in zip(array.shape, array.axes, strict=True):
+            over = {name: sizes[name] for name in rules[axis] if sizes[name] > 1} if axis else {}
+            if length % math.prod(over.values()):
+                return f"{array.name}: {axis} = {length} does not divide over {_words(over)}"
+    return ""
+
+
+def check_mesh(arrays: Sequence[Dimensions], rules: Rules, sizes: dict[str, int]) -> None:
+    """Raises ValueError where a dimension does not divide or a mesh axis has nothing to split, and proposes a mesh.
+
+    Args:
+      arrays: all parameters and activations.
+      sizes: of every mesh axis.
+    """
+    # Layers are alike: few shapes are left.
+    arrays = list({(array.shape, array.axes): array for array in reversed(arrays)}.values())[::-1]
+    problem = mesh_problem(arrays, rules, sizes)
+    if problem:
+        nearest = propose_mesh(arrays, rules, sizes)
+        proposal = f"mesh {_words(nearest)} would do" if nearest else "no mesh of as many devices would do: use fewer"
+        raise ValueError(f"mesh {_words(sizes)} does not fit. {problem}. {proposal[0].upper()}{proposal[1:]}.")
+
+
+def mesh_problem(arrays: Sequence[Dimensions], rules: Rules, sizes: dict[str, int]) -> str:
+    """Why the mesh does not fit the arrays, in words; empty if it does."""
+    # What only copies or scatters whole layers is left out: every network has a batch and a width.
+    split = {name for array in arrays for axis in array.axes if axis not in (None, "batch", "embed") for name in rules[axis]}
+    for name in MESH_AXES[2:]:
+        if sizes[name] > 1 and name not in split:
+            return f"{name}={sizes[name]} has nothing to split: the model has no dimension that lies over {name!r} alone"
+    return indivisible(arrays, rules, sizes)
+
+
+def propose_mesh(arrays: Sequence[Dimensions], rules: Rules, sizes: dict[str, int]) -> dict[str, int] | None:
+    """The mesh of as many devices nearest to `sizes` that fits, None if none does."""
+    num_devices = math.prod(sizes.values())
+
+    def distance(candidate: dict[str, int]) -> float:
+        return sum(abs(math.log2(candidate[name] / sizes[name])) for name in MESH_AXES)
+
+    candidates = sorted(factorizations(num_devices), key=distance)
+    return next((candidate for candidate in candidates if not mesh_problem(arrays, rules, candidate)), None)
+
+
+def factorizations(num_devices: int) -> list[dict[str, int]]:
+    """Every mesh of so many devices."""
+    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    found = []
+    for rest in itertools.product(divisors, repeat=len(MESH_AXES) - 1):
+        if num_devices % math.prod(rest) == 0:
+            found.append(dict(zip(MESH_AXES, (num_devices // math.prod(rest), *rest), strict=True)))
+    return found
+
+
+def _words(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "of one device"
+
+
+def resolve_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
+    """The size of every mesh axis; one of them may be -1 and takes what remains.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    devices = devices if devices is not None else jax.devices()
     known = math.prod(size for size in sizes.values() if size != -1)
-    resolved = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
-    if math.prod(resolved.values()) != len(devices):
+    resolved = {name: num_devices // known if sizes[name] == -1 else sizes[name] for name in MESH_AXES}
+    if math.prod(resolved.values()) != num_devices:
         raise ValueError(
-            f"mesh {sizes} does not fit {len(devices)} devices: its sizes must multiply to {len(devices)}; "
-            f"for example data={len(devices)} and 1 for the others"
+            f"mesh {_words({name: abs(size) for name, size in sizes.items()})} does not fit {num_devices} devices: its sizes "
+            f"must multiply to {num_devices}; for example data={num_devices} and 1 for the others"
         )
-    auto = (jax.sharding.AxisType.Auto,) * len(resolved)
-    return jax.make_mesh(tuple(resolved.values()), tuple(resolved), axis_types=auto, devices=devices)
+    return resolved
 
 
-def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
-    """Rows of a batch over the mesh axes of `batch`."""
-    return NamedSharding(mesh, PartitionSpec(rules["batch"]))
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices, laid out so that neighbours on it are neighbours on the pod's network.
+
+    Args:
+      sizes: of the axes MESH_AXES; one may be -1 and takes what remains.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(devices) if devices is not None else jax.devices()
+    shape = tuple(resolve_sizes(sizes, len(devices)).values())
+    if devices[0].platform == "tpu":
+        laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        laid_out = np.array(devices).reshape(shape)
+    return Mesh(laid_out, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """A mesh and the rules that are in force on it; axes of size 1 are left out of them."""
+
+    mesh: Mesh
+    rules: Rules
+
+    @classmethod
+    def of(cls, mesh: Mesh, rules: Rules) -> Layout:
+        return cls(mesh, {axis: tuple(name for name in over if mesh.shape[name] > 1) for axis, over in rules.items()})
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """Over which mesh axes an array with these logical axes lies."""
+        return partition(Dimensions("activation", (), axes), self.rules)
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(*axes))
+
+    def shards(self, axis: str) -> int:
+        """Into how many parts a logical axis is split."""
+        return math.prod(self.mesh.shape[name] for name in self.rules[axis])
+
+
+def constrain(x: jax.Array, layout: Layout | None, *axes: str | None) -> jax.Array:
+    """x, laid out by its logical axes; without a layout, as it is."""
+    return x if layout is None else jax.lax.with_sharding_constraint(x, layout.sharding(*axes))

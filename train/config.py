@@ -80,9 +80,9 @@ class ParamRule:
         check(self.learning_rate_scale >= 0, f"optimizer.rules: {self.pattern!r} has a negative learning_rate_scale")
 
 
-# Norm scales, biases and one-dimensional parameters are not decayed; matrices are.
+# Norm scales, biases and sinks are not decayed; matrices are.
 DEFAULT_RULES = (
-    ParamRule(r".*(norm|bias)[^/]*(/.*)?", weight_decay=False),
+    ParamRule(r".*(norm|bias|sinks)[^/]*(/.*)?", weight_decay=False),
     ParamRule(r".*"),
 )
 
@@ -199,14 +199,24 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one axis may be -1, and takes all that remain."""
+    """Devices along each axis; one axis may be -1, and takes all that remain.
+
+    Attributes:
+      data: copies of the model, each with its share of the rows.
+      fsdp: the same, but parameters are scattered over them and gathered layer by layer.
+      tensor: heads, MLP and vocabulary are split; between layers, tokens are.
+      context: the tokens of a row are split; keys and values go round.
+      expert: the experts of an MoE are split; elsewhere like fsdp.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
+    expert: int = 1
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = dataclasses.astuple(self)
         check(all(size == -1 or size > 0 for size in sizes), f"mesh sizes {sizes} must be positive, or -1 for the rest")
         check(sizes.count(-1) <= 1, f"mesh sizes {sizes}: only one axis can be -1")
 
@@ -264,6 +274,10 @@ class TrainConfig:
             self.model.param_dtype == "float32",
             f"model.param_dtype={self.model.param_dtype!r}: training keeps float32 master weights, or small updates would be "
             "rounded away; set model.dtype to compute in another type",
+        )
+        check(
+            self.model.attention_backend != "cudnn" or self.mesh.context == 1,
+            "model.attention_backend='cudnn' attends to whole rows: set mesh.context to 1, or take 'xla'",
         )
         tokenizer = self.data.tokenizer
         tokens = 256 + 2 * tokenizer.document_boundaries if tokenizer.kind == "bytes" else tokenizer.vocab_size

@@ -14,11 +14,12 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model.config import ModelConfig
+from model.config import AttentionBackend, ModelConfig
 from model.logprobs import token_logprobs
-from model.params import Params, abstract_params, init_params, is_spec, param_shardings, param_specs
-from model.sharding import TRAIN_RULES, batch_sharding, make_mesh
-from model.transformer import forward
+from model.params import Params, abstract_params, dimensions, init_params, is_spec, param_shardings, param_specs
+from model.ring_attention import zigzag
+from model.sharding import TRAIN_RULES, Layout, check_mesh, constrain, make_mesh
+from model.transformer import activations, forward
 from train.config import LossConfig, TrainConfig, check
 from train.optimizer import make_optimizer, make_schedule
 
@@ -37,10 +38,15 @@ class TrainState:
     step: jax.Array
 
 
-def loss_sums(params: Params, model: ModelConfig, loss: LossConfig, batch: Batch) -> tuple[jax.Array, Metrics]:
+def loss_sums(
+    params: Params, model: ModelConfig, loss: LossConfig, batch: Batch, layout: Layout | None = None
+) -> tuple[jax.Array, Metrics]:
     """Sums over the weighted tokens: the objective (cross-entropy + z-loss), and what is reported."""
-    hidden, _ = forward(params, model, batch["tokens"], batch["positions"], batch["segment_ids"])
-    out = token_logprobs(params, model, hidden, batch["targets"], loss.chunk_tokens)
+    if layout is not None and layout.shards("sequence") > 1:
+        order = zigzag(batch["tokens"].shape[1], layout.shards("sequence"))
+        batch = {name: constrain(x[:, order], layout, "batch", "sequence") for name, x in batch.items()}
+    hidden, _ = forward(params, model, batch["tokens"], batch["positions"], batch["segment_ids"], layout=layout)
+    out = token_logprobs(params, model, hidden, batch["targets"], loss.chunk_tokens, layout)
     weights = batch["weights"]
     nll = -jnp.sum(weights * out.logprobs)
     z_loss = loss.z_loss * jnp.sum(weights * jnp.square(out.log_z))
@@ -54,7 +60,7 @@ def loss_sums(params: Params, model: ModelConfig, loss: LossConfig, batch: Batch
 
 
 def gradient_sums(
-    params: Params, batch: Batch, *, model: ModelConfig, loss: LossConfig, accumulation: int
+    params: Params, batch: Batch, *, model: ModelConfig, loss: LossConfig, accumulation: int, layout: Layout | None = None
 ) -> tuple[Params, Metrics]:
     """Gradients and metrics summed over the weighted tokens of a batch, computed in `accumulation` micro-batches.
 
@@ -62,7 +68,7 @@ def gradient_sums(
     """
 
     def objective(params: Params, micro: Batch) -> tuple[jax.Array, Metrics]:
-        total, sums = loss_sums(params, model, loss, micro)
+        total, sums = loss_sums(params, model, loss, micro, layout)
         return total, sums | {"weight": jnp.sum(micro["weights"])}
 
     gradient = jax.grad(objective, has_aux=True)
@@ -71,7 +77,8 @@ def gradient_sums(
 
     def split(x: jax.Array) -> jax.Array:
         # Row r goes to micro-batch r % accumulation: each device keeps its rows.
-        return x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, layout, None, "batch", "sequence")
 
     def add(total: tuple[Params, Metrics], micro: Batch) -> tuple[tuple[Params, Metrics], None]:
         return jax.tree.map(jnp.add, total, gradient(params, micro)), None
@@ -130,9 +137,9 @@ def train_step(
     return TrainState(params, opt_state, ema, state.step + 1), metrics
 
 
-def eval_step(params: Params, batch: Batch, config: TrainConfig) -> Metrics:
+def eval_step(params: Params, batch: Batch, config: TrainConfig, layout: Layout | None) -> Metrics:
     """Sums over the weighted tokens of a held-out batch."""
-    return loss_sums(params, config.model, config.loss, batch)[1]
+    return loss_sums(params, config.model, config.loss, batch, layout)[1]
 
 
 def opt_state_shardings(
@@ -173,17 +180,17 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
     """Builds mesh, optimizer and compiled functions. Nothing is allocated.
 
     Raises:
-      ValueError: the mesh does not fit the devices, or the batch or a parameter does not divide over it.
+      ValueError: the mesh does not fit the devices, the batch or a parameter does not divide over it, or the attention backend
+        is for other devices.
     """
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
     specs = param_specs(config.model)
-    rows = batch_sharding(mesh, TRAIN_RULES)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    check(
-        config.batch_size // config.accumulation % shards == 0,
-        f"batch_size / accumulation = {config.batch_size // config.accumulation} rows do not divide over mesh.data x "
-        f"mesh.fsdp = {shards}: choose a multiple of {shards}, or a smaller mesh",
-    )
+    check_backend(config.model.attention_backend, mesh)
+    arrays = dimensions(specs) + activations(config.batch_size // config.accumulation, config.data.seq_len)
+    check_mesh(arrays, TRAIN_RULES, dict(mesh.shape))
+    layout = Layout.of(mesh, TRAIN_RULES)
+    # A batch arrives with whole rows; its tokens are dealt out along `context` in the step.
+    rows = layout.sharding("batch")
     schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, config.steps, config.tokens_per_step)
     optimizer = make_optimizer(config.optimizer, specs, schedule)
 
@@ -192,25 +199,45 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
         return TrainState(params, optimizer.init(params), ema, jnp.zeros((), jnp.int32))
 
     abstract = jax.eval_shape(begin, abstract_params(specs))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    of_params = param_shardings(specs, TRAIN_RULES, mesh)
+    replicated = layout.sharding()
+    of_params = param_shardings(specs, layout)
     of_opt_state = opt_state_shardings(abstract.opt_state, specs, of_params, replicated)
     of_ema = of_params if config.optimizer.ema_decay else None
     shardings = abstract.replace(params=of_params, opt_state=of_opt_state, ema=of_ema, step=replicated)
     begin = jax.jit(begin, out_shardings=shardings)
-    sums = functools.partial(gradient_sums, model=config.model, loss=config.loss, accumulation=config.accumulation)
-    if mesh.devices.flat[0].platform == "cpu" and 1 < mesh.size == mesh.shape["data"]:
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    by_replica = on_cpu and 1 < mesh.size == mesh.shape["data"]
+    sums = functools.partial(
+        gradient_sums,
+        model=config.model,
+        loss=config.loss,
+        accumulation=config.accumulation,
+        layout=None if by_replica or mesh.size == 1 else layout,
+    )
+    if by_replica:
         sums = over_replicas(sums, mesh)
     step = functools.partial(train_step, config=config, sums=sums, optimizer=optimizer, schedule=schedule)
+    evaluate = functools.partial(eval_step, config=config, layout=None if mesh.size == 1 else layout)
     return Trainer(
         config=config,
         specs=specs,
         mesh=mesh,
         init=lambda key: begin(init_params(specs, key, of_params)),
         step=jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, replicated), donate_argnames="state"),
-        evaluate=jax.jit(functools.partial(eval_step, config=config), in_shardings=(of_params, rows), out_shardings=replicated),
+        evaluate=jax.jit(evaluate, in_shardings=(of_params, rows), out_shardings=replicated),
         abstract_state=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
         ),
         batch_sharding=rows,
+    )
+
+
+def check_backend(backend: AttentionBackend, mesh: Mesh) -> None:
+    """Raises ValueError where attention is to be computed by a backend for other devices than the mesh's."""
+    platform = mesh.devices.flat[0].platform
+    needed = {"flash": "tpu", "cudnn": "gpu"}.get(backend, platform)
+    best = {"tpu": "flash", "gpu": "cudnn"}.get(platform, "xla")
+    check(
+        platform == needed,
+        f"model.attention_backend={backend!r} is for {needed!r} devices, but these are {platform!r}: set it to {best!r}",
     )

@@ -20,14 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.kernels.tiles import LANES, Plan, pad
+from model.kernels.tiles import LANES, MASKED, Plan, pad
 
 LOG2_E = math.log2(math.e)
-# Large enough that exp2 underflows to exactly 0, small enough that a difference of two is finite.
-MASKED = -1e30
 EMPTY = MASKED / 2  # A maximum below it is of a query that sees nothing.
 STRIP = 512  # queries whose scores are computed at once
 ONES = 16  # rows of ones under the values: one packed bfloat16 register
@@ -407,7 +406,7 @@ def _forward(plan: Plan, logits: _Logits, q, k, v, sinks) -> tuple[jax.Array, ja
     )(plan.forward.scalars(), sinks, q, plan.q_ids, k, v, plan.kv_ids)
 
 
-def _backward(plan: Plan, logits: _Logits, q, k, v, d_out, statistics) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward(plan: Plan, logits: _Logits, q, k, v, d_out, statistics, dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
     B, K, S, D = k.shape
     H, T = q.shape[1:3]
     bq, bk = block = plan.sizes.backward
@@ -443,15 +442,15 @@ def _backward(plan: Plan, logits: _Logits, q, k, v, d_out, statistics) -> tuple[
         ),
         out_shape=[
             jax.ShapeDtypeStruct(dq.shape, dq.dtype),
-            jax.ShapeDtypeStruct(k.shape, k.dtype),
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            jax.ShapeDtypeStruct(k.shape, dtype),
+            jax.ShapeDtypeStruct(v.shape, dtype),
         ],
         input_output_aliases={8: 0},
         compiler_params=_PARAMS,
         cost_estimate=_cost(plan, H, 5, q, d_out, k, v, k, v, dq, dq),
         name="flash_backward",
     )(plan.backward.scalars(), k, v, plan.kv_ids, q, d_out, statistics, plan.q_ids, dq)
-    return (dq * logits.scale).swapaxes(2, 3).astype(q.dtype), dk, dv
+    return (dq * logits.scale).swapaxes(2, 3).astype(dtype), dk, dv
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -460,23 +459,31 @@ def _attend(plan: Plan, logits: _Logits, q, k, v, sinks) -> tuple[jax.Array, jax
 
 
 def _attend_forward(plan: Plan, logits: _Logits, q, k, v, sinks):
-    scaled = (q.astype(jnp.float32) * logits.query_scale).astype(q.dtype)
-    out, lse = _forward(plan, logits, scaled, k, v, sinks)
-    return (out, lse), (plan, scaled, k, v, sinks, out, lse)
+    out, lse = _forward(plan, logits, _scaled(q, logits), k, v, sinks)
+    # Named for remat: with these kept, the backward pass need not run the kernel again.
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return (out, lse), (plan, q, k, v, sinks, out, lse)
 
 
 def _attend_backward(logits: _Logits, residuals, cotangents):
-    plan, scaled, k, v, sinks, out, lse = residuals
+    plan, q, k, v, sinks, out, lse = residuals
     d_out, d_lse = cotangents
     # d score = weight x (d weight - sum over keys of weight x d weight), whose sum is out . d_out; lse adds its own.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)[:, :, None] - d_lse
-    empty = lse <= EMPTY  # Their weights are then exp2(MASKED - 0) = 0.
-    base = jnp.where(empty, 0.0, lse * LOG2_E)
+    dq, dk, dv = _gradients(plan, logits, q, k, v, d_out, lse, delta, q.dtype)
+    weight_of_sink = jnp.where(lse <= EMPTY, 0.0, jnp.exp(sinks[:, None, None] - lse))
+    return None, dq, dk, dv, -jnp.sum(weight_of_sink * delta, axis=(0, 2, 3))
+
+
+def _scaled(q: jax.Array, logits: _Logits) -> jax.Array:
+    return (q.astype(jnp.float32) * logits.query_scale).astype(q.dtype)
+
+
+def _gradients(plan: Plan, logits: _Logits, q, k, v, d_out, lse, delta, dtype):
+    # The weights of queries that see nothing are then exp2(MASKED - 0) = 0.
+    base = jnp.where(lse <= EMPTY, 0.0, lse * LOG2_E)
     statistics = jnp.concatenate([base, delta], axis=2)
-    dq, dk, dv = _backward(plan, logits, scaled, k, v, d_out, statistics)
-    weight_of_sink = jnp.where(empty, 0.0, jnp.exp(sinks[:, None, None] - lse))
-    d_sinks = -jnp.sum(weight_of_sink * delta, axis=(0, 2, 3))
-    return None, dq, dk, dv, d_sinks
+    return _backward(plan, logits, _scaled(q, logits), k, v, d_out, statistics, dtype)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -517,3 +524,32 @@ def flash_attention(
     k, v = (pad(x, plan.kv_ids.shape[2]) for x in (k_BKSD, v_BKSD))
     out_and_lse: tuple[jax.Array, jax.Array] = _attend(plan, _Logits(scale, cap, plan.window), q, k, v, sinks)
     return out_and_lse[0][:, :, :T], out_and_lse[1][:, :, 0, :T]
+
+
+def flash_gradients(
+    q_BHTD: jax.Array,
+    k_BKSD: jax.Array,
+    v_BKSD: jax.Array,
+    plan: Plan,
+    d_out_BHTD: jax.Array,
+    lse_BHT: jax.Array,
+    delta_BHT: jax.Array,
+    *,
+    scale: float,
+    cap: float = 0.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What some of the keys add to the gradients of an attention over more keys than these (ring attention).
+
+    Args:
+      lse_BHT: log-sum-exp over all keys.
+      delta_BHT: out . d_out, over all keys.
+
+    Returns:
+      float32 gradients of q, of these keys and of their values.
+    """
+    T, S = q_BHTD.shape[2], k_BKSD.shape[2]
+    q, d_out = (pad(x, plan.q_ids.shape[2]) for x in (q_BHTD, d_out_BHTD))
+    k, v = (pad(x, plan.kv_ids.shape[2]) for x in (k_BKSD, v_BKSD))
+    lse, delta = (pad(x[:, :, :, None], plan.q_ids.shape[2]).swapaxes(2, 3) for x in (lse_BHT, delta_BHT))
+    dq, dk, dv = _gradients(plan, _Logits(scale, cap, plan.window), q, k, v, d_out, lse, delta, jnp.float32)
+    return dq[:, :, :T], dk[:, :, :S], dv[:, :, :S]

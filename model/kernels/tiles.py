@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 
 LANES = 128
+# A logit that is not allowed: exp of it underflows to exactly 0, and a difference of two is finite in any dtype.
+MASKED = -1e30
 BLOCK_SIZES_FILE = Path(__file__).with_name("block_sizes.json")  # made by benchmarks/attention_schedule.py --tune
 
 

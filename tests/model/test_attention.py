@@ -1,12 +1,13 @@
-"""Attention against float64 numpy, pair by pair; its gradients against central differences of that."""
+"""Attention against float64 numpy, pair by pair; its gradients against central differences; backends against each other."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-import model.attention
-from model.attention import allowed_pairs, attention
+from model.attention import attention, make_pattern
+from model.kernels import xla_attention
 
 B, T, K, G, D = 2, 11, 2, 3, 4
 SCALE, CAP = 0.6, 1.5
@@ -21,45 +22,70 @@ def inputs(seed=0):
 
 
 def allowed(positions, segments, window):
-    """Told by the words of the documentation, pair by pair."""
+    """Told by the words of the documentation, pair by pair. Segment 0 is padding."""
     result = np.zeros((B, T, T), bool)
     for b, t, s in np.ndindex(B, T, T):
         distance = positions[b, t] - positions[b, s]
-        result[b, t, s] = segments[b, t] == segments[b, s] and 0 <= distance < (window or T)
+        result[b, t, s] = segments[b, t] == segments[b, s] > 0 and 0 <= distance < (window or T)
     return result
 
 
-def reference(q, k, v, pairs):
+def reference(q, k, v, sinks, pairs):
     k, v = np.repeat(k, G, axis=2), np.repeat(v, G, axis=2)
     scores = CAP * np.tanh(SCALE * np.einsum("bthd,bshd->bhts", q, k) / CAP)
     weights = np.exp(scores) * pairs[:, None]
-    return np.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), v)
+    total = weights.sum(-1, keepdims=True) + np.exp(sinks)[:, None, None]
+    return np.einsum("bhts,bshd->bthd", weights / np.where(total > 0, total, 1.0), v)
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("window", [0, 3])
-@pytest.mark.parametrize(("tile", "max_tiles", "in_order"), [(128, 8, False), (4, 8, True), (2, 3, True), (11, 1, True)])
-def test_attention_equals_numpy_in_any_tiles(monkeypatch, window, tile, max_tiles, in_order):
-    monkeypatch.setattr(model.attention, "TILE", tile)
-    monkeypatch.setattr(model.attention, "MAX_TILES", max_tiles)
+@pytest.mark.parametrize(
+    ("tile", "max_tiles", "backend"), [(128, 8, "reference"), (4, 8, "xla"), (2, 3, "xla"), (11, 1, "xla")]
+)
+def test_attention_equals_numpy_in_any_tiles(monkeypatch, window, tile, max_tiles, backend, with_sinks):
+    monkeypatch.setattr(xla_attention, "TILE", tile)
+    monkeypatch.setattr(xla_attention, "MAX_TILES", max_tiles)
     arrays, positions, segments = inputs()
+    arrays.append(np.random.default_rng(3).normal(size=K * G) if with_sinks else np.full(K * G, -np.inf))
     pairs = allowed(positions, segments, window)
-    computed_pairs = allowed_pairs(positions, positions, segments, segments, window)
-    np.testing.assert_array_equal(computed_pairs, pairs)
+    pattern = make_pattern(segments, positions, segments, positions, window=window, backend=backend)
+    np.testing.assert_array_equal(pattern, pairs)
     cotangent = np.random.default_rng(1).normal(size=arrays[0].shape)
 
-    def objective(*qkv):
-        return jnp.sum(attention(*qkv, computed_pairs, scale=SCALE, cap=CAP, in_order=in_order) * cotangent)
+    def attend(q, k, v, sinks):
+        return attention(q, k, v, pattern, sinks if with_sinks else None, scale=SCALE, cap=CAP, backend=backend)
 
-    qkv = [jnp.asarray(array, jnp.float32) for array in arrays]
-    out = attention(*qkv, computed_pairs, scale=SCALE, cap=CAP, in_order=in_order)
-    gradients = jax.grad(objective, argnums=(0, 1, 2))(*qkv)
-    np.testing.assert_allclose(out, reference(*arrays, pairs), rtol=1e-5, atol=1e-6)
+    inputs_32 = [jnp.asarray(array, jnp.float32) for array in arrays]
+    differentiated = (0, 1, 2, 3) if with_sinks else (0, 1, 2)
+    gradients = jax.grad(lambda *x: jnp.sum(attend(*x) * cotangent), argnums=differentiated)(*inputs_32)
+    np.testing.assert_allclose(attend(*inputs_32), reference(*arrays, pairs), rtol=1e-5, atol=1e-6)
     rng = np.random.default_rng(2)
     for i, gradient in enumerate(gradients):
         direction, step = rng.normal(size=arrays[i].shape), 1e-5
         both = [[*arrays[:i], arrays[i] + sign * step * direction, *arrays[i + 1 :]] for sign in (1, -1)]
-        plus, minus = (np.sum(reference(*qkv, pairs) * cotangent) for qkv in both)
+        plus, minus = (np.sum(reference(*x, pairs) * cotangent) for x in both)
         assert np.sum(gradient * direction) == pytest.approx((plus - minus) / (2 * step), rel=1e-4)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_the_kernel_gives_what_plain_jax_gives(window, with_sinks):
+    """In the model's layout, padding and sinks included; the kernel's own tests are in test_flash_attention.py."""
+    arrays, positions, segments = inputs()
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in arrays)
+    sinks = jax.random.normal(jax.random.key(0), (K * G,)) if with_sinks else None
+    results = {}
+    for backend in ("reference", "flash"):
+        pattern = make_pattern(segments, positions, segments, positions, window=window, backend=backend)
+
+        def attend(q, k, v, pattern=pattern, backend=backend):
+            return attention(q, k, v, pattern, sinks, scale=SCALE, cap=CAP, backend=backend)
+
+        with pltpu.force_tpu_interpret_mode():
+            results[backend] = (attend(q, k, v), *jax.grad(lambda *x: jnp.sum(attend(*x) ** 2), argnums=(0, 1, 2))(q, k, v))
+    for ours, theirs in zip(results["flash"], results["reference"], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
 def test_tiles_skip_the_keys_after_their_end():
@@ -67,7 +93,7 @@ def test_tiles_skip_the_keys_after_their_end():
     q, k, v = (jnp.ones((1, 1024, 1, 16)) for _ in range(3))
     pairs = jnp.ones((1, 1024, 1024), bool)
     flops = {}
-    for in_order in (False, True):
-        function = jax.jit(lambda *qkv, in_order=in_order: attention(*qkv, pairs, scale=1.0, in_order=in_order))
-        flops[in_order] = function.lower(q, k, v).compile().cost_analysis()["flops"]
-    assert flops[True] / flops[False] == pytest.approx(9 / 16, rel=0.02)
+    for backend in ("reference", "xla"):
+        function = jax.jit(lambda *qkv, backend=backend: attention(*qkv, pairs, scale=1.0, backend=backend))
+        flops[backend] = function.lower(q, k, v).compile().cost_analysis()["flops"]
+    assert flops["xla"] / flops["reference"] == pytest.approx(9 / 16, rel=0.02)

@@ -280,9 +280,13 @@ def test_a_step_consumes_the_state_and_evaluation_does_not():
     ("changes", "num_devices", "message"),
     [
         ({"mesh": MeshConfig(data=3)}, 2, r"does not fit 2 devices"),
-        ({"mesh": MeshConfig(data=-1), "batch_size": 6}, 4, r"= 6 rows do not divide over mesh\.data x mesh\.fsdp = 4"),
-        ({"mesh": MeshConfig(data=2, fsdp=2), "accumulation": 4}, 4, r"= 2 rows do not divide .*choose a multiple of 4"),
-        ({"mesh": MeshConfig(data=1, tensor=4)}, 4, r"parameter blocks/0/attention/key of shape .*does not divide"),
+        ({"mesh": MeshConfig(data=-1), "batch_size": 6}, 4, r"rows of a micro-batch: batch = 6 does not divide over data=4"),
+        ({"mesh": MeshConfig(data=2, fsdp=2), "accumulation": 4}, 4, r"batch = 2 does not divide over data=2 x fsdp=2"),
+        (
+            {"mesh": MeshConfig(data=1, tensor=4)},
+            4,
+            r"blocks/0/attention/key: kv_heads = 2 does not divide over tensor=4",
+        ),
         ({"mesh": MeshConfig(data=1, tensor=2), "model": preset("tiny-falcon")}, 2, r"parameter blocks/0/attention/key"),
     ],
 )
