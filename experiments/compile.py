@@ -323,10 +323,13 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
     Meshes over data, fsdp and tensor; 1, 2, 4 or 8 rows for each of data x fsdp; the policy that recomputes least. More rows
     and less tensor parallelism come first: they are what usually wins.
     """
-    from model.sharding import TRAIN_RULES, factorizations
-    from train.memory import mesh_sizes, plan_memory
+    from model.params import dimensions, param_specs
+    from model.sharding import TRAIN_RULES, factorizations, mesh_problem, resolve_sizes
+    from model.transformer import activations
+    from train.memory import plan_memory
 
-    given = mesh_sizes(config, topology.devices)
+    given = resolve_sizes(dataclasses.asdict(config.mesh), topology.devices)
+    weights = dimensions(param_specs(config.model))
     found = []
     for mesh in factorizations(topology.devices):
         if any(mesh[axis] != given[axis] for axis in ("context", "expert")):
@@ -336,11 +339,11 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
             for remat in REMAT_ORDER:
                 changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
                 changes |= {"model.remat": remat, "batch_size": rows * shards * config.accumulation}
-                try:
-                    changed = changed_config(config, changes)
-                    planned = sum(plan_memory(changed, mesh_sizes(changed, topology.devices)).values())
-                except ValueError:
-                    break  # The mesh is not possible.
+                changed = changed_config(config, changes)
+                arrays = weights + activations(changed.batch_size // changed.accumulation, changed.data.seq_len)
+                if mesh_problem(arrays, TRAIN_RULES, mesh):
+                    break
+                planned = sum(plan_memory(changed, mesh).values())
                 if planned <= CHIPS[topology.generation].hbm_bytes:
                     found.append((mesh["tensor"], -rows, mesh["data"], changes))
                     break

@@ -1,16 +1,16 @@
 """`loam compile`: what it refuses, what it proposes, and one small step compiled by libtpu, end to end."""
 
-import importlib.util
 import json
 import math
-import os
 
 import pytest
 
 import experiments.compile as loam_compile
 from experiments.cli import load_train_config, main
 from experiments.compile import GIB, as_overrides, candidates, changed_config, check_fits, exhausted_bytes, proposals
-from model.chips import topology_of
+from experiments.launch_tpu import check_topology
+from model.chips import CHIPS
+from tests.libtpu import require_libtpu
 from train.memory import mesh_sizes, plan_memory
 
 CONFIG = """
@@ -36,21 +36,14 @@ def get_config():
 
 def write_config(directory, model="tiny-llama", seq_len=64, batch_size=8, mesh=None):
     path = directory / "job.py"
-    mesh = mesh or {"data": 2, "fsdp": 2, "tensor": 1}
+    mesh = mesh or {"data": 2, "fsdp": 2}
     fields = {"model": model, "seq_len": seq_len, "batch_size": batch_size, "mesh": mesh, "run_dir": str(directory / "run")}
     path.write_text(CONFIG.format(**fields))
     return str(path)
 
 
-def need_libtpu():
-    if importlib.util.find_spec("libtpu") is None:
-        if os.environ.get("LOAM_REQUIRE_LIBTPU"):
-            pytest.fail("libtpu is not installed: `make env EXTRAS=tpu` installs it")
-        pytest.skip("libtpu, the TPU compiler, is not installed")
-
-
 def test_a_small_sharded_step_compiles_and_is_reported(tmp_path, capsys):
-    need_libtpu()
+    require_libtpu()
     path = write_config(tmp_path)
     assert main(["compile", f"--config={path}", "--topology=v5e:2x2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -82,8 +75,8 @@ def test_a_small_sharded_step_compiles_and_is_reported(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_step_that_does_not_fit_is_an_error_with_proposals(tmp_path, capsys):
-    need_libtpu()
-    path = write_config(tmp_path, "llama3.2-1b", seq_len=8192, batch_size=16, mesh={"data": 4, "fsdp": 1, "tensor": 1})
+    require_libtpu()
+    path = write_config(tmp_path, "llama3.2-1b", seq_len=8192, batch_size=16, mesh={"data": 4, "fsdp": 1})
     assert main(["compile", f"--config={path}", "--topology=v5e:2x2", "--json"]) == 1
     out, error = capsys.readouterr()
     report = json.loads(out)
@@ -100,9 +93,9 @@ def test_a_step_that_does_not_fit_is_an_error_with_proposals(tmp_path, capsys):
     ("words", "message"),
     [
         (["--topology=v5e:5x5"], "topology 'v5e:5x5' does not exist"),
-        (["--topology=v9:2x2"], "no TPU generation 'v9' is known"),
+        (["--topology=v9:2x2"], "'v9' is no TPU generation"),
         (["--topology=v5e:2x2", "--config.mesh.data=3"], "must multiply to 4"),
-        (["--topology=v5e:2x2", "--config.batch_size=6"], "choose a multiple of 4"),
+        (["--topology=v5e:2x2", "--config.batch_size=6"], "does not fit. the rows of a micro-batch"),
         (["--topology=v5e:2x4", "--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=8"], "does not divide"),
     ],
 )
@@ -145,12 +138,12 @@ def test_the_compilers_refusal_becomes_a_number(message, size):
 
 
 def llama(tmp_path, **changes):
-    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=64, mesh={"data": 16, "fsdp": 1, "tensor": 1})
+    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=64, mesh={"data": 16, "fsdp": 1})
     return changed_config(load_train_config(path, []), changes)
 
 
 def test_proposals_need_less_by_plan_and_those_that_fit_come_first(tmp_path):
-    config, topology = llama(tmp_path), topology_of("v5e:4x4")
+    config, topology = llama(tmp_path), check_topology("v5e:4x4")
     before = sum(plan_memory(config, mesh_sizes(config, 16)).values())
     texts = proposals(config, topology)
     planned = [float(text.split("planned: ")[1].split()[0]) for text in texts]
@@ -164,17 +157,17 @@ def test_proposals_need_less_by_plan_and_those_that_fit_come_first(tmp_path):
 
 
 def test_what_fits_is_no_error(tmp_path):
-    check_fits({"fits": True}, llama(tmp_path), topology_of("v5e:4x4"))
+    check_fits({"fits": True}, llama(tmp_path), check_topology("v5e:4x4"))
 
 
 def test_another_memory_than_hbm_is_told_in_the_compilers_words(tmp_path):
     report = {"fits": False, "hbm_bytes_per_device": None, "refused": "memory space vmem"}
     with pytest.raises(RuntimeError, match="not of HBM: memory space vmem"):
-        check_fits(report, llama(tmp_path), topology_of("v5e:4x4"))
+        check_fits(report, llama(tmp_path), check_topology("v5e:4x4"))
 
 
 def test_candidates_use_all_devices_and_fit_by_plan(tmp_path):
-    config, topology = llama(tmp_path), topology_of("v5e:4x4")
+    config, topology = llama(tmp_path), check_topology("v5e:4x4")
     found = candidates(config, topology)
     assert found
     meshes = set()
@@ -182,7 +175,7 @@ def test_candidates_use_all_devices_and_fit_by_plan(tmp_path):
         changed = changed_config(config, changes)
         mesh = mesh_sizes(changed, 16)
         assert math.prod(mesh.values()) == 16
-        assert sum(plan_memory(changed, mesh).values()) <= topology.chip.hbm_bytes
+        assert sum(plan_memory(changed, mesh).values()) <= CHIPS[topology.generation].hbm_bytes
         meshes.add((mesh["data"], mesh["fsdp"], mesh["tensor"]))
     assert len(meshes) == len({tuple(m) for m in meshes}) > 1
     assert (16, 1, 1) not in meshes  # 8 billion parameters on every device
@@ -191,7 +184,7 @@ def test_candidates_use_all_devices_and_fit_by_plan(tmp_path):
         index = loam_compile.REMAT_ORDER.index(changes["model.remat"])
         if index:
             less = changed_config(config, changes | {"model.remat": loam_compile.REMAT_ORDER[index - 1]})
-            assert sum(plan_memory(less, mesh_sizes(less, 16)).values()) > topology.chip.hbm_bytes
+            assert sum(plan_memory(less, mesh_sizes(less, 16)).values()) > CHIPS[topology.generation].hbm_bytes
 
 
 def test_changes_are_the_overrides_that_make_them(tmp_path):
@@ -210,7 +203,7 @@ def test_a_search_ranks_by_time_per_token(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loam_compile, "compile_config", pretend)
     path = write_config(tmp_path)
-    ranked = loam_compile.search(path, [], topology_of("v5e:2x2"), tries=1000, log=lambda _: None)
+    ranked = loam_compile.search(path, [], check_topology("v5e:2x2"), tries=1000, log=lambda _: None)
     times = [report["estimated_step_seconds"] / report["tokens_per_step"] for _, report in ranked]
     assert times == sorted(times)
     assert ranked[0][1]["tokens_per_step"] == max(report["tokens_per_step"] for _, report in ranked)
@@ -230,7 +223,7 @@ def test_a_table_has_a_row_for_each_report():
 
 
 def test_inspect_plans_a_slice(tmp_path, capsys):
-    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=256, mesh={"data": 1, "fsdp": -1, "tensor": 1})
+    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=256, mesh={"data": 1, "fsdp": -1})
     assert main(["inspect", f"--config={path}", "--topology=v5e:16x16", "--config.model.remat=full"]) == 0
     text = capsys.readouterr().out
     assert "v5e:16x16 (256 devices), mesh data 1, fsdp 256" in text

@@ -1,18 +1,16 @@
 """What a compiled step costs: snippets of HLO with known answers, and small programs compiled by libtpu."""
 
-import importlib.util
 import itertools
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
 import pytest
 
 from experiments import hlo
-from model.chips import topology_of
+from experiments.launch_tpu import check_topology
+from model.chips import CHIPS
+from tests.libtpu import run_with_libtpu
 
 # Two nested loops, of 4 and 3 times: the inner one multiplies matrices, the outer one adds up over devices and gathers.
 NESTED = """\
@@ -214,7 +212,7 @@ def test_pairs_of_start_and_done_are_covered_by_what_is_scheduled_between_them()
 
 def test_only_what_is_not_covered_is_exposed():
     """64 bytes over one link of a pair at 50 GB/s take 1.28 ns; 30 cycles of 1.5 GHz cover it, none would not."""
-    topology, places = topology_of("v5e:2x2"), [(0, 0), (0, 1), (1, 0), (1, 1)]
+    topology, places = check_topology("v5e:2x2"), [(0, 0), (0, 1), (1, 0), (1, 1)]
     mesh = {"data": 2, "context": 2}
     covered = hlo.traffic(hlo.collectives(hlo.parse(PAIRS)), mesh, topology, places)
     assert all(row.exposed_seconds == 0 and row.asynchronous == 1 for row in covered)
@@ -273,8 +271,10 @@ def test_groups_are_attributed_to_the_axes_along_which_they_lie():
 def test_seconds_follow_from_the_links_along_which_a_group_lies(kind, topology, members, links):
     n = len(members)
     one = hlo.Collective(kind, "x", 1000, [tuple(range(n))], 1, False, 0)
-    topology = topology_of(topology)
-    assert hlo.seconds(one, topology, members) == pytest.approx((n - 1) * 1000 / (links * topology.chip.link_bandwidth))
+    topology = check_topology(topology)
+    assert hlo.seconds(one, topology, members) == pytest.approx(
+        (n - 1) * 1000 / (links * CHIPS[topology.generation].link_bandwidth)
+    )
 
 
 # --- Compiled by libtpu -----------------------------------------------------------------------------------------------
@@ -311,14 +311,7 @@ print(json.dumps({
 
 
 def test_a_compiled_scan_counts_every_layer():
-    if importlib.util.find_spec("libtpu") is None:
-        if os.environ.get("LOAM_REQUIRE_LIBTPU"):
-            pytest.fail("libtpu is not installed: `make env EXTRAS=tpu` installs it")
-        pytest.skip("libtpu, the TPU compiler, is not installed")
-    environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(COMPILED)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(run_with_libtpu(textwrap.dedent(COMPILED)).splitlines()[-1])
     # A matmul of [256, 512] x [512, 512], and one of 4 heads of [256, 128] x [128, 256], in each of 5 layers.
     assert result["flops"] == 5 * (2 * 256 * 512 * 512 + 4 * 2 * 256 * 128 * 256)
     assert result["unknown"] == []
