@@ -138,7 +138,7 @@ def test_the_compilers_refusal_becomes_a_number(message, size):
 
 
 def llama(tmp_path, **changes):
-    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=64, mesh={"data": 16, "fsdp": 1})
+    path = write_config(tmp_path, "llama3-8b", seq_len=512, batch_size=64, mesh={"data": 16, "fsdp": 1})
     return changed_config(load_train_config(path, []), changes)
 
 
