@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import hlo
+from experiments.hlo import Kernel
 from experiments.launch_tpu import Topology, check_topology
 from experiments.tpu_schedule import compiler_environment
 from model.chips import CHIPS
@@ -95,14 +97,15 @@ def analyse(
     text: str, config: TrainConfig, topology: Topology, mesh: Mapping[str, int], places: Sequence[Sequence[int]], dump: Path
 ) -> Report:
     """What the text of the compiled program tells."""
-    from experiments import hlo
-
     module = hlo.parse(text)
     done = hlo.work(module)
     found = hlo.collectives(module)
     rows = hlo.traffic(found, mesh, topology, places)
-    kernels = [kernel_report(kernel, config, topology, dump) for kernel in done.kernels]
-    cycles = done.cycles | {"kernel": sum(kernel["cycles"] or 0 for kernel in kernels)}
+    dumped = {kernel.code: kernel.name for kernel in done.kernels if has_schedule(dump, kernel.name)}
+    kernels = [
+        kernel_report(kernel, dumped.get(kernel.code), config, topology, mesh["context"], dump) for kernel in done.kernels
+    ]
+    cycles = done.cycles | {"kernel": sum(kernel["cycles"] for kernel in kernels)}
     exposed = sum(row.exposed_seconds for row in rows)
     return {
         "estimated_cycles": cycles,
@@ -119,32 +122,45 @@ def analyse(
     }
 
 
-def kernel_report(kernel: Any, config: TrainConfig, topology: Topology, dump: Path) -> Report:
-    """Calls of a Pallas kernel and the cycles of all of them: None where its schedule cannot be multiplied out."""
+def has_schedule(dump: Path, instruction: str) -> bool:
+    return any(dump.glob(f"*-{instruction}-*final_bundles.txt"))
+
+
+def kernel_report(
+    kernel: Kernel, schedule: str | None, config: TrainConfig, topology: Topology, context: int, dump: Path
+) -> Report:
+    """Calls of a Pallas kernel, and cycles of all of them: of our attention from its schedule, of others from their FLOPs.
+
+    Args:
+      schedule: the instruction under whose name the kernel's schedule was dumped.
+      context: parts of a row, between which attention goes round.
+    """
     attention = re.search(r"flash_(forward|backward)", kernel.name)  # An instruction is named after scopes around it, too.
-    cycles = None
-    if attention:
-        cycles = kernel.times * attention_call_cycles(attention[1], kernel, config, topology, dump)
-    return {"instruction": kernel.name, "times": kernel.times, "cycles": cycles}
+    if attention and schedule:
+        name = f"-{schedule}-"
+        each, source = attention_call_cycles(attention[1], kernel, name, config, topology, context, dump), "its schedule"
+    else:
+        each, source = kernel.flops / CHIPS[topology.generation].flops_per_cycle, "its FLOPs at peak"
+    return {"instruction": kernel.name, "times": kernel.times, "cycles": kernel.times * each, "by": source}
 
 
-def attention_call_cycles(pass_: str, kernel: Any, config: TrainConfig, topology: Topology, dump: Path) -> float:
+def attention_call_cycles(
+    pass_: str, kernel: Kernel, schedule: str, config: TrainConfig, topology: Topology, context: int, dump: Path
+) -> float:
     """Cycles of one call for a document as long as a row: the mean over the layers' windows and over parts of the context."""
-    from experiments.hlo import first_shape
     from experiments.tpu_schedule import attention_cycles, causal_tiles, read_schedule
     from model.kernels.tiles import BlockSizes
 
     # Queries and keys, [B, H, T, D] and [B, K, S, D]: two of the operands, in another order in each pass.
-    wide = [shape for shape in map(first_shape, kernel.operands) if len(shape) == 4]
+    wide = [shape for shape in map(hlo.first_shape, kernel.operands) if len(shape) == 4]
     queries, keys = (wide[0], wide[1]) if pass_ == "forward" else (wide[2], wide[0])
     block = getattr(BlockSizes.of_chip(CHIPS[topology.generation].name), pass_)
     block = (min(block[0], queries[2]), min(block[1], keys[2]))
     length = config.data.seq_len
-    parts = max(1, length // queries[2]) * max(1, length // keys[2])
     layers = [config.model.window(layer) for layer in range(config.model.num_layers)]
     tiles = [causal_tiles(length, window, block) for window in layers]
     heads = queries[0] * queries[1]
-    masked, full = (heads * sum(counts) / len(layers) / parts for counts in zip(*tiles, strict=True))
+    masked, full = (heads * sum(counts) / len(layers) / context**2 for counts in zip(*tiles, strict=True))
     chip = CHIPS[topology.generation]
     if pass_ == "forward":
         rows, products = queries[0] * queries[1] * queries[2] / block[0], 2
@@ -152,7 +168,7 @@ def attention_call_cycles(pass_: str, kernel: Any, config: TrainConfig, topology
         rows, products = keys[0] * keys[1] * keys[2] / block[1], 5
     # The cores of a device share the steps of the grid; each has its part of the MXUs.
     least = products * 2 * block[0] * block[1] * queries[3] / (chip.flops_per_cycle / chip.cores)
-    return attention_cycles(read_schedule(dump, f"-{kernel.name}-"), (masked, full), rows, least) / chip.cores
+    return attention_cycles(read_schedule(dump, schedule), (masked, full), rows, least) / chip.cores
 
 
 def worker(directory: Path) -> None:
@@ -402,7 +418,7 @@ def describe(report: Report) -> str:
     lines += ["", "the compiler's estimate of cycles per device and step"]
     lines += [f"  {name:<36}{count:>16,.0f}{100 * count / whole:>7.1f} %" for name, count in cycles.items() if count]
     for kernel in report["kernels"]:
-        told = "not in the estimate" if kernel["cycles"] is None else f"{kernel['cycles']:,.0f} cycles"
+        told = f"{kernel['cycles']:,.0f} cycles by {kernel['by']}"
         lines.append(f"  kernel {kernel['instruction']:<29}{kernel['times']:>10,.0f} calls, {told}")
     if report["loops_of_unknown_length"]:
         lines.append(f"  loops counted once, their length is not known: {', '.join(report['loops_of_unknown_length'])}")
