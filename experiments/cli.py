@@ -17,13 +17,14 @@ EXAMPLES = """examples:
   loam run --config=configs/quickstart.py
   loam run --config=configs/quickstart.py --config.steps=100 --config.optimizer.learning_rate=0.001
   loam inspect --config=configs/quickstart.py
+  loam compile --config=configs/quickstart.py --topology=v5e:2x2
   loam sample runs/quickstart --prompt="def main(" --temperature=0.8 --top-k=50
   loam ckpt verify runs/quickstart
   loam launch --config=configs/quickstart.py --on=local --processes=2 --dry-run
 
 LOAM_DEBUG=1 in the environment shows where an error was raised.
 """
-TAKE_A_CONFIG = ("run", "inspect", "launch")
+TAKE_A_CONFIG = ("run", "inspect", "compile", "launch")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,12 +57,20 @@ def parse(words: list[str]) -> argparse.Namespace:
         ("run", "run, or continue, the job of a config"),
         ("inspect", "parameters, memory and FLOPs of a config, without running it"),
         ("launch", "run the job of a config elsewhere, or in several processes here"),
+        ("compile", "compile a config's training step for a TPU slice, without a TPU: does it fit, how fast may it be"),
     ):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
         command.add_argument("overrides", nargs="*", metavar="--config.KEY=VALUE", help="changes a key of the config")
         if name == "launch":
             add_launch_flags(command)
+        if name in ("inspect", "compile"):
+            slice_help = "a TPU slice, such as v5e:16x16 or v5p:4x4x8"
+            command.add_argument("--topology", required=name == "compile", metavar="NAME", help=slice_help)
+        if name == "compile":
+            command.add_argument("--json", action="store_true", help="print one JSON object")
+            command.add_argument("--search", action="store_true", help="try meshes, remat policies and batch sizes")
+            command.add_argument("--tries", type=int, default=8, help="compilations of --search; default 8")
     sample = commands.add_parser("sample", help="continue a prompt from a run's checkpoint")
     sample.add_argument("run_dir", help="directory of the run, such as runs/quickstart")
     sample.add_argument("--prompt", action="append", help="text to continue; may be given several times")
@@ -162,11 +171,26 @@ def summary(run_dir: str, report_path: Any) -> str:
 
 def inspect(arguments: argparse.Namespace) -> int:
     config = load_train_config(arguments.config, arguments.overrides)
+    if arguments.topology:
+        from model.chips import topology_of
+
+        topology = topology_of(arguments.topology)
+        os.environ["JAX_PLATFORMS"] = "cpu"  # A plan needs no device.
+        from experiments.inspect import describe_plan
+
+        print(describe_plan(config, topology))
+        return 0
     configure_jax(config)
     from experiments.inspect import describe
 
     print(describe(config))
     return 0
+
+
+def compile_for_slice(arguments: argparse.Namespace) -> int:
+    from experiments.compile import main as compile_main
+
+    return compile_main(arguments)
 
 
 def sample(arguments: argparse.Namespace) -> int:
@@ -212,7 +236,15 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"run": run, "inspect": inspect, "launch": launch, "sample": sample, "ckpt": ckpt, "report": report}
+COMMANDS = {
+    "run": run,
+    "inspect": inspect,
+    "compile": compile_for_slice,
+    "launch": launch,
+    "sample": sample,
+    "ckpt": ckpt,
+    "report": report,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
