@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from experiments.launch_tpu import Topology, accelerator_type, check_topology
+from experiments.launch_tpu import accelerator_type, num_vms
+from model.chips import Topology, topology_of
 from model.config import check, check_choices
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class LaunchConfig:
                 rule = " (lower-case letters, digits, '-' and '.')" if form == OBJECT_NAME else ""
                 check(bool(re.fullmatch(form, item)), f"{flag}={item!r} is not for --on={self.on}: {about['help']}{rule}")
         if self.on != "local":
-            check_topology(self.topology)
+            topology_of(self.topology)
         if self.on in ("tpu-vm", "skypilot"):
             accelerator_type(self.slice)
         if self.name:
@@ -99,14 +100,14 @@ class LaunchConfig:
 
     @property
     def slice(self) -> Topology:
-        return check_topology(self.topology)
+        return topology_of(self.topology)
 
     @property
     def max_name_length(self) -> int:
         """Kubernetes allows 63 characters, to a pod's name with its five random ones too; xpk allows a job's name 40."""
         if self.on == "local":
             return 63
-        longest_suffix = f"-slice-{self.slices - 1}-{self.slice.vms - 1}-abcde"
+        longest_suffix = f"-slice-{self.slices - 1}-{num_vms(self.slice) - 1}-abcde"
         return min(63 - len(longest_suffix), 40 if self.on == "xpk" else 63)
 
 
@@ -155,7 +156,7 @@ def make_jobs(
         named, made_of = launch, dict(facts)
         if launch.on != "local":
             machines = f"{launch.slices} x {launch.topology}"
-            devices = launch.slices * launch.slice.devices
+            devices = launch.slices * launch.slice.num_devices
             mesh_sizes(config, devices)
             check(
                 not Path(config_path).is_absolute() and ".." not in Path(config_path).parts,

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
-import re
 from collections.abc import Collection, Sequence
 
 
@@ -69,12 +69,9 @@ CHIPS: dict[str, Chip] = {
     )
 }
 
-# Slices smaller than a cube of 4 x 4 x 4 or a pod of 16 x 16; larger 3-d ones are made of whole cubes.
-_SMALL = {
-    2: ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
-    3: ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)),
-}
-_LARGEST_SIDE = 48
+PLANAR_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+# Parts of a cube of 4x4x4 chips; larger slices are made of whole cubes.
+PARTS_OF_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +83,20 @@ class Topology:
 
     @property
     def name(self) -> str:
-        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        return f"{self.chip.name}:{self.shape_name}"
+
+    @property
+    def shape_name(self) -> str:
+        """Such as "4x4x8"."""
+        return _name(self.shape)
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def num_devices(self) -> int:
-        return math.prod(self.shape) * self.chip.devices_per_chip
+        return self.num_chips * self.chip.devices_per_chip
 
     @property
     def wraps(self) -> tuple[bool, ...]:
@@ -109,40 +115,48 @@ class Topology:
         return found
 
 
-def _shapes(chip: Chip) -> list[tuple[int, ...]]:
-    """Shapes of all slices of a generation, by size."""
-    shapes = list(_SMALL[chip.torus])
-    if chip.torus == 3:
-        sides = range(4, _LARGEST_SIDE + 1, 4)
-        shapes += [(a, b, c) for a in sides for b in sides for c in sides if a <= b <= c and a * b * c <= chip.max_chips]
-    return sorted(shapes, key=lambda shape: (math.prod(shape), shape[-1]))
+def shapes(chip: Chip) -> list[tuple[int, ...]]:
+    """All shapes of a generation's slices, dimensions in increasing order (but for 2x2x1)."""
+    if chip.torus == 2:
+        return list(PLANAR_SHAPES)
+    cubes = chip.max_chips // 64
+    whole = [
+        (4 * x, 4 * y, 4 * z)
+        for x, y in itertools.combinations_with_replacement(range(1, math.isqrt(cubes) + 1), 2)
+        for z in range(y, cubes // (x * y) + 1)
+    ]
+    return [*PARTS_OF_A_CUBE, *whole, *(((1, 1, 1),) if chip.name == "tpu7x" else ())]
 
 
 def topology_of(name: str) -> Topology:
     """The slice that a name such as "v5p:4x4x8" means.
 
     Raises:
-      ValueError: no such generation, or it has no slice of that shape; the message names near ones.
+      ValueError: there is none of that name; proposes the nearest.
     """
-    match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name.strip())
-    if not match:
-        raise ValueError(f"topology {name!r} is not of the form GENERATION:SHAPE, such as v5e:16x16 or v5p:4x4x8")
-    if match[1] not in CHIPS:
-        near = difflib.get_close_matches(match[1], CHIPS, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"topology {name!r}: no TPU generation {match[1]!r} is known, only {', '.join(CHIPS)}.{hint}")
-    chip, shape = CHIPS[match[1]], tuple(int(side) for side in match[2].split("x"))
-    shapes = _shapes(chip)
-    if shape not in shapes:
-        near = sorted(shapes, key=lambda other: abs(math.log(math.prod(other) / max(math.prod(shape), 1))))[:4]
-        proposals = ", ".join(Topology(chip, other).name for other in near)
+    generation, _, shape_text = name.strip().partition(":")
+    if generation not in CHIPS:
+        near = difflib.get_close_matches(generation, CHIPS, n=1)
+        hint = f" Did you mean {near[0]}:{shape_text or '…'}?" if near else ""
+        raise ValueError(f"topology {name!r}: {generation!r} is no TPU generation; there are {', '.join(CHIPS)}.{hint}")
+    chip = CHIPS[generation]
+    known, sizes = shapes(chip), shape_text.split("x")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"topology {name!r} is not of the form GENERATION:SIZES; for example {generation}:{_name(known[3])}")
+    shape = tuple(map(int, sizes))
+    chips = math.prod(shape)
+    if shape not in known:
+        rule = ", ".join(map(_name, known))
+        if chip.torus == 3:
+            rule = f"{', '.join(map(_name, PARTS_OF_A_CUBE))}, or three multiples of 4, the smallest first"
+        # Nearest in the number of chips, and if that is the same, in shape.
+        nearest = min(known, key=lambda other: (abs(math.log(math.prod(other) / chips)), sorted(other) != sorted(shape)))
         raise ValueError(
-            f"topology {name!r} does not exist: a slice of {chip.name} has {chip.torus} dimensions; near it in size are "
-            f"{proposals}"
+            f"topology {name!r} does not exist: slices of {generation} are {rule}, up to {chip.max_chips:,} chips. "
+            f"The nearest is {generation}:{_name(nearest)}"
         )
     return Topology(chip, shape)
 
 
-def chip_of(topology_name: str) -> Chip:
-    """The generation of a slice; raises as `topology_of` does."""
-    return topology_of(topology_name).chip
+def _name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

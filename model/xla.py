@@ -21,7 +21,6 @@ TPU_FLAGS = (
     "--xla_enable_async_all_gather=true",
     "--xla_enable_async_all_reduce=true",
     "--xla_enable_async_collective_permute=true",
-    "--xla_tpu_enable_async_all_to_all=true",
     "--xla_tpu_enable_async_collective_fusion=true",
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
     "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true",

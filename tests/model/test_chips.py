@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from model.chips import CHIPS, Topology, chip_of, topology_of
+from model.chips import CHIPS, Topology, shapes, topology_of
 
 
 @pytest.mark.parametrize(
@@ -20,25 +20,36 @@ def test_a_slice_has_its_devices(name, devices):
     topology = topology_of(name)
     assert topology.name == name
     assert topology.num_devices == devices
-    assert chip_of(name) is CHIPS[name.split(":")[0]]
+    assert topology.chip is CHIPS[name.split(":")[0]]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5e", "is not of the form GENERATION:SHAPE"),
-        ("v5litepod:4x4", "only v4, v5e, v5p, v6e, tpu7x"),
-        ("v6:4x4", "Did you mean 'v6e'"),
-        ("v5e:3x5", "near it in size are v5e:4x4"),
-        ("v5e:32x32", "v5e:16x16"),
-        ("v5p:8x4x4", "v5p:4x4x8"),
-        ("v5p:4x4", "a slice of v5p has 3 dimensions"),
-        ("v5p:0x4x4", "does not exist"),
+        ("v5p:8x4x4", "does not exist.*The nearest is v5p:4x4x8$"),
+        ("v5p:4x4x6", "The nearest is v5p:4x4x8$"),
+        ("v5e:16x32", "1x1, 2x2, 2x4, .*up to 256 chips. The nearest is v5e:16x16$"),
+        ("v6e:4x4x4", "The nearest is v6e:8x8$"),
+        ("v5p:2x2", "The nearest is v5p:2x2x1$"),
+        ("tpu7:4x4x4", "'tpu7' is no TPU generation.*Did you mean tpu7x:4x4x4"),
+        ("v5p-256", "no TPU generation"),
+        ("v5p:", "not of the form GENERATION:SIZES"),
+        ("v5e", "not of the form"),
+        ("v5litepod:4x4", "there are v4, v5e, v5p, v6e, tpu7x"),
+        ("v5p:4x0x4", "not of the form"),
     ],
 )
-def test_a_slice_that_does_not_exist_is_refused_with_near_ones(name, message):
+def test_a_slice_that_does_not_exist_is_answered_with_the_nearest(name, message):
     with pytest.raises(ValueError, match=message):
         topology_of(name)
+
+
+def test_shapes_of_cubes_are_all_that_fit():
+    for generation, cubes in (("v4", 64), ("v5p", 96), ("tpu7x", 144)):
+        every = range(1, cubes + 1)
+        fit = {(4 * x, 4 * y, 4 * z) for x in every for y in every[x - 1 :] for z in every[y - 1 : cubes // (x * y)]}
+        assert {shape for shape in shapes(CHIPS[generation]) if shape[2] % 4 == 0 and shape[0] > 2} == fit
+        assert len(shapes(CHIPS[generation])) == len(set(shapes(CHIPS[generation])))
 
 
 def test_the_clock_is_the_one_that_is_quoted():
