@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -57,8 +56,10 @@ def compile_step(config: TrainConfig, topology: Topology, dump: Path) -> Report:
     from train.step import abstract_batch, make_trainer
 
     # With megacore a v4 chip is one device, as it is on a TPU VM.
-    extra = {"chip_config_name": topology.chip.configuration} if topology.chip.configuration else {}
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **extra).devices
+    options: dict[str, Any] = {"chip_config_name": topology.chip.configuration} if topology.chip.configuration else {}
+    if topology.num_chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     begin = time.perf_counter()
     trainer = make_trainer(config, devices)
     lowered = trainer.step.lower(trainer.abstract_state, abstract_batch(config))
@@ -323,42 +324,28 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
     Meshes over data, fsdp and tensor; 1, 2, 4 or 8 rows for each of data x fsdp x expert; the policy that recomputes least.
     More rows and less tensor parallelism come first: they are what usually wins.
     """
+    from model.sharding import factorizations
     from train.memory import plan_memory
     from train.step import mesh_sizes
 
-    fixed = {
-        axis: size for axis, size in mesh_sizes(config, topology.num_devices).items() if axis not in ("data", "fsdp", "tensor")
-    }
-    devices = topology.num_devices
-    for size in fixed.values():
-        devices //= size
+    given = mesh_sizes(config, topology.num_devices)
     found = []
-    for tensor, data in itertools.product(_divisors(devices), repeat=2):
-        if devices % (tensor * data) or config.model.num_kv_heads % tensor:
+    for mesh in factorizations(topology.num_devices):
+        if any(mesh[axis] != given[axis] for axis in ("context", "expert")):
             continue
-        rest = devices // tensor
         for rows in (8, 4, 2, 1):
             for remat in REMAT_ORDER:
-                changes = {
-                    "mesh.data": data,
-                    "mesh.fsdp": rest // data,
-                    "mesh.tensor": tensor,
-                    "model.remat": remat,
-                    "batch_size": rows * rest * fixed["expert"] * config.accumulation,
-                }
+                changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
+                changes |= {"model.remat": remat, "batch_size": rows * shards(mesh) * config.accumulation}
                 try:
                     changed = changed_config(config, changes)
                     planned = sum(plan_memory(changed, mesh_sizes(changed, topology.num_devices)).values())
                 except ValueError:
                     break  # The mesh is not possible.
                 if planned <= topology.chip.hbm_bytes:
-                    found.append((tensor, -rows, data, changes))
+                    found.append((mesh["tensor"], -rows, mesh["data"], changes))
                     break
     return [changes for *_, changes in sorted(found, key=lambda item: item[:3])]
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def search(

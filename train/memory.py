@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh
 
 from model.config import ModelConfig
 from model.params import Params, abstract_params, block_layout, is_spec, param_shardings, param_specs
@@ -31,9 +31,6 @@ def plan_memory(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
 
     Args:
       mesh: sizes of the axes, as `train.step.mesh_sizes` gives them.
-
-    Raises:
-      ValueError: a parameter does not divide over the mesh.
     """
     parameters, opt_state = _state_bytes(config.model, config.optimizer, tuple(mesh.items()))
     plan = {
@@ -50,11 +47,11 @@ def _state_bytes(model: ModelConfig, optimizer: OptimizerConfig, mesh: tuple[tup
     """Bytes per device of parameters and of optimizer state."""
     specs = param_specs(model)
     abstract_mesh: Any = AbstractMesh(tuple(size for _, size in mesh), tuple(axis for axis, _ in mesh))
+    layout = Layout.of(abstract_mesh, TRAIN_RULES)
     params = abstract_params(specs)
-    of_params = param_shardings(specs, Layout.of(abstract_mesh, TRAIN_RULES))
+    of_params = param_shardings(specs, layout)
     opt_state = jax.eval_shape(make_optimizer(optimizer, specs, lambda _: 0.0).init, params)
-    replicated = NamedSharding(abstract_mesh, PartitionSpec())
-    return _bytes(params, of_params), _bytes(opt_state, opt_state_shardings(opt_state, specs, of_params, replicated))
+    return _bytes(params, of_params), _bytes(opt_state, opt_state_shardings(opt_state, specs, of_params, layout.sharding()))
 
 
 def _bytes(tree: object, shardings: object) -> int:
@@ -65,20 +62,19 @@ def _bytes(tree: object, shardings: object) -> int:
 def _activations(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
     """What comes and goes within a micro-batch: what all layers keep, and the larger of what comes after it."""
     tensor = mesh["tensor"]
-    shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
-    rows = config.batch_size // config.accumulation // shards
+    rows = config.batch_size // config.accumulation // math.prod(mesh[axis] for axis in TRAIN_RULES["batch"])
     seq_len = config.data.seq_len // mesh["context"]
     model = _share(config.model, tensor)
     width = jnp.dtype(model.dtype).itemsize
-    chunk = rows * seq_len if not config.loss.chunk_tokens else min(rows * seq_len, config.loss.chunk_tokens)
+    chunk = min(rows * seq_len, config.loss.chunk_tokens or rows * seq_len)
     period, _ = block_layout(model)
-    kept = rows * _period_bytes(model, seq_len)
-    one = rows * _period_bytes(dataclasses.replace(model, remat="none"), seq_len)
+    kept = rows * _period_bytes(model, seq_len, tensor)
+    one = rows * _period_bytes(dataclasses.replace(model, remat="none"), seq_len, tensor)
     block = sum(leaf.size for leaf in jax.tree.leaves(param_specs(dataclasses.replace(model, num_layers=1)), is_leaf=is_spec))
     head = model.vocab_size * model.d_model
     block -= head * (1 if model.tie_embeddings else 2)
-    # With fsdp the next layer's weights arrive while those of one are used, and gradients leave in the parameters' type.
-    gathered = mesh["fsdp"] > 1
+    # Where weights are scattered, those of the next layer arrive while one is used; gradients leave in the parameters' type.
+    gathered = math.prod(mesh[axis] for axis in TRAIN_RULES["embed"]) > 1
     of_layer = int(one / period) + (2 * width + 4) * block * gathered
     of_loss = 2 * 4 * chunk * model.vocab_size + (width + 4) * head * gathered
     return {
@@ -99,14 +95,14 @@ def _share(model: ModelConfig, tensor: int) -> ModelConfig:
 
 
 @functools.cache
-def _period_bytes(model: ModelConfig, seq_len: int) -> int:
+def _period_bytes(model: ModelConfig, seq_len: int, tensor: int) -> int:
     """Bytes that one period of layers leaves for the backward pass, for one row: what two leave more than one."""
     period, _ = block_layout(model)
-    one, two = (_residual_bytes(dataclasses.replace(model, num_layers=n * period), seq_len) for n in (1, 2))
+    one, two = (_residual_bytes(dataclasses.replace(model, num_layers=n * period), seq_len, tensor) for n in (1, 2))
     return two - one
 
 
-def _residual_bytes(model: ModelConfig, seq_len: int) -> int:
+def _residual_bytes(model: ModelConfig, seq_len: int, tensor: int) -> int:
     """Bytes of all that the forward pass of a row leaves for the backward one, except parameters and what has their shapes."""
     params = abstract_params(param_specs(model))
     row = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
@@ -115,9 +111,10 @@ def _residual_bytes(model: ModelConfig, seq_len: int) -> int:
         return jax.vjp(lambda params: forward(params, model, tokens, positions, segment_ids)[0], params)[1]
 
     shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
-    left = jax.tree.leaves(jax.eval_shape(residuals, params, row, row, row))
-    return sum(
-        leaf.size * jnp.dtype(leaf.dtype).itemsize
-        for leaf in left
-        if leaf.shape not in shapes and leaf.shape[1:] not in shapes and leaf.shape[-2:] not in shapes
-    )
+    total = 0
+    for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, row, row, row)):
+        if not {leaf.shape, leaf.shape[1:], leaf.shape[-2:]} & shapes:
+            # Between the layers tokens are split over `tensor`; within them heads and the MLP's width are (`_share`).
+            parts = tensor if leaf.shape[-2:] == (seq_len, model.d_model) else 1
+            total += leaf.size * jnp.dtype(leaf.dtype).itemsize // parts
+    return total

@@ -102,7 +102,7 @@ def test_a_step_that_does_not_fit_is_an_error_with_proposals(tmp_path, capsys):
         (["--topology=v5e:5x5"], "topology 'v5e:5x5' does not exist"),
         (["--topology=v9:2x2"], "'v9' is no TPU generation"),
         (["--topology=v5e:2x2", "--config.mesh.data=3"], "must multiply to 4"),
-        (["--topology=v5e:2x2", "--config.batch_size=6"], "choose a multiple of 4"),
+        (["--topology=v5e:2x2", "--config.batch_size=6"], "batch = 6 does not divide over"),
         (["--topology=v5e:2x4", "--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=8"], "does not divide"),
     ],
 )
