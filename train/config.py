@@ -261,6 +261,7 @@ class TrainConfig:
         for field in ("steps", "batch_size", "accumulation", "log_every"):
             check(getattr(self, field) > 0, f"{field}={getattr(self, field)} must be positive")
         check(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
+        check(self.cpu_devices >= 0, f"cpu_devices={self.cpu_devices} must be >= 0 (0: as many as there are cores)")
         check(
             self.batch_size % self.accumulation == 0,
             f"batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}",
