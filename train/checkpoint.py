@@ -42,6 +42,16 @@ SUMMED_BYTES = 1 << 20  # Larger files are array data, which the digests cover; 
 absl.logging.set_verbosity(absl.logging.FATAL)
 
 
+def _print_unraisable(raised: sys.UnraisableHookArgs, print_it: Callable[..., Any] = sys.unraisablehook) -> None:
+    """Drops what other reads and writes print, pages of it, at whatever time, when Orbax abandons them because one failed."""
+    coroutine = getattr(raised.object, "cr_code", None)
+    if str(raised.exc_value) != "Event loop is closed" and not (coroutine and "orbax" in coroutine.co_filename):
+        print_it(raised)
+
+
+sys.unraisablehook = _print_unraisable
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none could be read."""
 
@@ -341,10 +351,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             problem = _one_line(error)
-        # The other reads that it leaves behind would each print a page of settings whenever they are collected.
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-        gc.collect()
-        sys.unraisablehook = hook
+        gc.collect()  # The reads that it leaves behind hold what they have read.
         raise DamagedCheckpoint(problem)
 
     def _set_aside(self, step: int) -> str:
