@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -410,6 +411,22 @@ def _check_writable(directory: epath.Path) -> None:
             f"checkpoints cannot be written to {directory}: {_one_line(error)}. Choose another --config.run_dir, or change its "
             "permissions."
         ) from error
+
+
+def check_room(directory: str, abstract: PyTree, copies: int) -> None:
+    """Raises OSError unless the disk of a local `directory` has room for so many more states; all bytes of a state count."""
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    free = shutil.disk_usage(directory).free
+    if size * copies > free:
+        raise OSError(
+            f"{directory} will need room for {copies} more checkpoints of {_mebibytes(size)}, {_mebibytes(size * copies)} in "
+            f"all, and its disk has {_mebibytes(free)} free: make room, choose another --config.run_dir, or lower "
+            "checkpoint.keep (one more exists while it is written)"
+        )
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def _check_tree(name: str, saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct], partial: bool) -> None:

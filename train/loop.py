@@ -30,7 +30,7 @@ from data.prepare import PreparedData, prepare
 from inference.sample import SamplingConfig, generate
 from model.flops import train_flops_per_token
 from train.baseline import xz_bits_per_byte
-from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, check_room
 from train.config import PREEMPTED, TrainConfig, check
 from train.files import only_process_in, write_json_atomic
 from train.metrics import JsonlWriter, Writer, check_writers, make_writers, read_jsonl, truncate_jsonl
@@ -75,6 +75,9 @@ def train(config: TrainConfig, log: Log = print) -> int:
         stack.enter_context(contextlib.closing(checkpoints))
         compare_config(run_dir, config, checkpoints)
         trainer = make_trainer(config)
+        # One more than are kept exists while it is written; a short run makes fewer, and perhaps one on SIGTERM.
+        copies = min(config.checkpoint.keep, math.ceil(config.steps / config.checkpoint.every)) + 1
+        check_room(str(run_dir), trainer.abstract_state, copies - len(checkpoints.steps()))
         data = prepare(config.data, config.seed, log=log)
         check(
             data.tokenizer.vocab_size <= config.model.vocab_size,

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -346,6 +347,29 @@ def test_a_directory_that_cannot_be_written_is_refused(job, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"choose another --config.run_dir"):
         train(dataclasses.replace(job, run_dir=str(tmp_path / "file" / "run")), log=lambda _: None)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(job, tmp_path, monkeypatch):
+    """The parameters, their moving average and Adam's two moments, for the three kept and one that is being written."""
+    sizes = [path.stat().st_size for path in pathlib.Path(job.run_dir, "checkpoints/20/state").rglob("0*") if path.is_file()]
+    state_bytes = sum(sizes)
+    disk = {"free": 4 * state_bytes - 1}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(**disk))
+    monkeypatch.setattr(loop, "prepare", lambda *_, **__: pytest.fail("data was prepared"))
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
+    mebibytes = [f"{size / 2**20:.1f} MiB" for size in (state_bytes, disk["free"])]
+    message = rf"for 4 more checkpoints of {mebibytes[0]}, .*disk has {mebibytes[1]} free.* lower checkpoint\.keep"
+    with pytest.raises(OSError, match=message):
+        train(config, log=lambda _: None)
+    # A run that saves once, at its end, and perhaps once more on SIGTERM.
+    short = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=20))
+    disk["free"] = 2 * state_bytes - 1
+    with pytest.raises(OSError, match="need room for 2 more checkpoints"):
+        train(short, log=lambda _: None)
+    for enough, of in ((2, short), (4, config), (1, job)):  # three of the job's are there
+        disk["free"] = enough * state_bytes
+        with pytest.raises(pytest.fail.Exception, match="data was prepared"):
+            train(of, log=lambda _: None)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(job, tmp_path, monkeypatch):
