@@ -181,7 +181,8 @@ class RollbackConfig:
 class EvalConfig:
     """Attributes:
     every: steps between evaluations on held-out data; the last step is always evaluated.
-    max_batches: held-out (micro-)batches per evaluation during training; 0 is all. The final evaluation always takes all.
+    max_batches: held-out (micro-)batches of each source per evaluation, always the same; 0 is all. After the last step all are
+      evaluated as well (`final_val_loss`, `final_bits_per_byte`, and those of result.json).
     sample_prompts, sample_tokens: text continued at every evaluation, for the report.
     """
 
