@@ -115,6 +115,11 @@ def load(batches: Batches, first_step: int, stop_step: int, num_threads: int, pr
         yield from iterator
 
 
+def num_held_out_batches(prepared: PreparedData, source: str, batch_size: int) -> int:
+    """How many batches the held-out rows of `source` fill, the last one perhaps in part."""
+    return -(-len(prepared.held_out[source]) // batch_size)
+
+
 def held_out_batches(
     prepared: PreparedData,
     config: DataConfig,
@@ -135,7 +140,7 @@ def held_out_batches(
         raise ValueError(f"data source {source!r} holds nothing out to evaluate on: set its held_out_fraction above 0")
     packed = prepared.held_out[source]
     share = batch_size // host_count
-    num_batches = -(-len(packed) // batch_size)
+    num_batches = num_held_out_batches(prepared, source, batch_size)
     chosen = np.linspace(0, num_batches - 1, min(max_batches or num_batches, num_batches)).round().astype(int)
     for start in (chosen * batch_size + host_index * share).tolist():
         rows = np.arange(start, min(start + share, len(packed)))

@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,6 +41,16 @@ SUMMED_BYTES = 1 << 20  # Larger files are array data, which the digests cover; 
 
 # Orbax warns about every option that differs from its defaults, at every save, and logs pages of what it then raises.
 absl.logging.set_verbosity(absl.logging.FATAL)
+
+
+def _print_unraisable(raised: sys.UnraisableHookArgs, print_it: Callable[..., Any] = sys.unraisablehook) -> None:
+    """Drops what other reads and writes print, pages of it, at whatever time, when Orbax abandons them because one failed."""
+    coroutine = getattr(raised.object, "cr_code", None)
+    if str(raised.exc_value) != "Event loop is closed" and not (coroutine and "orbax" in coroutine.co_filename):
+        print_it(raised)
+
+
+sys.unraisablehook = _print_unraisable
 
 
 class CheckpointError(RuntimeError):
@@ -341,10 +352,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             problem = _one_line(error)
-        # The other reads that it leaves behind would each print a page of settings whenever they are collected.
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-        gc.collect()
-        sys.unraisablehook = hook
+        gc.collect()  # The reads that it leaves behind hold what they have read.
         raise DamagedCheckpoint(problem)
 
     def _set_aside(self, step: int) -> str:
@@ -403,6 +411,22 @@ def _check_writable(directory: epath.Path) -> None:
             f"checkpoints cannot be written to {directory}: {_one_line(error)}. Choose another --config.run_dir, or change its "
             "permissions."
         ) from error
+
+
+def check_room(directory: str, abstract: PyTree, copies: int) -> None:
+    """Raises OSError unless the disk of a local `directory` has room for so many more states; all bytes of a state count."""
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    free = shutil.disk_usage(directory).free
+    if size * copies > free:
+        raise OSError(
+            f"{directory} will need room for {copies} more checkpoints of {_mebibytes(size)}, {_mebibytes(size * copies)} in "
+            f"all, and its disk has {_mebibytes(free)} free: make room, choose another --config.run_dir, or lower "
+            "checkpoint.keep (one more exists while it is written)"
+        )
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def _check_tree(name: str, saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct], partial: bool) -> None:

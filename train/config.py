@@ -163,12 +163,15 @@ class RollbackConfig:
     """When a loss is not finite, or above `spike_factor` x the median of the last `window` losses, the run goes back to the
     last checkpoint and skips the data between it and the incident.
 
+    The first `window` losses, of a run and of each of its mixtures, need only be finite. A median below 1 nat counts as 1: the
+    losses of a model that knows its data by heart are small, and far apart (experiments/LOG.md).
+
     Attributes:
       spike_factor: 0 looks at non-finite losses only.
       max_incidents: the run gives up after so many.
     """
 
-    spike_factor: float = 0.0
+    spike_factor: float = 2.0
     window: int = 50
     max_incidents: int = 3
 
@@ -181,7 +184,8 @@ class RollbackConfig:
 class EvalConfig:
     """Attributes:
     every: steps between evaluations on held-out data; the last step is always evaluated.
-    max_batches: held-out (micro-)batches per evaluation during training; 0 is all. The final evaluation always takes all.
+    max_batches: held-out (micro-)batches of each source per evaluation, always the same; 0 is all. After the last step all are
+      evaluated as well (`final_val_loss`, `final_bits_per_byte`, and those of result.json).
     sample_prompts, sample_tokens: text continued at every evaluation, for the report.
     """
 
@@ -261,6 +265,7 @@ class TrainConfig:
         for field in ("steps", "batch_size", "accumulation", "log_every"):
             check(getattr(self, field) > 0, f"{field}={getattr(self, field)} must be positive")
         check(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
+        check(self.cpu_devices >= 0, f"cpu_devices={self.cpu_devices} must be >= 0 (0: as many as there are cores)")
         check(
             self.batch_size % self.accumulation == 0,
             f"batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}",

@@ -25,12 +25,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from data.loader import Batches, held_out_batches, load
+from data.loader import Batches, held_out_batches, load, num_held_out_batches
 from data.prepare import PreparedData, prepare
 from inference.sample import SamplingConfig, generate
 from model.flops import train_flops_per_token
 from train.baseline import xz_bits_per_byte
-from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, check_room
 from train.config import PREEMPTED, TrainConfig, check
 from train.files import only_process_in, write_json_atomic
 from train.metrics import JsonlWriter, Writer, check_writers, make_writers, read_jsonl, truncate_jsonl
@@ -75,6 +75,9 @@ def train(config: TrainConfig, log: Log = print) -> int:
         stack.enter_context(contextlib.closing(checkpoints))
         compare_config(run_dir, config, checkpoints)
         trainer = make_trainer(config)
+        # One more than are kept exists while it is written; a short run makes fewer, and perhaps one on SIGTERM.
+        copies = min(config.checkpoint.keep, math.ceil(config.steps / config.checkpoint.every)) + 1
+        check_room(str(run_dir), trainer.abstract_state, copies - len(checkpoints.steps()))
         data = prepare(config.data, config.seed, log=log)
         check(
             data.tokenizer.vocab_size <= config.model.vocab_size,
@@ -310,7 +313,7 @@ class Loop:
             if evaluate or save:
                 self._settle()
             if evaluate:
-                self._evaluate(all_batches=last)
+                self._evaluate(last)
             if save:
                 self._save()
             if stop:
@@ -343,11 +346,16 @@ class Loop:
         for name in ("loss", "grad_norm", "param_norm"):
             if not math.isfinite(metrics[name]):
                 raise Incident(step, f"{name} is {metrics[name]}")
+        if self._mixtures_begun(step) > self._mixtures_begun(step - 1):
+            self.losses.clear()  # Those of other data are no measure.
         if rollback.spike_factor and len(self.losses) == rollback.window:
             median = statistics.median(self.losses)
-            if loss > rollback.spike_factor * median:
+            if loss > rollback.spike_factor * max(median, 1.0):
                 raise Incident(step, f"loss {loss:.4g} is above {rollback.spike_factor} x the recent median {median:.4g}")
         self.losses.append(loss)
+
+    def _mixtures_begun(self, step: int) -> int:
+        return sum(mixture.start_step <= self.data_step(step - 1) for mixture in self.config.data.mixtures)
 
     def _roll_back(self, incident: Incident) -> None:
         """Records the incident, then goes back to the last checkpoint; the data since then will not be seen again."""
@@ -411,16 +419,24 @@ class Loop:
     def _eval_params(self) -> Any:
         return self.state.ema if self.state.ema is not None else self.state.params
 
-    def _evaluate(self, all_batches: bool) -> None:
+    def _evaluate(self, last: bool) -> None:
+        """On the same held-out rows at every step, so that the scores are a curve; after the last step on all of them too."""
         with self.timed("eval"):
-            limit = 0 if all_batches else self.config.eval.max_batches
-            scores = evaluate(self.trainer, self._eval_params(), self.data, limit)
-            if not math.isfinite(scores["val_loss"]):
-                raise Incident(self.step, f"val_loss is {scores['val_loss']}")
+            scores = evaluate(self.trainer, self._eval_params(), self.data, self.config.eval.max_batches)
+            if last:
+                final = evaluate(self.trainer, self._eval_params(), self.data) if self._leaves_rows_out() else scores
+                scores |= {f"final_{name}": value for name, value in final.items()}
+            for name, value in scores.items():
+                if not math.isfinite(value):
+                    raise Incident(self.step, f"{name} is {value}")
             self.metrics.write(self.step, scores)
             self.progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             for prompt, text in self._sample():
                 self.samples.write({"step": self.step, "prompt": prompt, "text": text})
+
+    def _leaves_rows_out(self) -> bool:
+        rows, limit = self.config.batch_size // self.config.accumulation, self.config.eval.max_batches
+        return any(0 < limit < num_held_out_batches(self.data, source, rows) for source in self.data.held_out)
 
     def _sample(self) -> Iterator[tuple[str, str]]:
         settings, tokenizer = self.config.eval, self.data.tokenizer
@@ -440,13 +456,24 @@ class Loop:
             yield prompt, tokenizer.decode(tokens)
 
     def _write_result(self) -> None:
-        """`result.json`, from the files of the run: the same however often it was interrupted."""
+        """`result.json`, from the files of the run: the same however often it was interrupted.
+
+        Raises:
+          RuntimeError: they lack what it is made of.
+        """
         self.metrics.flush()
-        final = read_jsonl(self.run_dir / "metrics.jsonl")
-        scores = {name: value for record in final if "val_loss" in record for name, value in record.items()}
+        last = [record for record in read_jsonl(self.run_dir / "metrics.jsonl") if record["step"] == self.step]
+        scores = {name[len("final_") :]: x for record in last for name, x in record.items() if name.startswith("final_")}
         rates = [record["tokens_per_second"] for record in read_jsonl(self.run_dir / "timing.jsonl") if "step" in record]
+        for name, found in (("metrics.jsonl", scores), ("timing.jsonl", rates)):
+            if not found:
+                raise RuntimeError(
+                    f"the run is finished, but {self.run_dir / name} lacks what its last step wrote, and result.json was left "
+                    f"as it is: bring the file back, or move {self.run_dir}/checkpoints/{self.step} away and start the same "
+                    "command again, which repeats the steps since the checkpoint before it"
+                )
         result = {
-            **{name: scores[name] for name in scores if name.startswith(("val_loss", "bits_per_byte"))},
+            **scores,
             "tokens_per_second": statistics.median(rates),
             "steps": self.step,
             "tokens": self.step * self.config.tokens_per_step,
@@ -467,7 +494,11 @@ class Loop:
 def evaluate(trainer: Trainer, params: Any, data: PreparedData, max_batches: int = 0) -> dict[str, float]:
     """Loss per token (nats) and bits per byte on held-out data, over all sources and for each where there are several.
 
-    The bytes are those of the predicted tokens; a document's first token is context only.
+    The bytes are those of the predicted tokens; a document's first token is context only. Over all sources, each weighs by all
+    of its held-out tokens, however many of its batches were taken.
+
+    Args:
+      max_batches: of each source; 0 is all.
     """
     config = trainer.config
     totals: dict[str, list[float]] = {}
@@ -486,7 +517,9 @@ def evaluate(trainer: Trainer, params: Any, data: PreparedData, max_batches: int
         loss, tokens, num_bytes = sums
         return {f"val_loss{suffix}": loss / tokens, f"bits_per_byte{suffix}": loss / math.log(2) / num_bytes}
 
-    result = scores([sum(column) for column in zip(*totals.values(), strict=True)], "")
+    targets = {source: data.manifest["sources"][source]["held_out"]["targets"] for source in totals}
+    weighted = [[targets[source] / sums[1] * x for x in sums] for source, sums in totals.items()]
+    result = scores([sum(column) for column in zip(*weighted, strict=True)], "")
     if len(totals) > 1:
         for source, sums in totals.items():
             result |= scores(sums, f"/{source}")

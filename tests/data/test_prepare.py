@@ -165,6 +165,15 @@ def test_the_manifest_tells_what_the_data_is(tmp_path, corpus):
     assert on_disk == prepared.manifest
 
 
+def test_blank_documents_are_skipped_and_counted(tmp_path, corpus):
+    plain = prepare(config_for(tmp_path), log=quiet).manifest["sources"]["c"]
+    with open(tmp_path / "corpus.jsonl", "a") as file:
+        file.write('{"text": null}\n{"text": ""}\n{"text": " \\n"}\n')
+    with_blanks = prepare(config_for(tmp_path), log=quiet).manifest["sources"]["c"]
+    assert (plain["skipped"], with_blanks["skipped"]) == (0, 3)
+    assert with_blanks == {**plain, "skipped": 3}
+
+
 def test_prepared_data_is_reused_and_each_stage_only_redone_when_its_inputs_change(tmp_path, corpus, monkeypatch):
     lines: list[str] = []
     first = prepare(config_for(tmp_path), log=lines.append)
