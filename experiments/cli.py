@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("LOAM_DEBUG"):
             traceback.print_exc()
         print(f"loam: error: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_status", 1)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -71,6 +71,13 @@ def parse(words: list[str]) -> argparse.Namespace:
             command.add_argument("--json", action="store_true", help="print one JSON object")
             command.add_argument("--search", action="store_true", help="try meshes, remat policies and batch sizes")
             command.add_argument("--tries", type=int, default=8, help="compilations of --search; default 8")
+        if name == "run":
+            place = command.add_argument_group(
+                "one of several processes", "not needed on TPU VMs, GKE, Slurm and Open MPI, which tell it; all three elsewhere"
+            )
+            place.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 serves the others")
+            place.add_argument("--processes", type=int, metavar="N", help="how many there are; 1 ignores the environment")
+            place.add_argument("--process-id", type=int, metavar="I", help="which one this is, 0 to N-1")
     sample = commands.add_parser("sample", help="continue a prompt from a run's checkpoint")
     sample.add_argument("run_dir", help="directory of the run, such as runs/quickstart")
     sample.add_argument("--prompt", action="append", help="text to continue; may be given several times")
@@ -113,10 +120,10 @@ def load_train_config(path: str, overrides: list[str]) -> Any:
     return build(TrainConfig, apply_overrides(load_config_file(path), overrides, TrainConfig))
 
 
-def configure_jax(config: Any) -> None:
+def configure_jax(config: Any, processes: int = 1) -> None:
     from model.xla import configure, cpu_devices_for
 
-    configure(config.cpu_devices or cpu_devices_for(config.batch_size // config.accumulation))
+    configure(config.cpu_devices or cpu_devices_for(config.batch_size // config.accumulation // processes))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -125,12 +132,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     # Until the loop takes over there is nothing to save, and the same command starts again.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
-    configure_jax(config)
+    from train.distributed import find_place, join
+
+    place = find_place(arguments.coordinator, arguments.processes, arguments.process_id, config.deadlines.start_seconds)
+    configure_jax(config, place.processes)
+    group = join(place, config.deadlines)
     from experiments.report import write_report
     from train.loop import train
 
-    status = train(config, log=functools.partial(print, flush=True))
-    if status == 0:
+    log = functools.partial(print, flush=True) if group.is_first else lambda *_: None
+    status = train(config, log, group)
+    if status == 0 and group.is_first:
         print(summary(config.run_dir, write_report(config.run_dir)))
     return status
 
