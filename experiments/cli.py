@@ -92,6 +92,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     ckpt.add_argument("run_dir", help="directory of the run")
     report = commands.add_parser("report", help="write report.html of a run, finished or not")
     report.add_argument("run_dir", help="directory of the run")
+    goodput = commands.add_parser("goodput", help="where the time of a run went, over all its starts")
+    goodput.add_argument("run_dir", help="directory of the run")
 
     # argparse has no options of free name: the overrides are taken out beforehand.
     overrides = [word for word in words if word.startswith("--config.")]
@@ -248,6 +250,17 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def goodput(arguments: argparse.Namespace) -> int:
+    from experiments import goodput
+    from train.metrics import read_jsonl
+
+    timing = read_jsonl(f"{arguments.run_dir}/timing.jsonl")
+    if not timing:
+        raise FileNotFoundError(f"{arguments.run_dir} has no timing.jsonl: give the directory of a run that has begun")
+    print(goodput.table(goodput.goodput(timing)))
+    return 0
+
+
 COMMANDS = {
     "run": run,
     "inspect": inspect,
@@ -256,6 +269,7 @@ COMMANDS = {
     "sample": sample,
     "ckpt": ckpt,
     "report": report,
+    "goodput": goodput,
 }
 
 if __name__ == "__main__":

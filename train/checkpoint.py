@@ -377,6 +377,7 @@ class Checkpoints:
 
         That of the handler: the manager's would wait for processes that have stumbled.
         """
+        self.wait()
         try:
             return self._handlers[item].restore(self._directory / str(step) / item, args=arguments)
         except Exception as error:

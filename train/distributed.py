@@ -388,14 +388,13 @@ class Group:
             if self.count == 1:
                 continue
             try:
-                self._beat()
                 self._hear()
             except (MissingProcesses, jax.errors.JaxRuntimeError) as error:
                 if self._closed.is_set():
                     return
                 if isinstance(error, MissingProcesses):
                     self._leave(str(error), PREEMPTED)
-                self._say(f"process 0, the coordinator, does not answer ({str(error).splitlines()[0]})")
+                self._say(f"process 0, the coordinator, has not answered for {SILENT_SECONDS:g} s")
 
     def _beat(self) -> None:
         self._calls["beat"] += 1
@@ -403,8 +402,9 @@ class Group:
         self._client.key_value_set(f"loam/beat/{self.index}", beat, allow_overwrite=True)
 
     def _hear(self) -> None:
-        # The one call that can be told how long to wait, when process 0 lives and does not answer.
+        # The one call that can be told how long to wait: process 0 may live, and not answer.
         self._client.blocking_key_value_get("loam/beat/0", int(1000 * SILENT_SECONDS))
+        self._beat()
         news = {key.rpartition("/")[2]: value for key, value in self._client.key_value_dir_get("loam/news/")}
         end = json.loads(news.get("end", "{}"))
         if end and end["process"] != self.index:

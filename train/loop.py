@@ -356,7 +356,8 @@ class Loop:
                 self._roll_back(incident)
                 continue
             if status == 0 and self.group.is_first:
-                self._write_result()
+                with self.timed("result"):
+                    self._write_result()
             return status
 
     def _advance(self, stop_requested: Callable[[], bool]) -> int:
