@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 # In this order; `eval` is what the file calls an evaluation.
-PARTS = ("step", "data stall", "compile", "restore", "checkpoint", "evaluation", "lost steps", "other", "down")
+PARTS: tuple[str, ...] = ("step", "data stall", "compile", "restore", "checkpoint", "evaluation", "lost steps", "other", "down")
 OF_EVENT = {"compile": "compile", "restore": "restore", "checkpoint": "checkpoint", "eval": "evaluation"}
 
 
 def goodput(timing: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds by part; they add up to the wall time from the first start to the last record.
 
-    - `step` counts the steps whose result the run still has; one that was done again after a kill or a roll-back is a lost step.
+    - `step` are the steps whose result the run still has, `lost steps` those done again after a kill or a roll-back.
     - `data stall` is waiting for a batch. `other` is start-up (data preparation, joining the other processes), and the result.
     - `down` is from the last record of a start to the next start: also what a killed process did after its last record.
     """

@@ -316,6 +316,8 @@ class Loop:
                 losses = saved["recent_losses"]
                 self.log(f"continuing from the checkpoint of step {step}")
             record["restored_step"] = step
+            # Gloo connects at the first collective, within 30 s; compiling may take one process longer than another.
+            self.group.barrier("the state is there")
         if self.group.is_first:
             truncate_jsonl(self.run_dir / "metrics.jsonl", step + 1)
             truncate_jsonl(self.run_dir / "samples.jsonl", step + 1)
