@@ -303,20 +303,38 @@ class Group:
         if self.count == 1:
             return [value]
         seconds = seconds or self.deadlines.phase_seconds
+        key, before = self._key(name)
+        self._client.key_value_set(f"{key}/of/{self.index}", value)
+        deadline = time.monotonic() + seconds
+        if self.is_first:
+            pause = 0.001
+            while len(values := self._read(f"{key}/of")) < self.count and time.monotonic() < deadline:
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
+            if len(values) == self.count:
+                self._client.key_value_set(f"{key}/all", json.dumps([values[i] for i in range(self.count)]))
+                self._client.key_value_delete(before)  # Whoever is here has read what came before.
+        told = self._wait_for(f"{key}/all", deadline)
+        if told is None:
+            missing = sorted(set(range(self.count)) - self._read(f"{key}/of").keys()) or [0]
+            raise MissingProcesses(f"waited {seconds:g} s at {name!r} for {self._described(missing)}")
+        return json.loads(told)
+
+    def _key(self, name: str) -> tuple[str, str]:
+        """Where the next and the last call of this name keep their values."""
         self._calls[name] += 1
-        key = f"loam/gather/{name}/{self._calls[name]}"
-        self._client.key_value_set(f"{key}/{self.index}", value)
-        try:
-            self._client.wait_at_barrier(key, int(1000 * seconds))
-        except jax.errors.JaxRuntimeError as error:
-            missing = sorted(set(range(self.count)) - self._read(key).keys())
-            if not missing:
-                raise
-            raise MissingProcesses(f"waited {seconds:g} s at {name!r} for {self._described(missing)}") from error
-        if self.is_first:  # Whoever is here has read what came before.
-            self._client.key_value_delete(f"loam/gather/{name}/{self._calls[name] - 1}")
-        values = self._read(key)
-        return [values[i] for i in range(self.count)]
+        return f"loam/{name}/{self._calls[name]}", f"loam/{name}/{self._calls[name] - 1}"
+
+    def _wait_for(self, key: str, deadline: float) -> str | None:
+        """The value of a key, None if there is none at the deadline."""
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                # A short while at a time, so that signals are heard.
+                return self._client.blocking_key_value_get(key, int(1000 * min(max(left, 0.1), BEAT_SECONDS)))
+            except jax.errors.JaxRuntimeError:
+                if left <= 0:
+                    return None
 
     def barrier(self, name: str, seconds: float = 0.0) -> None:
         """Returns when all have called it. Raises as `gather` does."""
@@ -327,16 +345,13 @@ class Group:
         if self.count == 1:
             return value()
         seconds = seconds or self.deadlines.phase_seconds
-        self._calls[name] += 1
-        key = f"loam/first/{name}/{self._calls[name]}"
+        key, _ = self._key(name)
         if self.is_first:
-            result = value()
-            self._client.key_value_set(key, json.dumps(result))
-            return result
-        try:
-            return json.loads(self._client.blocking_key_value_get(key, int(1000 * seconds)))
-        except jax.errors.JaxRuntimeError as error:
-            raise MissingProcesses(f"waited {seconds:g} s at {name!r} for {self._described([0])}") from error
+            self._client.key_value_set(key, json.dumps(value()))
+        told = self._wait_for(key, time.monotonic() + seconds)
+        if told is None:
+            raise MissingProcesses(f"waited {seconds:g} s at {name!r} for {self._described([0])}")
+        return json.loads(told)
 
     def compare(self, facts: dict[str, str]) -> None:
         """Raises ValueError, on all processes, where one has other facts than process 0; it and they are named."""

@@ -167,6 +167,65 @@ def test_when_one_is_gone_all_leave_and_another_number_goes_on(config_file, whol
     assert_like(run_dir, whole)
 
 
+POISONED = """
+import sys
+import numpy as np
+from experiments.cli import load_train_config
+from model.xla import configure
+from train import loop
+from train.distributed import find_place, join
+
+config = load_train_config(sys.argv[1], sys.argv[5:])
+configure(cpu_devices=1)
+group = join(find_place(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), 60.0), config.deadlines)
+real = loop.Batches.__getitem__
+
+def getitem(self, step):
+    batch = real(self, step)
+    # Row 5 of the batch, on whichever process it lives.
+    batch["weights"][(self._host_rows == 5) & (self.data_step(step) == 12)] = np.nan
+    return batch
+
+loop.Batches.__getitem__ = getitem
+sys.exit(loop.train(config, lambda line: print(line, flush=True), group))
+"""
+
+
+@pytest.mark.slow
+def test_a_bad_loss_of_one_rolls_all_back_to_where_one_process_would_go(config_file):
+    def incidents(processes):
+        run_dir = config_file.parent / f"poisoned-{processes}"
+        more = [*OVERRIDES, f"--config.run_dir={run_dir}"]
+        address = f"127.0.0.1:{free_port()}"
+        command = ["-c", POISONED, str(config_file), address, str(processes)]
+        logs = [run_dir.with_name(f"{run_dir.name}-{i}.log") for i in range(processes)]
+        job = [spawn([*command, str(i), *more], log) for i, log in enumerate(logs)]
+        assert end(job) == [0] * processes, "".join(map(said, job))
+        (incident,) = read_jsonl(run_dir / "incidents.jsonl")
+        return run_dir, {key: value for key, value in incident.items() if key != "seconds"}
+
+    (alone, expected), (run_dir, incident) = incidents(1), incidents(2)
+    assert incident == expected
+    assert (incident["step"], incident["first_skipped"], incident["last_skipped"]) == (13, 10, 12)
+    assert_like(run_dir, alone)
+
+
+@pytest.mark.slow
+def test_what_is_killed_and_goes_on_with_as_many_has_the_same_bits(config_file):
+    straight, broken = (config_file.parent / name for name in ("straight", "broken"))
+    job = start(config_file, straight, 2)
+    assert end(job) == [0, 0], "".join(map(said, job))
+    job = start(config_file, broken, 2)
+    wait_for_step(job, broken, 12)
+    job[1].kill()
+    end(job, 30)
+    job = start(config_file, broken, 2)
+    assert end(job) == [0, 0], "".join(map(said, job))
+    assert (broken / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+    manifests = [json.loads((path / "checkpoints/40/manifest/metadata").read_text()) for path in (straight, broken)]
+    assert manifests[0] == manifests[1]
+
+
 TALK = """
 import json, sys, time
 import jax
