@@ -26,9 +26,16 @@ from train.metrics import read_jsonl
 from train.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
-# Little to compile; enough steps to be interrupted.
+STEPS = 100
+# Little to compile, and long enough to be interrupted.
 OVERRIDES = ["--config.model.num_layers=1", "--config.model.window_pattern=(8,)", "--config.optimizer.ema_decay=0"]
-OVERRIDES += ["--config.steps=40", "--config.eval.every=30", "--config.eval.sample_prompts=()", "--config.writers=()"]
+OVERRIDES += [
+    f"--config.steps={STEPS}",
+    "--config.batch_size=64",
+    "--config.eval.every=70",
+    "--config.eval.sample_prompts=()",
+    "--config.writers=()",
+]
 # Sums over rows are added up in another order.
 TOLERANCE = 1e-5
 
@@ -100,10 +107,10 @@ def assert_like(run_dir: Path, whole: Path) -> None:
     states = []
     for path in (run_dir, whole):
         checkpoints = Checkpoints(str(path / "checkpoints"), keep=None)
-        assert not checkpoints.verify_step(40).problem
-        saved = json.loads((path / "checkpoints/40/manifest/metadata").read_text())["leaves"]
+        assert not checkpoints.verify_step(STEPS).problem
+        saved = json.loads((path / f"checkpoints/{STEPS}/manifest/metadata").read_text())["leaves"]
         abstract = {name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in saved.items()}
-        states.append(checkpoints.restore(40, abstract)[0])
+        states.append(checkpoints.restore(STEPS, abstract)[0])
     for name, leaf in states[0].items():
         # By norm: Adam makes a step of full size out of a gradient that is nothing but rounding.
         difference = np.linalg.norm(np.subtract(leaf, states[1][name], dtype=np.float64))
@@ -143,7 +150,7 @@ def test_processes_train_like_one(config_file, whole, processes, mesh):
 @pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
 def test_when_one_is_gone_all_leave_and_another_number_goes_on(config_file, whole, processes, victim, then, which):
     run_dir = config_file.parent / f"{which.name}-{victim}-of-{processes}"
-    job = start(config_file, run_dir, processes, "--config.checkpoint.every=3")
+    job = start(config_file, run_dir, processes)
     wait_for_step(job, run_dir, 10)
     job[victim].send_signal(which)
     others = [process for i, process in enumerate(job) if i != victim]
@@ -162,7 +169,7 @@ def test_when_one_is_gone_all_leave_and_another_number_goes_on(config_file, whol
         else:
             heard = f"nothing was heard from {named}" in words or f"gone is {named}" in words
             assert heard or f"(stopped sending heartbeats):\n{victim}" in words, words
-    again = start(config_file, run_dir, then, "--config.checkpoint.every=3")
+    again = start(config_file, run_dir, then)
     assert end(again) == [0] * then, "".join(map(said, again))
     assert_like(run_dir, whole)
 
@@ -222,7 +229,7 @@ def test_what_is_killed_and_goes_on_with_as_many_has_the_same_bits(config_file):
     job = start(config_file, broken, 2)
     assert end(job) == [0, 0], "".join(map(said, job))
     assert (broken / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
-    manifests = [json.loads((path / "checkpoints/40/manifest/metadata").read_text()) for path in (straight, broken)]
+    manifests = [json.loads((path / f"checkpoints/{STEPS}/manifest/metadata").read_text()) for path in (straight, broken)]
     assert manifests[0] == manifests[1]
 
 
