@@ -19,6 +19,7 @@ import faulthandler
 import json
 import os
 import pathlib
+import signal
 import socket
 import sys
 import threading
@@ -448,6 +449,7 @@ class Group:
         return "; ".join(beats[i].partition(" ")[2] if i in beats else f"process {i}" for i in processes)
 
     def _fail(self, error: BaseException) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # This process is leaving already, and says why.
         if os.environ.get("LOAM_DEBUG"):
             traceback.print_exception(error)
         status, reason = getattr(error, "exit_status", 1), f"{self._name}: error: {error or type(error).__name__}"
