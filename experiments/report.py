@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+from experiments.goodput import goodput
 from train.files import write_atomic
 from train.metrics import read_jsonl
 
@@ -45,6 +46,7 @@ class Run:
     metrics: dict[int, dict[str, Any]]
     timing: dict[int, dict[str, Any]]
     events: list[dict[str, Any]]
+    goodput: dict[str, float]
     samples: list[dict[str, Any]]
     incidents: list[dict[str, Any]]
     config: dict[str, Any]
@@ -71,6 +73,7 @@ def read_run(run_dir: pathlib.Path) -> Run:
         metrics=by_step(read_jsonl(run_dir / "metrics.jsonl")),
         timing=by_step([record for record in timing if "step" in record]),
         events=[record for record in timing if "event" in record],
+        goodput=goodput(timing),
         samples=read_jsonl(run_dir / "samples.jsonl"),
         incidents=read_jsonl(run_dir / "incidents.jsonl"),
         config=config,
@@ -368,14 +371,10 @@ def header(run: Run) -> str:
 
 def time_section(run: Run) -> str:
     """Where the seconds went, over all starts of the run."""
-    spent = {"steps": sum(record["step_seconds"] for record in run.timing.values())}
-    for event in run.events:
-        spent[event["event"]] = spent.get(event["event"], 0.0) + event["event_seconds"]
-    total = max([sum(spent.values()), *(record["seconds"] for record in [*run.timing.values(), *run.events])])
+    total = sum(run.goodput.values())
     if not total:
         return ""
-    spent["other"] = max(0.0, total - sum(spent.values()))
-    parts = [(name, seconds) for name, seconds in spent.items() if seconds > 0.001 * total]
+    parts = [(name, seconds) for name, seconds in run.goodput.items() if seconds > 0.001 * total]
     bar = "".join(
         f'<span class="part{i % 6}" style="flex-grow: {1000 * seconds / total:.1f}" title="{text(name)}"></span>'
         for i, (name, seconds) in enumerate(parts)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import itertools
@@ -32,7 +33,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from train.distributed import ALONE, Group
 
 PyTree = Any
 
@@ -82,7 +85,6 @@ def _words(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, narrow).astype(jnp.uint32)
 
 
-@jax.jit
 def digest(x: jax.Array) -> jax.Array:
     """64-bit digest of an array's bits, uint32 [2], computed where the array lives.
 
@@ -108,13 +110,20 @@ def digest(x: jax.Array) -> jax.Array:
     return jnp.stack(sums)
 
 
+@functools.cache
+def _digest_on(sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    """`digest`, with a result that every process of the mesh can read."""
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    return jax.jit(digest, out_shardings=everywhere)
+
+
 def digests(leaves: dict[str, jax.Array]) -> dict[str, str]:
     """The digest of each leaf as 16 hexadecimal digits.
 
     One at a time: XLA's CPU client runs independent programs at once, and the collectives of two wait for each other for ever
     where there is a thread for each device and no more.
     """
-    values = {path: jax.device_get(digest(leaf)) for path, leaf in leaves.items()}
+    values = {path: jax.device_get(_digest_on(leaf.sharding)(leaf)) for path, leaf in leaves.items()}
     return {path: f"{value[0]:08x}{value[1]:08x}" for path, value in values.items()}
 
 
@@ -130,17 +139,19 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
 class Checkpoints:
     """The checkpoints of one run, by step.
 
-    A state is any pytree of jax arrays with at least one level, over any mesh; metadata is a small JSON object. Every host of
-    a job makes the same calls. Errors of a background save surface as CheckpointError at the next call.
+    A state is any pytree of jax arrays with at least one level, over any mesh; metadata is a small JSON object. Every process
+    of a job makes the same calls and is told the same: what is there is process 0's word, damage that one finds is damage for
+    all. Errors of a background save surface as CheckpointError at the next call.
     """
 
-    def __init__(self, directory: str, keep: int | None):
+    def __init__(self, directory: str, keep: int | None, group: Group = ALONE):
         """Opens `directory`, creating it if need be.
 
         Args:
           directory: a local path, or one of a mounted or supported remote file system (`gs://`).
           keep: how many of the newest checkpoints stay. None opens for reading only: nothing is created, deleted or renamed,
             so that sampling and verifying never disturb a running job.
+          group: the processes that all open it.
 
         Raises:
           OSError: the directory cannot be created or written to; or, for reading, does not exist.
@@ -150,15 +161,22 @@ class Checkpoints:
         if self._read_only:
             if not self._directory.is_dir():
                 raise FileNotFoundError(f"{directory} is not a directory of checkpoints: give the run that was trained")
-        elif jax.process_index() == 0:
+        elif group.is_first:
             _check_writable(self._directory)
+        self._group = group
+        group.barrier("directory of checkpoints")
+        # Named processes meet at the coordination service, where a deadline holds; all of them would at a collective.
+        processes = ocp.options.MultiprocessingOptions(active_processes=set(range(group.count)) if group.count > 1 else None)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             read_only=self._read_only,
+            create=False,
             cleanup_tmp_directories=not self._read_only,
             save_interval_steps=1,
+            multiprocessing_options=processes,
+            async_options=ocp.options.AsyncOptions(timeout_secs=int(group.deadlines.phase_seconds)),
         )
-        handlers = {
+        self._handlers = {
             "state": ocp.PyTreeCheckpointHandler(
                 use_ocdbt=False,
                 # Compressing float32 weights would save 7 % of the space for twice the time.
@@ -167,10 +185,11 @@ class Checkpoints:
                 type_handler_registry=ocp.type_handlers.create_type_handler_registry(
                     (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 22))
                 ),
+                multiprocessing_options=processes,
             ),
-            "manifest": ocp.JsonCheckpointHandler(),
+            "manifest": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
         }
-        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=self._handlers)
         self._saving: int | None = None
 
     def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> None:
@@ -216,7 +235,7 @@ class Checkpoints:
 
     def _finish_save(self) -> None:
         self._manager.wait_until_finished()
-        if self._saving is not None and jax.process_index() == 0:
+        if self._saving is not None and self._group.is_first:
             directory = self._directory / str(self._saving)
             files = (parent / name for parent, _, names in directory.walk() for name in names)
             files = (path for path in files if path.stat().length < SUMMED_BYTES)
@@ -235,7 +254,7 @@ class Checkpoints:
         """Steps that have a complete checkpoint, oldest first; whether they are sound shows when they are read."""
         self.wait()
         self._manager.reload()
-        return sorted(self._manager.all_steps())
+        return self._group.from_first("steps", lambda: sorted(self._manager.all_steps()))
 
     def restore(self, step: int, abstract: PyTree, partial: bool = False) -> tuple[PyTree, dict[str, Any]]:
         """Reads one checkpoint.
@@ -251,11 +270,19 @@ class Checkpoints:
           TreeMismatch: the checkpoint is of another state; every path that is missing, left over or different is named.
           DamagedCheckpoint: it is incomplete or not what was saved.
         """
-        self._check_files(step)
-        manifest = self._read_manifest(step)
         wanted, structure = flatten(abstract)
-        _check_tree(f"{self._directory}/{step}", manifest["leaves"], wanted, partial)
-        leaves = self._read_leaves(step, wanted)
+        manifest, leaves = {}, {}
+        problem = ""
+        try:
+            self._check_files(step)
+            manifest = self._read_manifest(step)
+            _check_tree(f"{self._directory}/{step}", manifest["leaves"], wanted, partial)
+            leaves = self._read_leaves(step, wanted)
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        problem = next(filter(None, self._group.gather("restore", problem)), "")
+        if problem:
+            raise DamagedCheckpoint(problem)
         found = digests(leaves)
         wrong = [path for path in wanted if found[path] != manifest["leaves"][path]["digest"]]
         if wrong:
@@ -264,7 +291,17 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What the caller saved beside the state. Raises DamagedCheckpoint if it cannot be read."""
-        return self._read_manifest(step)["metadata"]
+
+        def read() -> tuple[dict[str, Any], str]:
+            try:
+                return self._read_manifest(step)["metadata"], ""
+            except DamagedCheckpoint as error:
+                return {}, str(error)
+
+        metadata, problem = self._group.from_first("metadata", read)
+        if problem:
+            raise DamagedCheckpoint(problem)
+        return metadata
 
     def restore_newest(
         self, abstract: PyTree, log: Callable[[str], None], partial: bool = False, among: list[int] | None = None
@@ -325,7 +362,7 @@ class Checkpoints:
             raise DamagedCheckpoint(f"{_listed(sorted(wrong)) or SUMS} is not what was saved")
 
     def _read_manifest(self, step: int) -> dict[str, Any]:
-        manifest = self._read(step, manifest=ocp.args.JsonRestore())["manifest"]
+        manifest = self._read(step, "manifest", ocp.args.JsonRestore())
         seal = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
         if seal != _seal(manifest) or manifest["step"] != step:
             raise DamagedCheckpoint("its manifest is not what was saved")
@@ -344,12 +381,16 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,  # The trees have been compared already, against the sealed manifest.
         )
-        return self._read(step, state=arguments)["state"]
+        return self._read(step, "state", arguments)
 
-    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
-        """Orbax's restore; whatever it stumbles over is reported as damage of the step."""
+    def _read(self, step: int, item: str, arguments: ocp.args.CheckpointArgs) -> Any:
+        """Orbax's restore; whatever it stumbles over is reported as damage of the step.
+
+        That of the handler: the manager's would wait for processes that have stumbled.
+        """
+        self.wait()
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            return self._handlers[item].restore(self._directory / str(step) / item, args=arguments)
         except Exception as error:
             problem = _one_line(error)
         gc.collect()  # The reads that it leaves behind hold what they have read.
@@ -359,13 +400,15 @@ class Checkpoints:
         """Renames a damaged step (unless read-only), and says what was done."""
         if self._read_only:
             return "left where it is"
+
         # A step that is written again, after an older one was restored, can be damaged again.
-        names = (f"damaged-{step}" + (f"-{again}" if again else "") for again in itertools.count())
-        name = next(name for name in names if not (self._directory / name).exists())
-        if jax.process_index() == 0:
+        def rename() -> str:
+            names = (f"damaged-{step}" + (f"-{again}" if again else "") for again in itertools.count())
+            name = next(name for name in names if not (self._directory / name).exists())
             (self._directory / str(step)).rename(self._directory / name)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint set aside: {step}")
+            return name
+
+        name = self._group.from_first("setting aside", rename)
         self._manager.reload()
         return f"set aside as {name}"
 

@@ -202,6 +202,28 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeadlineConfig:
+    """After how many seconds a run ends, with a status that asks for a restart, instead of waiting on.
+
+    Attributes:
+      start_seconds: for all processes to come together.
+      data_seconds: for preparing the data.
+      phase_seconds: for compiling, reading or writing a checkpoint, evaluating; and for other processes at a barrier.
+      step_seconds: for one step and its data.
+    """
+
+    start_seconds: float = 300.0
+    data_seconds: float = 86_400.0
+    phase_seconds: float = 3600.0
+    step_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            seconds = getattr(self, field.name)
+            check(seconds > 0, f"deadlines.{field.name}={seconds} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; one axis may be -1, and takes all that remain.
 
@@ -252,6 +274,7 @@ class TrainConfig:
     rollback: RollbackConfig = RollbackConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
     writers: tuple[WriterName, ...] = ("tensorboard",)
     log_every: int = 1
     cpu_devices: int = 1

@@ -139,7 +139,7 @@ def test_held_out_batches_cover_the_set_once_over_hosts(tmp_path, corpus):
     prepared = prepare(config, log=quiet)
     expected = all_rows(prepared.held_out["c"])
     for hosts in (1, 2):
-        parts = [list(held_out_batches(prepared, config, "c", 4, host_index=h, host_count=hosts)) for h in range(hosts)]
+        parts = [list(held_out_batches(prepared, config, "c", 4, rows=rows)) for rows in np.split(np.arange(4), hosts)]
         assert len({len(part) for part in parts}) == 1
         for key, value in expected.items():
             served = np.concatenate([np.concatenate([b[key] for b in step]) for step in zip(*parts, strict=True)])
