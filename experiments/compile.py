@@ -24,11 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import hlo
-from experiments.hlo import Kernel
-from experiments.launch_tpu import Topology, check_topology
 from experiments.tpu_schedule import compiler_environment
-from model.chips import CHIPS
+from model.chips import Topology, topology_of
 from model.config import check
 from model.xla import TPU_FLAGS, with_flags
 from train.config import TrainConfig
@@ -58,11 +55,9 @@ def compile_step(config: TrainConfig, topology: Topology, dump: Path) -> Report:
 
     from train.step import abstract_batch, make_trainer
 
-    chip = CHIPS[topology.generation]
-    options: dict[str, Any] = {}
-    if chip.configuration:  # With megacore a v4 chip is one device, as it is on a TPU VM.
-        options["chip_config_name"] = chip.configuration
-    if topology.chips == 1:
+    # With megacore a v4 chip is one device, as it is on a TPU VM.
+    options: dict[str, Any] = {"chip_config_name": topology.chip.configuration} if topology.chip.configuration else {}
+    if topology.num_chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     begin = time.perf_counter()
@@ -97,15 +92,14 @@ def analyse(
     text: str, config: TrainConfig, topology: Topology, mesh: Mapping[str, int], places: Sequence[Sequence[int]], dump: Path
 ) -> Report:
     """What the text of the compiled program tells."""
+    from experiments import hlo
+
     module = hlo.parse(text)
     done = hlo.work(module)
     found = hlo.collectives(module)
     rows = hlo.traffic(found, mesh, topology, places)
-    dumped = {kernel.code: kernel.name for kernel in done.kernels if has_schedule(dump, kernel.name)}
-    kernels = [
-        kernel_report(kernel, dumped.get(kernel.code), config, topology, mesh["context"], dump) for kernel in done.kernels
-    ]
-    cycles = done.cycles | {"kernel": sum(kernel["cycles"] for kernel in kernels)}
+    kernels = [kernel_report(kernel, config, topology, dump) for kernel in done.kernels]
+    cycles = done.cycles | {"kernel": sum(kernel["cycles"] or 0 for kernel in kernels)}
     exposed = sum(row.exposed_seconds for row in rows)
     return {
         "estimated_cycles": cycles,
@@ -118,57 +112,44 @@ def analyse(
         ],
         "exposed_collective_seconds": exposed,
         "loops_of_unknown_length": done.unknown_loops,
-        "estimated_step_seconds": sum(cycles.values()) / CHIPS[topology.generation].clock + exposed,
+        "estimated_step_seconds": sum(cycles.values()) / topology.chip.clock + exposed,
     }
 
 
-def has_schedule(dump: Path, instruction: str) -> bool:
-    return any(dump.glob(f"*-{instruction}-*final_bundles.txt"))
-
-
-def kernel_report(
-    kernel: Kernel, schedule: str | None, config: TrainConfig, topology: Topology, context: int, dump: Path
-) -> Report:
-    """Calls of a Pallas kernel, and cycles of all of them: of our attention from its schedule, of others from their FLOPs.
-
-    Args:
-      schedule: the instruction under whose name the kernel's schedule was dumped.
-      context: parts of a row, between which attention goes round.
-    """
+def kernel_report(kernel: Any, config: TrainConfig, topology: Topology, dump: Path) -> Report:
+    """Calls of a Pallas kernel and the cycles of all of them: None where its schedule cannot be multiplied out."""
     attention = re.search(r"flash_(forward|backward)", kernel.name)  # An instruction is named after scopes around it, too.
-    if attention and schedule:
-        name = f"-{schedule}-"
-        each, source = attention_call_cycles(attention[1], kernel, name, config, topology, context, dump), "its schedule"
-    else:
-        each, source = kernel.flops / CHIPS[topology.generation].flops_per_cycle, "its FLOPs at peak"
-    return {"instruction": kernel.name, "times": kernel.times, "cycles": kernel.times * each, "by": source}
+    cycles = None
+    if attention:
+        cycles = kernel.times * attention_call_cycles(attention[1], kernel, config, topology, dump)
+    return {"instruction": kernel.name, "times": kernel.times, "cycles": cycles}
 
 
-def attention_call_cycles(
-    pass_: str, kernel: Kernel, schedule: str, config: TrainConfig, topology: Topology, context: int, dump: Path
-) -> float:
+def attention_call_cycles(pass_: str, kernel: Any, config: TrainConfig, topology: Topology, dump: Path) -> float:
     """Cycles of one call for a document as long as a row: the mean over the layers' windows and over parts of the context."""
+    from experiments.hlo import first_shape
     from experiments.tpu_schedule import attention_cycles, causal_tiles, read_schedule
     from model.kernels.tiles import BlockSizes
 
     # Queries and keys, [B, H, T, D] and [B, K, S, D]: two of the operands, in another order in each pass.
-    wide = [shape for shape in map(hlo.first_shape, kernel.operands) if len(shape) == 4]
+    wide = [shape for shape in map(first_shape, kernel.operands) if len(shape) == 4]
     queries, keys = (wide[0], wide[1]) if pass_ == "forward" else (wide[2], wide[0])
-    block = getattr(BlockSizes.of_chip(CHIPS[topology.generation].name), pass_)
+    block = getattr(BlockSizes.of_chip(topology.chip.name), pass_)
     block = (min(block[0], queries[2]), min(block[1], keys[2]))
     length = config.data.seq_len
+    parts = max(1, length // queries[2]) * max(1, length // keys[2])
     layers = [config.model.window(layer) for layer in range(config.model.num_layers)]
     tiles = [causal_tiles(length, window, block) for window in layers]
     heads = queries[0] * queries[1]
-    masked, full = (heads * sum(counts) / len(layers) / context**2 for counts in zip(*tiles, strict=True))
-    chip = CHIPS[topology.generation]
+    masked, full = (heads * sum(counts) / len(layers) / parts for counts in zip(*tiles, strict=True))
+    chip = topology.chip
     if pass_ == "forward":
         rows, products = queries[0] * queries[1] * queries[2] / block[0], 2
     else:
         rows, products = keys[0] * keys[1] * keys[2] / block[1], 5
     # The cores of a device share the steps of the grid; each has its part of the MXUs.
     least = products * 2 * block[0] * block[1] * queries[3] / (chip.flops_per_cycle / chip.cores)
-    return attention_cycles(read_schedule(dump, schedule), (masked, full), rows, least) / chip.cores
+    return attention_cycles(read_schedule(dump, f"-{kernel.name}-"), (masked, full), rows, least) / chip.cores
 
 
 def worker(directory: Path) -> None:
@@ -178,7 +159,7 @@ def worker(directory: Path) -> None:
     task = json.loads((directory / "task.json").read_text())
     try:
         config = load_train_config(task["config"], task["overrides"])
-        report = compile_step(config, check_topology(task["topology"]), directory / "schedules")
+        report = compile_step(config, topology_of(task["topology"]), directory / "schedules")
     except (ValueError, RuntimeError) as error:
         report = {"error": str(error)}
     (directory / "report.json").write_text(json.dumps(report))
@@ -205,10 +186,11 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
     """
     from experiments.cli import load_train_config
     from model.flops import train_flops_per_token
-    from train.memory import mesh_sizes, plan_memory
+    from train.memory import plan_memory
+    from train.step import mesh_sizes
 
     config = load_train_config(path, list(overrides))
-    plan = plan_memory(config, mesh_sizes(config, topology.devices))
+    plan = plan_memory(config, mesh_sizes(config, topology.num_devices))
     environment = compiler_environment()
     environment["LIBTPU_INIT_ARGS"] = with_flags(environment["LIBTPU_INIT_ARGS"], TPU_FLAGS)
     with tempfile.TemporaryDirectory() as directory:
@@ -223,16 +205,17 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
         compiled = json.loads(output.read_text())
     if "error" in compiled:
         raise ValueError(compiled["error"])
-    chip, tokens = CHIPS[topology.generation], config.tokens_per_step
+    chip, tokens = topology.chip, config.tokens_per_step
     flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
     report: Report = {
         "config": config.name,
         "overrides": list(overrides),
         "topology": topology.name,
         "chip": chip.name,
-        "devices": topology.devices,
+        "devices": topology.num_devices,
         "tokens_per_step": tokens,
         "remat": config.model.remat,
+        "rows_per_device": config.batch_size // config.accumulation / shards(compiled["mesh"]),
         "hbm_limit_bytes": chip.hbm_bytes,
         "model_flops_per_step": flops,
         "planned_bytes_per_device": plan,
@@ -246,10 +229,17 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
     else:
         live = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
         seconds = report["estimated_step_seconds"]
-        report["estimated_mfu"] = flops / (seconds * topology.devices * chip.peak_flops)
+        report["estimated_mfu"] = flops / (seconds * topology.num_devices * chip.peak_flops)
     report["hbm_bytes_per_device"] = live
     report["fits"] = memory is not None and live is not None and live <= chip.hbm_bytes
     return report
+
+
+def shards(mesh: Mapping[str, int]) -> int:
+    """Over how many parts of the mesh the rows of a batch lie."""
+    from model.sharding import TRAIN_RULES
+
+    return math.prod(mesh[axis] for axis in TRAIN_RULES["batch"])
 
 
 def exhausted_bytes(message: str, arguments: int) -> int | None:
@@ -268,11 +258,11 @@ def exhausted_bytes(message: str, arguments: int) -> int | None:
 
 def proposals(config: TrainConfig, topology: Topology) -> list[str]:
     """Overrides that need less memory, with what the plan says of each; those that fit first, no more than four."""
-    from model.sharding import TRAIN_RULES
-    from train.memory import mesh_sizes, plan_memory
+    from train.memory import plan_memory
+    from train.step import mesh_sizes
 
-    mesh = mesh_sizes(config, topology.devices)
-    rows = config.batch_size // config.accumulation // math.prod(mesh[axis] for axis in TRAIN_RULES["batch"])
+    mesh = mesh_sizes(config, topology.num_devices)
+    rows = config.batch_size // config.accumulation // shards(mesh)
     tried: list[dict[str, Any]] = [
         {"model.remat": policy} for policy in REMAT_ORDER[REMAT_ORDER.index(config.model.remat) + 1 :]
     ]
@@ -288,16 +278,11 @@ def proposals(config: TrainConfig, topology: Topology) -> list[str]:
     for changes in tried:
         try:
             changed = changed_config(config, changes)
-            total = sum(plan_memory(changed, mesh_sizes(changed, topology.devices)).values())
+            total = sum(plan_memory(changed, mesh_sizes(changed, topology.num_devices)).values())
         except ValueError:
             continue
         found.append((total, f"{' '.join(as_overrides(changes))} (planned: {total / GIB:.1f} GiB)"))
-    found.sort(
-        key=lambda item: (
-            item[0] > CHIPS[topology.generation].hbm_bytes,
-            item[0] if item[0] > CHIPS[topology.generation].hbm_bytes else 0,
-        )
-    )
+    found.sort(key=lambda item: (item[0] > topology.chip.hbm_bytes, item[0] if item[0] > topology.chip.hbm_bytes else 0))
     return [text for _, text in found[:4]]
 
 
@@ -326,7 +311,7 @@ def check_fits(report: Report, config: TrainConfig, topology: Topology) -> None:
     hint = f"Try {'; or '.join(better)}" if better else "Take a larger slice"
     raise DoesNotFit(
         f"{config.name} needs {needed / GIB:.2f} GiB of HBM on each device of {topology.name}, which has "
-        f"{CHIPS[topology.generation].hbm_bytes / GIB:.2f}. {hint}"
+        f"{topology.chip.hbm_bytes / GIB:.2f}. {hint}"
     )
 
 
@@ -336,31 +321,28 @@ def check_fits(report: Report, config: TrainConfig, topology: Topology) -> None:
 def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
     """Changes of mesh, remat and batch that pass the checks and, by plan, fit.
 
-    Meshes over data, fsdp and tensor; 1, 2, 4 or 8 rows for each of data x fsdp; the policy that recomputes least. More rows
-    and less tensor parallelism come first: they are what usually wins.
+    Meshes over data, fsdp and tensor; 1, 2, 4 or 8 rows for each of data x fsdp x expert; the policy that recomputes least.
+    More rows and less tensor parallelism come first: they are what usually wins.
     """
-    from model.params import dimensions, param_specs
-    from model.sharding import TRAIN_RULES, factorizations, mesh_problem, resolve_sizes
-    from model.transformer import activations
+    from model.sharding import factorizations
     from train.memory import plan_memory
+    from train.step import mesh_sizes
 
-    given = resolve_sizes(dataclasses.asdict(config.mesh), topology.devices)
-    weights = dimensions(param_specs(config.model))
+    given = mesh_sizes(config, topology.num_devices)
     found = []
-    for mesh in factorizations(topology.devices):
+    for mesh in factorizations(topology.num_devices):
         if any(mesh[axis] != given[axis] for axis in ("context", "expert")):
             continue
-        shards = math.prod(mesh[axis] for axis in TRAIN_RULES["batch"])
         for rows in (8, 4, 2, 1):
             for remat in REMAT_ORDER:
                 changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
-                changes |= {"model.remat": remat, "batch_size": rows * shards * config.accumulation}
-                changed = changed_config(config, changes)
-                arrays = weights + activations(changed.batch_size // changed.accumulation, changed.data.seq_len)
-                if mesh_problem(arrays, TRAIN_RULES, mesh):
-                    break
-                planned = sum(plan_memory(changed, mesh).values())
-                if planned <= CHIPS[topology.generation].hbm_bytes:
+                changes |= {"model.remat": remat, "batch_size": rows * shards(mesh) * config.accumulation}
+                try:
+                    changed = changed_config(config, changes)
+                    planned = sum(plan_memory(changed, mesh_sizes(changed, topology.num_devices)).values())
+                except ValueError:
+                    break  # The mesh is not possible.
+                if planned <= topology.chip.hbm_bytes:
                     found.append((mesh["tensor"], -rows, mesh["data"], changes))
                     break
     return [changes for *_, changes in sorted(found, key=lambda item: item[:3])]
@@ -418,7 +400,7 @@ def describe(report: Report) -> str:
     lines += ["", "the compiler's estimate of cycles per device and step"]
     lines += [f"  {name:<36}{count:>16,.0f}{100 * count / whole:>7.1f} %" for name, count in cycles.items() if count]
     for kernel in report["kernels"]:
-        told = f"{kernel['cycles']:,.0f} cycles by {kernel['by']}"
+        told = "not in the estimate" if kernel["cycles"] is None else f"{kernel['cycles']:,.0f} cycles"
         lines.append(f"  kernel {kernel['instruction']:<29}{kernel['times']:>10,.0f} calls, {told}")
     if report["loops_of_unknown_length"]:
         lines.append(f"  loops counted once, their length is not known: {', '.join(report['loops_of_unknown_length'])}")
@@ -472,7 +454,7 @@ def main(arguments: argparse.Namespace) -> int:
     """`loam compile`: the exit status."""
     from experiments.cli import load_train_config
 
-    topology = check_topology(arguments.topology)
+    topology = topology_of(arguments.topology)
     config = load_train_config(arguments.config, arguments.overrides)
     require_libtpu()
     os.environ["JAX_PLATFORMS"] = "cpu"  # Nothing is computed here; a plan needs no device.

@@ -20,8 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.launch_tpu import Topology
-from model.chips import CHIPS, rings
+from model.chips import Topology
 
 COLLECTIVES = (
     "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -318,21 +317,11 @@ def class_of(instruction: Instruction, content: Mapping[str, Content]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One call of a Pallas kernel.
-
-    Attributes:
-      name: of its instruction, by which the compiler dumps its schedule.
-      times: how often it runs.
-      operands: their types.
-      code: the kernel itself; of calls of equal code only one is compiled, and dumped.
-      flops: that its author says one call does; 0 if nothing.
-    """
+    """One call of a Pallas kernel: its instruction, by whose name the compiler dumps its schedule, and how often it runs."""
 
     name: str
     times: float
-    operands: tuple[str, ...]
-    code: str = ""
-    flops: float = 0.0
+    operands: tuple[str, ...]  # their types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,8 +354,7 @@ def work(module: Module) -> Work:
                 flops += count * sum(content[called].flops for called in instruction.called if called in content)
             if instruction.opcode == "custom-call" and instruction.attribute("custom_call_target").strip('"') == KERNEL:
                 types = tuple(computation[operand].shape for operand in instruction.operands if operand in computation)
-                code, said = (re.search(rf'"{key}":"([^"]*)"', instruction.attributes) for key in ("body", "flops"))
-                kernels.append(Kernel(instruction.name, count, types, code[1] if code else "", float(said[1]) if said else 0.0))
+                kernels.append(Kernel(instruction.name, count, types))
     return Work(cycles, flops, tuple(kernels), tuple(unknown))
 
 
@@ -566,18 +554,17 @@ def seconds(one: Collective, topology: Topology, places: Sequence[Sequence[int]]
     Args:
       places: coordinates on the torus of every position of the mesh.
     """
-    link = CHIPS[topology.generation].link_bandwidth
-    moved = one.moved_bytes(len(places))
+    groups = one.groups or [tuple(range(len(places)))]
+    members = [places[i] for i in groups[0]]
     if one.kind == "collective-permute":
-        return moved / link
-    members = one.groups[0] if one.groups else range(len(places))
-    lines = rings(topology.shape, [places[i] for i in members])
-    if not lines:  # Two cores of a chip, between which there are six times as many lanes as along a dimension of the torus.
-        return moved / (6 * link)
+        return one.moved_bytes(len(places)) / topology.chip.link_bandwidth
+    rings = topology.rings(members)
+    if not rings:  # Two cores of a chip, between which there are six times as many lanes as along a dimension of the torus.
+        return one.moved_bytes(len(places)) / (6 * topology.chip.link_bandwidth)
     if one.kind in ("all-to-all", "ragged-all-to-all"):
         # Half of everything crosses the middle of the longest ring or line.
-        return max(one.operand_bytes * chips / (4 * links) for chips, links in lines) / link
-    return moved / (sum(links for _, links in lines) * link)
+        return max(one.operand_bytes * chips / (4 * links) for chips, links in rings) / topology.chip.link_bandwidth
+    return one.moved_bytes(len(places)) / (sum(links for _, links in rings) * topology.chip.link_bandwidth)
 
 
 class Traffic(NamedTuple):
@@ -603,14 +590,13 @@ def traffic(
 ) -> list[Traffic]:
     """The table of collectives, the longest exposed first."""
     rows: dict[tuple[str, str], list[float]] = {}
-    clock = CHIPS[topology.generation].clock
     cache: dict[tuple[str, tuple[tuple[int, ...], ...], int], tuple[str, float]] = {}
     for one in found:
         key = (one.kind, tuple(one.groups), one.operand_bytes)
         if key not in cache:
             cache[key] = (mesh_axes(one, mesh), seconds(one, topology, places))
         axes, each = cache[key]
-        exposed = max(0.0, each - one.cycles_between / clock)
+        exposed = max(0.0, each - one.cycles_between / topology.chip.clock)
         row = rows.setdefault((one.kind, axes), [0.0] * 5)
         overlapped = one.is_async and one.cycles_between > 0
         values = (1, overlapped, one.moved_bytes(len(places)), each, exposed)

@@ -7,13 +7,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from experiments.launch_tpu import Topology
-from model.chips import CHIPS
+from model.chips import Topology
 from model.flops import forward_flops_per_token, train_flops_per_token
 from model.params import num_parameters, param_specs, parameter_groups
 from train.config import TrainConfig
-from train.memory import mesh_sizes, plan_memory
-from train.step import make_trainer
+from train.memory import plan_memory
+from train.step import make_trainer, mesh_sizes
 
 
 def describe(config: TrainConfig) -> str:
@@ -34,14 +33,14 @@ def describe(config: TrainConfig) -> str:
 
 def describe_plan(config: TrainConfig, topology: Topology) -> str:
     """What each device of a slice will hold, by plan, against its HBM."""
-    mesh = mesh_sizes(config, topology.devices)
+    mesh = mesh_sizes(config, topology.num_devices)
     plan = plan_memory(config, mesh)
-    total, limit = sum(plan.values()), CHIPS[topology.generation].hbm_bytes
+    total, limit = sum(plan.values()), topology.chip.hbm_bytes
     names = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
     lines = [
         f"{config.name}: {num_parameters(param_specs(config.model)):,} parameters",
         "",
-        f"memory per device of {topology.name} ({topology.devices} devices), mesh {names}",
+        f"memory per device of {topology.name} ({topology.num_devices} devices), mesh {names}",
         *(f"  {name:<36}{size / 2**20:>14,.1f} MiB" for name, size in plan.items()),
         f"  {'planned':<36}{total / 2**20:>14,.1f} MiB, {100 * total / limit:.0f} % of its {limit / 2**30:.2f} GiB",
     ]

@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import typing
@@ -22,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from experiments.launch_tpu import Topology, accelerator_type, check_topology
+from experiments.launch_tpu import accelerator_type, num_vms
+from model.chips import Topology, topology_of
 from model.config import check, check_choices
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class LaunchConfig:
                 rule = " (lower-case letters, digits, '-' and '.')" if form == OBJECT_NAME else ""
                 check(bool(re.fullmatch(form, item)), f"{flag}={item!r} is not for --on={self.on}: {about['help']}{rule}")
         if self.on != "local":
-            check_topology(self.topology)
+            topology_of(self.topology)
         if self.on in ("tpu-vm", "skypilot"):
             accelerator_type(self.slice)
         if self.name:
@@ -100,14 +100,14 @@ class LaunchConfig:
 
     @property
     def slice(self) -> Topology:
-        return check_topology(self.topology)
+        return topology_of(self.topology)
 
     @property
     def max_name_length(self) -> int:
         """Kubernetes allows 63 characters, to a pod's name with its five random ones too; xpk allows a job's name 40."""
         if self.on == "local":
             return 63
-        longest_suffix = f"-slice-{self.slices - 1}-{self.slice.vms - 1}-abcde"
+        longest_suffix = f"-slice-{self.slices - 1}-{num_vms(self.slice) - 1}-abcde"
         return min(63 - len(longest_suffix), 40 if self.on == "xpk" else 63)
 
 
@@ -145,6 +145,8 @@ def make_jobs(
     Raises:
       ValueError: a config is wrong, or does not fit where it shall run: mesh, paths or name.
     """
+    from train.step import mesh_sizes
+
     jobs = []
     for index, point in enumerate(sweep_points(sweeps)):
         words, suffix = [*overrides, *point], f"-{index}" if sweeps else ""
@@ -154,8 +156,8 @@ def make_jobs(
         named, made_of = launch, dict(facts)
         if launch.on != "local":
             machines = f"{launch.slices} x {launch.topology}"
-            devices = launch.slices * launch.slice.devices
-            check_mesh(config, devices, machines)
+            devices = launch.slices * launch.slice.num_devices
+            mesh_sizes(config, devices)
             check(
                 not Path(config_path).is_absolute() and ".." not in Path(config_path).parts,
                 f"--config={config_path} lies outside of this directory, and the job would not find it: start in a checkout "
@@ -181,24 +183,6 @@ def _mounted(key: str, directory: str) -> str:
         f"{key}={directory} would be lost with the machine: choose one below {MOUNT}, where --storage is mounted",
     )
     return str(there)
-
-
-def check_mesh(config: TrainConfig, devices: int, where: str) -> None:
-    """Raises ValueError unless the config's mesh fits so many devices and divides the rows of a batch."""
-    sizes = dataclasses.asdict(config.mesh)
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    check(
-        fixed == devices or (-1 in sizes.values() and devices % fixed == 0),
-        f"mesh {sizes} does not fit the {devices} devices of {where}: the sizes must multiply to {devices}, and one may be -1 "
-        f"for the rest; for example --config.mesh.data=-1 --config.mesh.fsdp={devices} and 1 for the others",
-    )
-    sizes = {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
-    rows, shards = config.batch_size // config.accumulation, sizes["data"] * sizes["fsdp"]
-    check(
-        rows % shards == 0,
-        f"batch_size / accumulation = {rows} rows do not divide over mesh.data x mesh.fsdp = {shards} of {where}: make "
-        f"--config.batch_size a multiple of {shards * config.accumulation}, or take fewer devices",
-    )
 
 
 def check_name(flag: str, name: str, max_length: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from experiments.launch import MOUNT, Job
-from experiments.launch_tpu import GENERATIONS, accelerator_type
+from experiments.launch_tpu import GENERATIONS, accelerator_type, num_vms
 from train.config import PREEMPTED
 
 JOB_ERRORS = [code for code in range(1, 127) if code != PREEMPTED]
@@ -55,12 +55,13 @@ def jobset(job: Job) -> str:
     `max_restarts`. New pods wait until all old ones are gone, since two runs must not share a directory.
     """
     launch, topology = job.launch, job.launch.slice
-    processes = launch.slices * topology.vms
+    vms = num_vms(topology)
+    processes = launch.slices * vms
     command = shlex.join(job.command)
     if processes > 1:
         command += (
             f" --coordinator={launch.name}-slice-0-0.{launch.name}:{COORDINATOR_PORT} --processes={processes}"
-            f" --process-id=$((SLICE * {topology.vms} + JOB_COMPLETION_INDEX))"
+            f" --process-id=$((SLICE * {vms} + JOB_COMPLETION_INDEX))"
         )
     slice_index = {"fieldRef": {"fieldPath": "metadata.annotations['jobset.sigs.k8s.io/job-index']"}}
     secrets = [item.split("=") for item in launch.secret]
@@ -75,7 +76,7 @@ def jobset(job: Job) -> str:
             *({"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}} for key, secret in secrets),
         ],
         "securityContext": {"privileged": True},
-        "resources": {"limits": {"google.com/tpu": topology.chips // topology.vms}},
+        "resources": {"limits": {"google.com/tpu": topology.num_chips // vms}},
         "volumeMounts": [{"name": "storage", "mountPath": str(MOUNT)}],
     }
     spot = "cloud.google.com/gke-spot"
@@ -87,7 +88,7 @@ def jobset(job: Job) -> str:
         "priorityClassName": launch.priority,
         "serviceAccountName": launch.service_account,
         "nodeSelector": {
-            "cloud.google.com/gke-tpu-accelerator": GENERATIONS[topology.generation].gke_accelerator,
+            "cloud.google.com/gke-tpu-accelerator": GENERATIONS[topology.chip.name].gke_accelerator,
             "cloud.google.com/gke-tpu-topology": topology.shape_name,
             **({spot: "true"} if launch.spot else {}),
         },
@@ -108,8 +109,8 @@ def jobset(job: Job) -> str:
     }
     job_error = {"name": "job_error", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     one_slice = {
-        "parallelism": topology.vms,
-        "completions": topology.vms,
+        "parallelism": vms,
+        "completions": vms,
         "completionMode": "Indexed",
         "backoffLimit": 0,
         "podFailurePolicy": {"rules": pod_rules},
@@ -142,7 +143,7 @@ def jobset(job: Job) -> str:
 def xpk(job: Job) -> str:
     """A command line of xpk, which writes a JobSet itself, with the same meaning of exit codes."""
     launch, topology = job.launch, job.launch.slice
-    platform = "v5litepod" if topology.generation == "v5e" else topology.generation
+    platform = "v5litepod" if topology.chip.name == "v5e" else topology.chip.name
     flags = options(
         workload=launch.name,
         cluster=launch.cluster,
@@ -169,7 +170,7 @@ def tpu_vm(job: Job) -> str:
     place = options(zone=launch.zone, project=launch.project)
     create = options(
         accelerator_type=accelerator_type(topology),
-        runtime_version=GENERATIONS[topology.generation].runtime_version,
+        runtime_version=GENERATIONS[topology.chip.name].runtime_version,
         node_id=launch.name if launch.slices == 1 else "",
         node_count=launch.slices if launch.slices > 1 else "",
         node_prefix=launch.name if launch.slices > 1 else "",

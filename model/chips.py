@@ -1,6 +1,6 @@
-"""TPU generations: what one jax device of each can do, and along which links a group of chips communicates.
+"""TPU generations: what one jax device of each can do, which slices of them exist, and how its links carry a collective.
 
-Peak FLOP/s, HBM and interconnect bandwidth are those of Google's documentation,
+Peak FLOP/s, HBM and interconnect bandwidth and the sizes of pods are those of Google's documentation,
 https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x (its two-way figure per chip, over the ports of a chip, is
 twice `link_bandwidth` here). What the documentation leaves open is what libtpu 0.0.42 says of itself:
 
@@ -14,6 +14,9 @@ twice `link_bandwidth` here). What the documentation leaves open is what libtpu 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import itertools
+import math
 from collections.abc import Collection, Sequence
 
 
@@ -23,6 +26,8 @@ class Chip:
 
     Attributes:
       torus: dimensions of its interconnect.
+      max_chips: of the largest slice.
+      devices_per_chip: 2 where each core is a device of its own.
       hbm_bytes: available to a program.
       hbm_bandwidth, link_bandwidth: bytes/s; a link's is one way, and a device's share if devices share a chip's links.
       peak_flops: FLOP/s of bfloat16 matmuls.
@@ -33,6 +38,8 @@ class Chip:
 
     name: str
     torus: int
+    max_chips: int
+    devices_per_chip: int
     hbm_bytes: int
     hbm_bandwidth: float
     link_bandwidth: float
@@ -53,40 +60,103 @@ _MXU_128, _MXU_256 = 2 * 128 * 128, 2 * 256 * 256
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("v4", 3, int(30.75 * GIB), 1228e9, 50e9, 275e12, 8 * _MXU_128, 2, "megacore"),
-        Chip("v5e", 2, int(15.75 * GIB), 819e9, 50e9, 197e12, 4 * _MXU_128),
-        Chip("v5p", 3, int(95.74 * GIB), 2765e9, 100e9, 459e12, 8 * _MXU_128, 2),
+        Chip("v4", 3, 4096, 1, int(30.75 * GIB), 1228e9, 50e9, 275e12, 8 * _MXU_128, 2, "megacore"),
+        Chip("v5e", 2, 256, 1, int(15.75 * GIB), 819e9, 50e9, 197e12, 4 * _MXU_128),
+        Chip("v5p", 3, 6144, 1, int(95.74 * GIB), 2765e9, 100e9, 459e12, 8 * _MXU_128, 2),
         # Two MXUs of 256 x 256, each with two slots in a bundle.
-        Chip("v6e", 2, int(31.25 * GIB), 1638e9, 100e9, 918e12, 4 * _MXU_256),
-        Chip("tpu7x", 3, int(94.75 * GIB), 3690e9, 50e9, 1153.5e12, 4 * _MXU_256),
+        Chip("v6e", 2, 256, 1, int(31.25 * GIB), 1638e9, 100e9, 918e12, 4 * _MXU_256),
+        Chip("tpu7x", 3, 9216, 2, int(94.75 * GIB), 3690e9, 50e9, 1153.5e12, 4 * _MXU_256),
     )
 }
 
+PLANAR_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+# Parts of a cube of 4x4x4 chips; larger slices are made of whole cubes.
+PARTS_OF_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
-def chip_of(topology_name: str) -> Chip:
-    """The generation of a slice such as "v5p:4x4x8".
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice: its chips stand on a torus or grid of `shape`."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.chip.name}:{self.shape_name}"
+
+    @property
+    def shape_name(self) -> str:
+        """Such as "4x4x8"."""
+        return _name(self.shape)
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_chips * self.chip.devices_per_chip
+
+    @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Along which dimensions the last chip is linked to the first: where a slice is as wide as a pod, or made of cubes."""
+        if self.chip.torus == 2:
+            return tuple(side == 16 for side in self.shape)
+        return (all(side % 4 == 0 for side in self.shape),) * 3
+
+    def rings(self, coordinates: Collection[Sequence[int]]) -> list[tuple[int, int]]:
+        """(chips, links) along every dimension in which these chips differ: 2 links where they close a ring, else 1."""
+        found = []
+        for side, wraps, places in zip(self.shape, self.wraps, zip(*coordinates, strict=True), strict=False):
+            chips = len(set(places))
+            if chips > 1:
+                found.append((chips, 2 if wraps and chips == side else 1))
+        return found
+
+
+def shapes(chip: Chip) -> list[tuple[int, ...]]:
+    """All shapes of a generation's slices, dimensions in increasing order (but for 2x2x1)."""
+    if chip.torus == 2:
+        return list(PLANAR_SHAPES)
+    cubes = chip.max_chips // 64
+    whole = [
+        (4 * x, 4 * y, 4 * z)
+        for x, y in itertools.combinations_with_replacement(range(1, math.isqrt(cubes) + 1), 2)
+        for z in range(y, cubes // (x * y) + 1)
+    ]
+    return [*PARTS_OF_A_CUBE, *whole, *(((1, 1, 1),) if chip.name == "tpu7x" else ())]
+
+
+def topology_of(name: str) -> Topology:
+    """The slice that a name such as "v5p:4x4x8" means.
 
     Raises:
-      ValueError: it is not known.
+      ValueError: there is none of that name; proposes the nearest.
     """
-    generation = topology_name.partition(":")[0]
+    generation, _, shape_text = name.strip().partition(":")
     if generation not in CHIPS:
-        raise ValueError(f"topology {topology_name!r}: no TPU generation {generation!r} is known, only {', '.join(CHIPS)}")
-    return CHIPS[generation]
+        near = difflib.get_close_matches(generation, CHIPS, n=1)
+        hint = f" Did you mean {near[0]}:{shape_text or '…'}?" if near else ""
+        raise ValueError(f"topology {name!r}: {generation!r} is no TPU generation; there are {', '.join(CHIPS)}.{hint}")
+    chip = CHIPS[generation]
+    known, sizes = shapes(chip), shape_text.split("x")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"topology {name!r} is not of the form GENERATION:SIZES; for example {generation}:{_name(known[3])}")
+    shape = tuple(map(int, sizes))
+    chips = math.prod(shape)
+    if shape not in known:
+        rule = ", ".join(map(_name, known))
+        if chip.torus == 3:
+            rule = f"{', '.join(map(_name, PARTS_OF_A_CUBE))}, or three multiples of 4, the smallest first"
+        # Nearest in the number of chips, and if that is the same, in shape.
+        nearest = min(known, key=lambda other: (abs(math.log(math.prod(other) / chips)), sorted(other) != sorted(shape)))
+        raise ValueError(
+            f"topology {name!r} does not exist: slices of {generation} are {rule}, up to {chip.max_chips:,} chips. "
+            f"The nearest is {generation}:{_name(nearest)}"
+        )
+    return Topology(chip, shape)
 
 
-def wraps(shape: Sequence[int]) -> tuple[bool, ...]:
-    """Along which dimensions of a slice the last chip is linked to the first: as wide as a pod, or made of whole cubes."""
-    if len(shape) == 2:
-        return tuple(side == 16 for side in shape)
-    return (all(side % 4 == 0 for side in shape),) * len(shape)
-
-
-def rings(shape: Sequence[int], coordinates: Collection[Sequence[int]]) -> list[tuple[int, int]]:
-    """(chips, links) along every dimension of a slice in which these chips differ: 2 links where they close a ring, else 1."""
-    found = []
-    for side, closed, places in zip(shape, wraps(shape), zip(*coordinates, strict=True), strict=False):
-        chips = len(set(places))
-        if chips > 1:
-            found.append((chips, 2 if closed and chips == side else 1))
-    return found
+def _name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

@@ -18,31 +18,19 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from model.config import ModelConfig
-from model.params import Params, abstract_params, block_layout, dimensions, is_spec, param_shardings, param_specs
-from model.sharding import TRAIN_RULES, Layout, check_mesh, resolve_sizes
-from model.transformer import activations, forward
+from model.params import Params, abstract_params, block_layout, is_spec, param_shardings, param_specs
+from model.sharding import TRAIN_RULES, Layout
+from model.transformer import forward
 from train.config import OptimizerConfig, TrainConfig
 from train.optimizer import make_optimizer
 from train.step import opt_state_shardings
-
-
-def mesh_sizes(config: TrainConfig, num_devices: int) -> dict[str, int]:
-    """Sizes of the mesh's axes over so many devices, with -1 replaced by what remains.
-
-    Raises:
-      ValueError: the mesh does not fit the devices, or does not divide the model or the batch.
-    """
-    sizes = resolve_sizes(dataclasses.asdict(config.mesh), num_devices)
-    arrays = dimensions(param_specs(config.model)) + activations(config.batch_size // config.accumulation, config.data.seq_len)
-    check_mesh(arrays, TRAIN_RULES, sizes)
-    return sizes
 
 
 def plan_memory(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
     """Bytes that each device holds at the fullest moment of a step, by what they are.
 
     Args:
-      mesh: sizes of the axes, as `mesh_sizes` gives them.
+      mesh: sizes of the axes, as `train.step.mesh_sizes` gives them.
     """
     parameters, opt_state = _state_bytes(config.model, config.optimizer, tuple(mesh.items()))
     plan = {

@@ -18,7 +18,7 @@ from model.config import AttentionBackend, ModelConfig
 from model.logprobs import token_logprobs
 from model.params import Params, abstract_params, dimensions, init_params, is_spec, param_shardings, param_specs
 from model.ring_attention import zigzag
-from model.sharding import TRAIN_RULES, Layout, check_mesh, constrain, make_mesh
+from model.sharding import TRAIN_RULES, Layout, check_mesh, constrain, make_mesh, resolve_sizes
 from model.transformer import activations, forward
 from train.config import LossConfig, TrainConfig, check
 from train.optimizer import make_optimizer, make_schedule
@@ -183,11 +183,10 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
       ValueError: the mesh does not fit the devices, the batch or a parameter does not divide over it, or the attention backend
         is for other devices.
     """
-    mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
-    specs = param_specs(config.model)
+    devices = devices if devices is not None else jax.devices()
+    mesh = make_mesh(mesh_sizes(config, len(devices)), devices)
     check_backend(config.model.attention_backend, mesh)
-    arrays = dimensions(specs) + activations(config.batch_size // config.accumulation, config.data.seq_len)
-    check_mesh(arrays, TRAIN_RULES, dict(mesh.shape))
+    specs = param_specs(config.model)
     layout = Layout.of(mesh, TRAIN_RULES)
     # A batch arrives with whole rows; its tokens are dealt out along `context` in the step.
     rows = layout.sharding("batch")
@@ -230,6 +229,18 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
         ),
         batch_sharding=rows,
     )
+
+
+def mesh_sizes(config: TrainConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of the mesh's axes over so many devices.
+
+    Raises:
+      ValueError: they do not multiply to the number of devices, or the model or the batch does not divide over them.
+    """
+    sizes = resolve_sizes(dataclasses.asdict(config.mesh), num_devices)
+    arrays = dimensions(param_specs(config.model)) + activations(config.batch_size // config.accumulation, config.data.seq_len)
+    check_mesh(arrays, TRAIN_RULES, sizes)
+    return sizes
 
 
 def check_backend(backend: AttentionBackend, mesh: Mesh) -> None:

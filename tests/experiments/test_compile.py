@@ -8,10 +8,10 @@ import pytest
 import experiments.compile as loam_compile
 from experiments.cli import load_train_config, main
 from experiments.compile import GIB, as_overrides, candidates, changed_config, check_fits, exhausted_bytes, proposals
-from experiments.launch_tpu import check_topology
-from model.chips import CHIPS
+from model.chips import topology_of
 from tests.libtpu import require_libtpu
-from train.memory import mesh_sizes, plan_memory
+from train.memory import plan_memory
+from train.step import mesh_sizes
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -138,12 +138,12 @@ def test_the_compilers_refusal_becomes_a_number(message, size):
 
 
 def llama(tmp_path, **changes):
-    path = write_config(tmp_path, "llama3-8b", seq_len=512, batch_size=64, mesh={"data": 16, "fsdp": 1})
+    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=64, mesh={"data": 16, "fsdp": 1})
     return changed_config(load_train_config(path, []), changes)
 
 
 def test_proposals_need_less_by_plan_and_those_that_fit_come_first(tmp_path):
-    config, topology = llama(tmp_path), check_topology("v5e:4x4")
+    config, topology = llama(tmp_path), topology_of("v5e:4x4")
     before = sum(plan_memory(config, mesh_sizes(config, 16)).values())
     texts = proposals(config, topology)
     planned = [float(text.split("planned: ")[1].split()[0]) for text in texts]
@@ -157,17 +157,17 @@ def test_proposals_need_less_by_plan_and_those_that_fit_come_first(tmp_path):
 
 
 def test_what_fits_is_no_error(tmp_path):
-    check_fits({"fits": True}, llama(tmp_path), check_topology("v5e:4x4"))
+    check_fits({"fits": True}, llama(tmp_path), topology_of("v5e:4x4"))
 
 
 def test_another_memory_than_hbm_is_told_in_the_compilers_words(tmp_path):
     report = {"fits": False, "hbm_bytes_per_device": None, "refused": "memory space vmem"}
     with pytest.raises(RuntimeError, match="not of HBM: memory space vmem"):
-        check_fits(report, llama(tmp_path), check_topology("v5e:4x4"))
+        check_fits(report, llama(tmp_path), topology_of("v5e:4x4"))
 
 
 def test_candidates_use_all_devices_and_fit_by_plan(tmp_path):
-    config, topology = llama(tmp_path), check_topology("v5e:4x4")
+    config, topology = llama(tmp_path), topology_of("v5e:4x4")
     found = candidates(config, topology)
     assert found
     meshes = set()
@@ -175,7 +175,7 @@ def test_candidates_use_all_devices_and_fit_by_plan(tmp_path):
         changed = changed_config(config, changes)
         mesh = mesh_sizes(changed, 16)
         assert math.prod(mesh.values()) == 16
-        assert sum(plan_memory(changed, mesh).values()) <= CHIPS[topology.generation].hbm_bytes
+        assert sum(plan_memory(changed, mesh).values()) <= topology.chip.hbm_bytes
         meshes.add((mesh["data"], mesh["fsdp"], mesh["tensor"]))
     assert len(meshes) == len({tuple(m) for m in meshes}) > 1
     assert (16, 1, 1) not in meshes  # 8 billion parameters on every device
@@ -184,7 +184,7 @@ def test_candidates_use_all_devices_and_fit_by_plan(tmp_path):
         index = loam_compile.REMAT_ORDER.index(changes["model.remat"])
         if index:
             less = changed_config(config, changes | {"model.remat": loam_compile.REMAT_ORDER[index - 1]})
-            assert sum(plan_memory(less, mesh_sizes(less, 16)).values()) > CHIPS[topology.generation].hbm_bytes
+            assert sum(plan_memory(less, mesh_sizes(less, 16)).values()) > topology.chip.hbm_bytes
 
 
 def test_changes_are_the_overrides_that_make_them(tmp_path):
@@ -203,7 +203,7 @@ def test_a_search_ranks_by_time_per_token(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loam_compile, "compile_config", pretend)
     path = write_config(tmp_path)
-    ranked = loam_compile.search(path, [], check_topology("v5e:2x2"), tries=1000, log=lambda _: None)
+    ranked = loam_compile.search(path, [], topology_of("v5e:2x2"), tries=1000, log=lambda _: None)
     times = [report["estimated_step_seconds"] / report["tokens_per_step"] for _, report in ranked]
     assert times == sorted(times)
     assert ranked[0][1]["tokens_per_step"] == max(report["tokens_per_step"] for _, report in ranked)

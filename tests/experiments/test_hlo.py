@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import hlo
-from experiments.launch_tpu import check_topology
-from model.chips import CHIPS
+from model.chips import topology_of
 from tests.libtpu import run_with_libtpu
 
 # Two nested loops, of 4 and 3 times: the inner one multiplies matrices, the outer one adds up over devices and gathers.
@@ -64,7 +63,7 @@ HloModule step, is_scheduled=true
   %f = f32[8,128]{1,0} constant({...})
   %gradient = f32[8,128]{1,0} all-reduce(%f), channel_id=1, replica_groups={{0,2},{1,3}}, to_apply=%add
   %sums = f32[8]{0} fusion(%f), kind=kLoop, calls=%fused_sum, backend_config={"window_config":{"estimated_cycles":"10"}}
-  %kernel.3 = bf16[64,32]{1,0} custom-call(%y), custom_call_target="tpu_custom_call", config={"body":"QQ==","flops":"500"}
+  %kernel.3 = bf16[64,32]{1,0} custom-call(%y), custom_call_target="tpu_custom_call"
   %start = (s32[], bf16[64,32]{1,0}) tuple(%one, %y)
   %inner = (s32[], bf16[64,32]{1,0}) while(%start), condition=%inner_condition, body=%inner_body
   %m = s32[] get-tuple-element(%inner), index=0
@@ -90,7 +89,7 @@ def test_cycles_and_flops_are_multiplied_by_the_trips_of_nested_loops():
     expected = {"matmul": 4 * 3 * 100, "reduction": 4 * 10, "copy": 4 * 7, "other": 4 * 3}
     assert {name: cycles for name, cycles in work.cycles.items() if cycles} == expected
     assert work.flops == 4 * 3 * 2 * 64 * 32 * 16
-    assert work.kernels == (hlo.Kernel("kernel.3", 4.0, ("bf16[64,32]{1,0}",), "QQ==", 500.0),)
+    assert work.kernels == (hlo.Kernel("kernel.3", 4.0, ("bf16[64,32]{1,0}",)),)
     assert work.unknown_loops == ()
 
 
@@ -212,7 +211,7 @@ def test_pairs_of_start_and_done_are_covered_by_what_is_scheduled_between_them()
 
 def test_only_what_is_not_covered_is_exposed():
     """64 bytes over one link of a pair at 50 GB/s take 1.28 ns; 30 cycles of 1.5 GHz cover it, none would not."""
-    topology, places = check_topology("v5e:2x2"), [(0, 0), (0, 1), (1, 0), (1, 1)]
+    topology, places = topology_of("v5e:2x2"), [(0, 0), (0, 1), (1, 0), (1, 1)]
     mesh = {"data": 2, "context": 2}
     covered = hlo.traffic(hlo.collectives(hlo.parse(PAIRS)), mesh, topology, places)
     assert all(row.exposed_seconds == 0 and row.asynchronous == 1 for row in covered)
@@ -271,10 +270,8 @@ def test_groups_are_attributed_to_the_axes_along_which_they_lie():
 def test_seconds_follow_from_the_links_along_which_a_group_lies(kind, topology, members, links):
     n = len(members)
     one = hlo.Collective(kind, "x", 1000, [tuple(range(n))], 1, False, 0)
-    topology = check_topology(topology)
-    assert hlo.seconds(one, topology, members) == pytest.approx(
-        (n - 1) * 1000 / (links * CHIPS[topology.generation].link_bandwidth)
-    )
+    topology = topology_of(topology)
+    assert hlo.seconds(one, topology, members) == pytest.approx((n - 1) * 1000 / (links * topology.chip.link_bandwidth))
 
 
 # --- Compiled by libtpu -----------------------------------------------------------------------------------------------

@@ -4,14 +4,12 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import lzma
 import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -21,7 +19,9 @@ import yaml
 from experiments.cli import load_train_config, main
 from experiments.launch import LaunchConfig, make_jobs, sweep_points, valid_name
 from experiments.launch_artefacts import artefact
-from experiments.launch_tpu import GENERATIONS, accelerator_type, check_topology, shapes
+from experiments.launch_tpu import GENERATIONS, accelerator_type, num_vms
+from model.chips import topology_of
+from tests.libtpu import run_with_libtpu
 
 ROOT = Path(__file__).parents[2]
 CRD = Path(__file__).parent / "fixtures" / "jobset_crd.yaml.xz"
@@ -103,19 +103,11 @@ def refusals(manifest):
     ],
 )
 def test_a_slice_is_what_google_says_it_is(name, chips, vms, devices, label, api_name):
-    topology = check_topology(name)
-    assert (topology.chips, topology.vms, topology.devices) == (chips, vms, devices)
-    assert GENERATIONS[topology.generation].gke_accelerator == label
+    topology = topology_of(name)
+    assert (topology.num_chips, num_vms(topology), topology.num_devices) == (chips, vms, devices)
+    assert GENERATIONS[topology.chip.name].gke_accelerator == label
     if api_name:
         assert accelerator_type(topology) == api_name
-
-
-def test_shapes_of_cubes_are_all_that_fit():
-    for generation, cubes in (("v4", 64), ("v5p", 96), ("tpu7x", 144)):
-        every = range(1, cubes + 1)
-        fit = {(4 * x, 4 * y, 4 * z) for x in every for y in every[x - 1 :] for z in every[y - 1 : cubes // (x * y)]}
-        assert {shape for shape in shapes(generation) if shape[2] % 4 == 0 and shape[0] > 2} == fit
-        assert len(shapes(generation)) == len(set(shapes(generation)))
 
 
 COUNT = """
@@ -131,40 +123,15 @@ print(json.dumps([count(name) for name in sys.argv[1:]]))
 
 
 def test_devices_and_machines_are_those_that_libtpu_sees():
-    if importlib.util.find_spec("libtpu") is None:
-        if os.environ.get("LOAM_REQUIRE_LIBTPU"):
-            pytest.fail("libtpu is not installed: `make env EXTRAS=tpu` installs it")
-        pytest.skip("libtpu, the TPU compiler, is not installed")
     names = ["v4:2x2x1", "v4:4x4x8", "v5e:2x2", "v5e:2x4", "v5e:16x16", "v5p:2x4x4", "v5p:4x4x12", "v6e:8x16", "tpu7x:4x4x8"]
-    environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-    done = subprocess.run([sys.executable, "-c", COUNT, *names], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    slices = [check_topology(name) for name in names]
-    assert json.loads(done.stdout) == [[topology.devices, topology.vms, topology.chips] for topology in slices]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("v5p:8x4x4", "does not exist.*The nearest is v5p:4x4x8$"),
-        ("v5p:4x4x6", "The nearest is v5p:4x4x8$"),
-        ("v5e:16x32", "1x1, 2x2, 2x4, .*up to 256 chips. The nearest is v5e:16x16$"),
-        ("v6e:4x4x4", "The nearest is v6e:8x8$"),
-        ("v5p:2x2", "The nearest is v5p:2x2x1$"),
-        ("tpu7:4x4x4", "'tpu7' is no TPU generation.*Did you mean tpu7x:4x4x4"),
-        ("v5p-256", "no TPU generation"),
-        ("v5p:", "not of the form GENERATION:SIZES"),
-        ("v5p:4x0x4", "not of the form"),
-    ],
-)
-def test_a_slice_that_does_not_exist_is_answered_with_the_nearest(name, message):
-    with pytest.raises(ValueError, match=message):
-        check_topology(name)
+    found = json.loads(run_with_libtpu(COUNT, *names))
+    slices = [topology_of(name) for name in names]
+    assert found == [[topology.num_devices, num_vms(topology), topology.num_chips] for topology in slices]
 
 
 def test_a_shape_that_gcloud_would_take_for_another_is_refused():
     with pytest.raises(ValueError, match="v5p-512 means v5p:4x8x8"):
-        accelerator_type(check_topology("v5p:4x4x16"))
+        accelerator_type(topology_of("v5p:4x4x16"))
     with pytest.raises(ValueError, match="GKE only"):
         LaunchConfig(**{**TPU_VM, "topology": "tpu7x:4x4x4"})
 
@@ -537,9 +504,9 @@ def test_flags_that_cannot_work_are_refused(flags, message):
 @pytest.mark.parametrize(
     ("change", "how", "message"),
     [
-        ({}, {"overrides": ["--config.mesh.data=3"]}, "does not fit the 128 devices of 1 x v5p:4x4x8"),
-        ({"slices": 3}, {"overrides": ["--config.mesh.tensor=5"]}, "does not fit the 384 devices"),
-        ({}, {"overrides": []}, "8 rows do not divide over mesh.data x mesh.fsdp = 128"),
+        ({}, {"overrides": ["--config.mesh.data=3"]}, "does not fit 128 devices"),
+        ({"slices": 3}, {"overrides": ["--config.mesh.tensor=5"]}, "does not fit 384 devices"),
+        ({}, {"overrides": []}, "batch = 8 does not divide over data=128"),
         ({}, {"overrides": ["--config.stepps=3"]}, "config.stepps is unknown"),
         ({}, {"overrides": [*FITS, "--config.run_dir=/me/run"]}, "run_dir=/me/run would be lost.*below /mnt/loam"),
         (

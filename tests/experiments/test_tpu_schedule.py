@@ -8,7 +8,6 @@ import pytest
 from experiments import hlo
 from experiments.cli import load_train_config
 from experiments.compile import kernel_report
-from experiments.launch_tpu import check_topology
 from experiments.tpu_schedule import (
     UNITS,
     Bundle,
@@ -18,6 +17,7 @@ from experiments.tpu_schedule import (
     compiler_environment,
     read_schedule,
 )
+from model.chips import topology_of
 from tests.libtpu import run_with_libtpu
 from tests.tiny import write_tiny_job
 
@@ -89,7 +89,7 @@ def test_a_compiled_kernel_has_the_cycles_of_its_tiles(tmp_path, monkeypatch):
     overrides = ["--config.data.seq_len=2048", "--config.model.max_seq_len=2048", "--config.model.window_pattern=(0,)"]
     config = load_train_config(str(write_tiny_job(tmp_path)), overrides)
     for kernel in kernels:
-        report = kernel_report(kernel, kernel.name, config, check_topology("v5e:2x2"), 1, dump)
+        report = kernel_report(kernel, config, topology_of("v5e:2x2"), dump)
         # Rows, heads; tiles of 1,024 x 1,024: two on the diagonal, one below. The MXUs do 131,072 FLOPs in a cycle.
         products = 2 if "flash_forward" in kernel.name else 5
         least = products * 2 * 1024 * 1024 * 128 / 131_072
@@ -97,12 +97,3 @@ def test_a_compiled_kernel_has_the_cycles_of_its_tiles(tmp_path, monkeypatch):
         masked, full, _ = (max(least, len(loop)) for loop in loops)
         tiles = 2 * 4 * (2 * masked + full)
         assert tiles < report["cycles"] < 1.2 * tiles
-
-
-def test_a_kernel_without_a_schedule_takes_its_flops_at_peak(tmp_path):
-    kernel = hlo.Kernel("gmm.1", 6.0, (), flops=131_072e3)
-    report = kernel_report(
-        kernel, None, load_train_config(str(write_tiny_job(tmp_path)), []), check_topology("v5e:2x2"), 1, tmp_path
-    )
-    assert report["cycles"] == 6 * 1000
-    assert report["by"] == "its FLOPs at peak"

@@ -10,8 +10,8 @@ import pytest
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from model.presets import preset
 from train.config import LossConfig, MeshConfig, OptimizerConfig, TrainConfig
-from train.memory import mesh_sizes, plan_memory
-from train.step import make_trainer
+from train.memory import plan_memory
+from train.step import make_trainer, mesh_sizes
 
 DATA = DataConfig(
     sources=(SourceConfig(name="stdlib", kind="stdlib", held_out_fraction=0.1),),
