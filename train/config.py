@@ -163,12 +163,15 @@ class RollbackConfig:
     """When a loss is not finite, or above `spike_factor` x the median of the last `window` losses, the run goes back to the
     last checkpoint and skips the data between it and the incident.
 
+    The first `window` losses, of a run and of each of its mixtures, need only be finite. A median below 1 nat counts as 1: the
+    losses of a model that knows its data by heart are small, and far apart (experiments/LOG.md).
+
     Attributes:
       spike_factor: 0 looks at non-finite losses only.
       max_incidents: the run gives up after so many.
     """
 
-    spike_factor: float = 0.0
+    spike_factor: float = 2.0
     window: int = 50
     max_incidents: int = 3
 

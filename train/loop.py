@@ -349,11 +349,16 @@ class Loop:
         for name in ("loss", "grad_norm", "param_norm"):
             if not math.isfinite(metrics[name]):
                 raise Incident(step, f"{name} is {metrics[name]}")
+        if self._mixtures_begun(step) > self._mixtures_begun(step - 1):
+            self.losses.clear()  # Those of other data are no measure.
         if rollback.spike_factor and len(self.losses) == rollback.window:
             median = statistics.median(self.losses)
-            if loss > rollback.spike_factor * median:
+            if loss > rollback.spike_factor * max(median, 1.0):
                 raise Incident(step, f"loss {loss:.4g} is above {rollback.spike_factor} x the recent median {median:.4g}")
         self.losses.append(loss)
+
+    def _mixtures_begun(self, step: int) -> int:
+        return sum(mixture.start_step <= self.data_step(step - 1) for mixture in self.config.data.mixtures)
 
     def _roll_back(self, incident: Incident) -> None:
         """Records the incident, then goes back to the last checkpoint; the data since then will not be seen again."""
