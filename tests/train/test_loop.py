@@ -334,6 +334,33 @@ def test_a_mixture_may_change_at_a_step_that_is_still_to_come(job, tmp_path):
     assert changed[13]["loss"] != unchanged[13]["loss"]
 
 
+def test_skipped_data_counts_where_a_mixture_may_change(job, tmp_path, monkeypatch):
+    """Rolled back from step 13 to 10 and stopped after step 15, a run has seen data steps 0 to 17."""
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
+    poison(monkeypatch, bad_data_step=12)
+    settle = loop.Loop._settle
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            loop.Loop, "_settle", lambda self: (settle(self), self.step == 14 and os.kill(os.getpid(), signal.SIGTERM))[0]
+        )
+        assert train(config, log=lambda _: None) == PREEMPTED
+    (incident,) = read_jsonl(f"{config.run_dir}/incidents.jsonl")
+    seen = Checkpoints(f"{config.run_dir}/checkpoints", keep=None).steps()[-1] + 3
+    assert (incident["first_skipped"], incident["last_skipped"]) == (10, 12)
+    assert seen in (17, 18)
+
+    def with_mixture(start_step):
+        mixtures = (*job.data.mixtures, MixtureConfig(start_step, (("a", 1),)))
+        return dataclasses.replace(config, data=dataclasses.replace(job.data, mixtures=mixtures))
+
+    monkeypatch.setattr(loop, "prepare", lambda *_, **__: pytest.fail("the config was accepted"))
+    for start_step in (seen - 3, seen - 1):
+        with pytest.raises(ValueError, match="data.mixtures"):
+            train(with_mixture(start_step), log=lambda _: None)
+    with pytest.raises(pytest.fail.Exception, match="the config was accepted"):
+        train(with_mixture(seen), log=lambda _: None)
+
+
 def test_a_refused_start_does_not_claim_the_directory(job, tmp_path):
     config = dataclasses.replace(job, run_dir=str(tmp_path / "run"), steps=3)
     missing = dataclasses.replace(job.data.sources[0], path=str(tmp_path / "nowhere.txt"))
