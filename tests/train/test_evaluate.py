@@ -57,9 +57,6 @@ def full_scores(config, data, params) -> dict[str, tuple[float, int, int]]:
     Documents by themselves, a row's length at a time: neither packing nor the loss of the training step has a part in it.
     """
     length = config.data.seq_len
-    logits_of = jax.jit(
-        lambda tokens, positions: unembed(params, config.model, forward(params, config.model, tokens, positions)[0])
-    )
     totals = {}
     for source in data.held_out:
         texts = list(data.held_out_texts(source))
