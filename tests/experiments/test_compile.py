@@ -74,6 +74,22 @@ def test_a_small_sharded_step_compiles_and_is_reported(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_every_call_of_a_kernel_finds_its_schedule(tmp_path, capsys):
+    """On a ring one kernel is called several times with equal code, of which the compiler leaves one schedule."""
+    require_libtpu()
+    path = write_config(tmp_path, seq_len=128, mesh={"data": 1, "fsdp": 2, "context": 2})
+    words = ["--config.model.attention_backend=flash", "--config.model.head_dim=128", "--config.model.remat=full"]
+    assert main(["compile", f"--config={path}", "--topology=v5e:2x2", "--json", *words]) == 0
+    report = json.loads(capsys.readouterr().out)
+    passes = [name for name in ("forward", "backward") for kernel in report["kernels"] if name in kernel["instruction"]]
+    assert len(passes) == len(report["kernels"]) > 2
+    assert set(passes) == {"forward", "backward"}
+    assert all(kernel["by"] == "its schedule" and kernel["cycles"] > 0 for kernel in report["kernels"])
+    assert report["estimated_cycles"]["kernel"] == pytest.approx(sum(kernel["cycles"] for kernel in report["kernels"]))
+    assert any(row["axes"] == "context" and row["kind"] == "collective-permute" for row in report["collectives"])
+
+
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_an_error_with_proposals(tmp_path, capsys):
     require_libtpu()
     path = write_config(tmp_path, "llama3.2-1b", seq_len=8192, batch_size=16, mesh={"data": 4, "fsdp": 1})

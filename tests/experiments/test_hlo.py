@@ -63,7 +63,7 @@ HloModule step, is_scheduled=true
   %f = f32[8,128]{1,0} constant({...})
   %gradient = f32[8,128]{1,0} all-reduce(%f), channel_id=1, replica_groups={{0,2},{1,3}}, to_apply=%add
   %sums = f32[8]{0} fusion(%f), kind=kLoop, calls=%fused_sum, backend_config={"window_config":{"estimated_cycles":"10"}}
-  %kernel.3 = bf16[64,32]{1,0} custom-call(%y), custom_call_target="tpu_custom_call"
+  %kernel.3 = bf16[64,32]{1,0} custom-call(%y), custom_call_target="tpu_custom_call", config={"body":"QQ==","flops":"500"}
   %start = (s32[], bf16[64,32]{1,0}) tuple(%one, %y)
   %inner = (s32[], bf16[64,32]{1,0}) while(%start), condition=%inner_condition, body=%inner_body
   %m = s32[] get-tuple-element(%inner), index=0
@@ -89,7 +89,7 @@ def test_cycles_and_flops_are_multiplied_by_the_trips_of_nested_loops():
     expected = {"matmul": 4 * 3 * 100, "reduction": 4 * 10, "copy": 4 * 7, "other": 4 * 3}
     assert {name: cycles for name, cycles in work.cycles.items() if cycles} == expected
     assert work.flops == 4 * 3 * 2 * 64 * 32 * 16
-    assert work.kernels == (hlo.Kernel("kernel.3", 4.0, ("bf16[64,32]{1,0}",)),)
+    assert work.kernels == (hlo.Kernel("kernel.3", 4.0, ("bf16[64,32]{1,0}",), "QQ==", 500.0),)
     assert work.unknown_loops == ()
 
 

@@ -89,7 +89,7 @@ def test_a_compiled_kernel_has_the_cycles_of_its_tiles(tmp_path, monkeypatch):
     overrides = ["--config.data.seq_len=2048", "--config.model.max_seq_len=2048", "--config.model.window_pattern=(0,)"]
     config = load_train_config(str(write_tiny_job(tmp_path)), overrides)
     for kernel in kernels:
-        report = kernel_report(kernel, config, topology_of("v5e:2x2"), dump)
+        report = kernel_report(kernel, kernel.name, config, topology_of("v5e:2x2"), 1, dump)
         # Rows, heads; tiles of 1,024 x 1,024: two on the diagonal, one below. The MXUs do 131,072 FLOPs in a cycle.
         products = 2 if "flash_forward" in kernel.name else 5
         least = products * 2 * 1024 * 1024 * 128 / 131_072
@@ -97,3 +97,11 @@ def test_a_compiled_kernel_has_the_cycles_of_its_tiles(tmp_path, monkeypatch):
         masked, full, _ = (max(least, len(loop)) for loop in loops)
         tiles = 2 * 4 * (2 * masked + full)
         assert tiles < report["cycles"] < 1.2 * tiles
+
+
+def test_a_kernel_without_a_schedule_takes_its_flops_at_peak(tmp_path):
+    kernel = hlo.Kernel("gmm.1", 6.0, (), flops=131_072e3)
+    config = load_train_config(str(write_tiny_job(tmp_path)), [])
+    report = kernel_report(kernel, None, config, topology_of("v5e:2x2"), 1, tmp_path)
+    assert report["cycles"] == 6 * 1000
+    assert report["by"] == "its FLOPs at peak"
