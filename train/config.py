@@ -209,7 +209,7 @@ class DeadlineConfig:
       start_seconds: for all processes to come together.
       data_seconds: for preparing the data.
       phase_seconds: for compiling, reading or writing a checkpoint, evaluating; and for other processes at a barrier.
-      step_seconds: for one step and its data.
+      step_seconds: for the batch of one step, and for the step.
     """
 
     start_seconds: float = 300.0

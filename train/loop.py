@@ -374,8 +374,9 @@ class Loop:
         config = self.config
         self.last_settled = time.perf_counter()
         while self.step < config.steps:
-            self.group.watchdog.begin(f"step {self.step + 1}", config.deadlines.step_seconds)
+            self.group.watchdog.begin(f"reading the batch of step {self.step + 1}", config.deadlines.step_seconds)
             batch = self._next(batches)
+            self.group.watchdog.begin(f"step {self.step + 1}", config.deadlines.step_seconds)
             with jax.transfer_guard("disallow"):
                 self.state, metrics = self.step_function(self.state, batch)
             self._settle()
