@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from model.flops import forward_flops_per_token, train_flops_per_token
-from model.params import num_parameters, param_specs, parameter_groups
+from model.params import active_parameters, num_parameters, param_specs, parameter_groups
 from train.config import TrainConfig
 from train.step import make_trainer
 
@@ -18,7 +18,8 @@ def describe(config: TrainConfig) -> str:
     specs = param_specs(config.model)
     trainer = make_trainer(config)
     total = num_parameters(specs)
-    lines = [f"{config.name}: {total:,} parameters", ""]
+    active = f", of which each token meets {sum(active_parameters(config.model).values()):,}" if config.model.moe else ""
+    lines = [f"{config.name}: {total:,} parameters{active}", ""]
     lines += [f"  {name:<28}{count:>16,}{100 * count / total:>7.1f} %" for name, count in parameter_groups(specs).items()]
     state = trainer.abstract_state
     mesh = ", ".join(f"{axis} {size}" for axis, size in trainer.mesh.shape.items())
