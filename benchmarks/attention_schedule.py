@@ -27,7 +27,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tpu_schedule import TOPOLOGIES, Schedule, compiler_environment, read_schedule, used
+from experiments.tpu_schedule import TOPOLOGIES, Schedule, compiler_environment, read_schedule, used
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH, HEAD_DIM, DOCUMENT = 8192, 128, 1024
@@ -119,7 +119,7 @@ def schedules(kind: str, topology: str, sizes: tuple[int, ...]) -> tuple[Schedul
 def tile_codes(kind: str, schedule: Schedule) -> list[list[Any]]:
     """The code of a tile: of ours, the loops over masked, full and again masked tiles; of splash, all that each step runs."""
     if kind == "ours":
-        loops = [loop for loop in schedule.loops() if loop[0].depth > 1 and used(loop, WORK)]
+        loops = schedule.tile_loops()
         if len(loops) != 3:
             raise ValueError(f"{len(loops)} loops of our kernel use the {WORK}, not 3: its code has changed, mend this count")
         return loops

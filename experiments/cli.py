@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -16,11 +17,14 @@ EXAMPLES = """examples:
   loam run --config=configs/quickstart.py
   loam run --config=configs/quickstart.py --config.steps=100 --config.optimizer.learning_rate=0.001
   loam inspect --config=configs/quickstart.py
+  loam compile --config=configs/quickstart.py --topology=v5e:2x2
   loam sample runs/quickstart --prompt="def main(" --temperature=0.8 --top-k=50
   loam ckpt verify runs/quickstart
+  loam launch --config=configs/quickstart.py --on=local --processes=2 --dry-run
 
 LOAM_DEBUG=1 in the environment shows where an error was raised.
 """
+TAKE_A_CONFIG = ("run", "inspect", "compile", "launch")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,10 +56,21 @@ def parse(words: list[str]) -> argparse.Namespace:
     for name, help_text in (
         ("run", "run, or continue, the job of a config"),
         ("inspect", "parameters, memory and FLOPs of a config, without running it"),
+        ("launch", "run the job of a config elsewhere, or in several processes here"),
+        ("compile", "compile a config's training step for a TPU slice, without a TPU: does it fit, how fast may it be"),
     ):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
         command.add_argument("overrides", nargs="*", metavar="--config.KEY=VALUE", help="changes a key of the config")
+        if name == "launch":
+            add_launch_flags(command)
+        if name in ("inspect", "compile"):
+            slice_help = "a TPU slice, such as v5e:16x16 or v5p:4x4x8"
+            command.add_argument("--topology", required=name == "compile", metavar="NAME", help=slice_help)
+        if name == "compile":
+            command.add_argument("--json", action="store_true", help="print one JSON object")
+            command.add_argument("--search", action="store_true", help="try meshes, remat policies and batch sizes")
+            command.add_argument("--tries", type=int, default=8, help="compilations of --search; default 8")
     sample = commands.add_parser("sample", help="continue a prompt from a run's checkpoint")
     sample.add_argument("run_dir", help="directory of the run, such as runs/quickstart")
     sample.add_argument("--prompt", action="append", help="text to continue; may be given several times")
@@ -74,11 +89,21 @@ def parse(words: list[str]) -> argparse.Namespace:
     # argparse has no options of free name: the overrides are taken out beforehand.
     overrides = [word for word in words if word.startswith("--config.")]
     arguments = parser.parse_args([word for word in words if word not in overrides])
-    if overrides and arguments.command not in ("run", "inspect"):
+    if overrides and arguments.command not in TAKE_A_CONFIG:
         parser.error(f"{overrides[0]}: `loam {arguments.command}` takes no config")
-    if arguments.command in ("run", "inspect"):
+    if arguments.command in TAKE_A_CONFIG:
         arguments.overrides += overrides
     return arguments
+
+
+def add_launch_flags(command: argparse.ArgumentParser) -> None:
+    from experiments.launch import add_flags
+
+    add_flags(command)
+    command.add_argument(
+        "--sweep", action="append", default=[], metavar="config.KEY=VALUE,VALUE", help="one job for each; several give a grid"
+    )
+    command.add_argument("--dry-run", action="store_true", help="print what would be handed over, and to nobody")
 
 
 def load_train_config(path: str, overrides: list[str]) -> Any:
@@ -110,6 +135,22 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
+def launch(arguments: argparse.Namespace) -> int:
+    from experiments.launch import code_facts, from_flags, make_jobs
+    from experiments.launch_artefacts import artefact, local_commands, submit
+    from experiments.launch_local import free_port, run_together
+
+    flags, local = from_flags(arguments), arguments.on == "local"
+    jobs = make_jobs(flags, arguments.config, arguments.overrides, arguments.sweep, load_train_config, code_facts())
+    for job in jobs:
+        commands = local_commands(job, free_port()) if local else []
+        if arguments.dry_run:
+            print("\n".join(map(shlex.join, commands)) if local else artefact(job).rstrip())
+        elif status := run_together(commands, flags.grace_seconds) if local else submit(job):
+            return status
+    return 0
+
+
 def summary(run_dir: str, report_path: Any) -> str:
     """What a finished run learned, where its report is, and what to type next."""
     with open(f"{run_dir}/result.json") as file:
@@ -130,11 +171,26 @@ def summary(run_dir: str, report_path: Any) -> str:
 
 def inspect(arguments: argparse.Namespace) -> int:
     config = load_train_config(arguments.config, arguments.overrides)
+    if arguments.topology:
+        from model.chips import topology_of
+
+        topology = topology_of(arguments.topology)
+        os.environ["JAX_PLATFORMS"] = "cpu"  # A plan needs no device.
+        from experiments.inspect import describe_plan
+
+        print(describe_plan(config, topology))
+        return 0
     configure_jax(config)
     from experiments.inspect import describe
 
     print(describe(config))
     return 0
+
+
+def compile_for_slice(arguments: argparse.Namespace) -> int:
+    from experiments.compile import main as compile_main
+
+    return compile_main(arguments)
 
 
 def sample(arguments: argparse.Namespace) -> int:
@@ -180,7 +236,15 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"run": run, "inspect": inspect, "sample": sample, "ckpt": ckpt, "report": report}
+COMMANDS = {
+    "run": run,
+    "inspect": inspect,
+    "compile": compile_for_slice,
+    "launch": launch,
+    "sample": sample,
+    "ckpt": ckpt,
+    "report": report,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

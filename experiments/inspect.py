@@ -7,10 +7,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from model.chips import Topology
 from model.flops import forward_flops_per_token, train_flops_per_token
 from model.params import active_parameters, num_parameters, param_specs, parameter_groups
 from train.config import TrainConfig
-from train.step import make_trainer
+from train.memory import plan_memory
+from train.step import make_trainer, mesh_sizes
 
 
 def describe(config: TrainConfig) -> str:
@@ -18,8 +20,7 @@ def describe(config: TrainConfig) -> str:
     specs = param_specs(config.model)
     trainer = make_trainer(config)
     total = num_parameters(specs)
-    active = f", of which each token meets {sum(active_parameters(config.model).values()):,}" if config.model.moe else ""
-    lines = [f"{config.name}: {total:,} parameters{active}", ""]
+    lines = [_title(config), ""]
     lines += [f"  {name:<28}{count:>16,}{100 * count / total:>7.1f} %" for name, count in parameter_groups(specs).items()]
     state = trainer.abstract_state
     mesh = ", ".join(f"{axis} {size}" for axis, size in trainer.mesh.shape.items())
@@ -27,8 +28,35 @@ def describe(config: TrainConfig) -> str:
     for name, tree in (("parameters", state.params), ("optimizer state", state.opt_state), ("moving average", state.ema)):
         lines.append(f"  {name:<28}{_device_bytes(tree) / 2**20:>14,.1f} MiB")
     lines.append(f"  {'gradients':<28}{_device_bytes(state.params) / 2**20:>14,.1f} MiB")
+    return "\n".join([*lines, *_flops_lines(config)])
+
+
+def describe_plan(config: TrainConfig, topology: Topology) -> str:
+    """What each device of a slice will hold, by plan, against its HBM."""
+    mesh = mesh_sizes(config, topology.num_devices)
+    plan = plan_memory(config, mesh)
+    total, limit = sum(plan.values()), topology.chip.hbm_bytes
+    names = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
+    lines = [
+        _title(config),
+        "",
+        f"memory per device of {topology.name} ({topology.num_devices} devices), mesh {names}",
+        *(f"  {name:<36}{size / 2**20:>14,.1f} MiB" for name, size in plan.items()),
+        f"  {'planned':<36}{total / 2**20:>14,.1f} MiB, {100 * total / limit:.0f} % of its {limit / 2**30:.2f} GiB",
+    ]
+    if total > limit:
+        lines.append("  it will hardly fit: `loam compile` tells for sure, and proposes what to change")
+    return "\n".join([*lines, *_flops_lines(config)])
+
+
+def _title(config: TrainConfig) -> str:
+    active = f", of which each token meets {sum(active_parameters(config.model).values()):,}" if config.model.moe else ""
+    return f"{config.name}: {num_parameters(param_specs(config.model)):,} parameters{active}"
+
+
+def _flops_lines(config: TrainConfig) -> list[str]:
     seq_len = config.data.seq_len
-    lines += [
+    return [
         "",
         f"FLOPs per token at {seq_len} tokens a row, attention counted causally",
         f"  {'forward':<28}{forward_flops_per_token(config.model, seq_len):>16,.0f}",
@@ -37,7 +65,6 @@ def describe(config: TrainConfig) -> str:
         f"run: {config.steps:,} steps x {config.tokens_per_step:,} tokens = {config.steps * config.tokens_per_step:,} tokens, "
         f"{config.steps * config.tokens_per_step * train_flops_per_token(config.model, seq_len):.3g} FLOPs",
     ]
-    return "\n".join(lines)
 
 
 def _device_bytes(tree: object) -> int:

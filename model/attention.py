@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from model.config import AttentionBackend
@@ -91,10 +92,11 @@ def attention(
     Returns:
       [B, T, H, dimensions of a value] of q's dtype. A query that sees nothing and has no sink gets 0.
     """
-    width = v_BSKD.shape[-1]
+    named = {"query": q_BTHD, "key": k_BSKD, "value": v_BSKD}
+    q, k, v = (checkpoint_name(x.swapaxes(1, 2), name) for name, x in named.items())
+    width = v.shape[-1]
     if backend in ("flash", "cudnn"):  # kernels that take one width for keys and values
-        v_BSKD = jnp.pad(v_BSKD, ((0, 0), (0, 0), (0, 0), (0, k_BSKD.shape[-1] - width)))
-    q, k, v = (x.swapaxes(1, 2) for x in (q_BTHD, k_BSKD, v_BSKD))
+        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - width)))
     on_ring = layout is not None and layout.shards("sequence") > 1
     attend = functools.partial(_attend_on_ring if on_ring else _attend, scale=scale, cap=cap, backend=backend)
     # The partitioner splits plain JAX by itself; a kernel and a ring are split by hand.

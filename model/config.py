@@ -17,7 +17,7 @@ NormPlacement = Literal["pre", "post", "sandwich"]
 QkNorm = Literal["none", "head", "full"]
 Mlp = Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"]
 Router = Literal["softmax", "sigmoid"]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "attention", "dots"]
 AttentionBackend = Literal["reference", "xla", "flash", "cudnn"]
 DType = Literal["float32", "bfloat16"]
 
@@ -186,8 +186,8 @@ class ModelConfig:
       parallel_block: attention and MLP read the same normalised input and are added together (Falcon, Phi).
       moe: experts in place of the MLP; None is a dense network.
       mla: latent attention in place of queries, keys and values of their own; head_dim is then that of its queries and keys.
-      remat: what the backward pass recomputes: `none`, `full` (everything but layer inputs), `dots` (all but matmuls; those of
-        experts again too).
+      remat: what the backward pass recomputes: `none`, `full` (everything but layer inputs), `attention` (that but for
+        attention with its inputs), `dots` (all but matmuls; those of experts again too).
       dtype: of activations and matmuls; parameters are stored in `param_dtype`.
     """
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from model.kernels.tiles import MASKED
 
@@ -102,7 +103,8 @@ def _forward(part: Part, patterns: Any, q, k, v, sinks):
     if sinks is not None:
         without, lse = lse, jnp.logaddexp(lse, sinks.astype(jnp.float32)[:, None])
         out = out * jnp.exp(without - lse)[..., None]
-    out = out.astype(q.dtype)
+    # Named for remat: with these kept, the backward pass need not go round the ring twice.
+    out, lse = checkpoint_name(out.astype(q.dtype), "attention_out"), checkpoint_name(lse, "attention_lse")
     return out, (patterns, q, k, v, sinks, out, lse)
 
 

@@ -158,7 +158,11 @@ def remat(function: Callable[..., Any], config: ModelConfig, **static: Any) -> C
     if config.remat == "none":
         return function
     policies = jax.checkpoint_policies
-    policy = {"full": policies.nothing_saveable, "dots": policies.dots_with_no_batch_dims_saveable}[config.remat]
+    policy = {
+        "full": policies.nothing_saveable,
+        "attention": policies.save_only_these_names("query", "key", "value", "attention_out", "attention_lse"),
+        "dots": policies.dots_with_no_batch_dims_saveable,
+    }[config.remat]
     return jax.checkpoint(function, policy=policy)
 
 

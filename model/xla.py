@@ -14,6 +14,25 @@ CPU_FLAGS = (
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
 )
 
+# For libtpu, which reads LIBTPU_INIT_ARGS when it is loaded; any other backend leaves them alone. `loam compile` compiles with
+# the same, and shows what becomes of the collectives; which of them matter is noted in experiments/LOG.md.
+TPU_FLAGS = (
+    # Collectives begin early, and go on in pieces beside the matmuls that do not need them yet.
+    "--xla_enable_async_all_gather=true",
+    "--xla_enable_async_all_reduce=true",
+    "--xla_enable_async_collective_permute=true",
+    "--xla_tpu_enable_async_collective_fusion=true",
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true",
+    "--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=true",
+    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+    "--xla_tpu_overlap_compute_collective_tc=true",
+    # Gradients of sharded parameters are reduced and scattered in one, whatever the size of the shards.
+    "--xla_tpu_use_minor_sharding_for_major_trivial_input=true",
+    "--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1",
+    "--xla_tpu_assign_all_reduce_scatter_layout=true",
+)
+
 # XLA allocates the buffer of a step anew each time. On pages of 2 MiB that costs a hundred times fewer page faults, which take
 # a tenth of the time of a step of the quickstart. glibc reads this when a process starts.
 MALLOC_SETTINGS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -25,18 +44,23 @@ def restart_with_huge_pages() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | MALLOC_SETTINGS)
 
 
+def with_flags(given: str, flags: tuple[str, ...]) -> str:
+    """`given` and those of `flags` that it does not set."""
+    names = {flag.split("=")[0] for flag in given.split()}
+    return " ".join([given, *(flag for flag in flags if flag.split("=")[0] not in names)]).strip()
+
+
 def configure(cpu_devices: int) -> None:
     """Sets the flags, splits the CPU into `cpu_devices` devices, and keeps compiled programs between processes.
 
     Programs are kept in `JAX_COMPILATION_CACHE_DIR`, by default under the user's cache directory. Flags that the caller
-    has put into `XLA_FLAGS` win.
+    has put into `XLA_FLAGS` and `LIBTPU_INIT_ARGS` win.
 
     Raises:
       RuntimeError: jax has already started its backends.
     """
-    given = os.environ.get("XLA_FLAGS", "")
-    names = {flag.split("=")[0] for flag in given.split()}
-    os.environ["XLA_FLAGS"] = " ".join([given, *(flag for flag in CPU_FLAGS if flag.split("=")[0] not in names)]).strip()
+    os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), CPU_FLAGS)
+    os.environ["LIBTPU_INIT_ARGS"] = with_flags(os.environ.get("LIBTPU_INIT_ARGS", ""), TPU_FLAGS)
 
     import jax
 

@@ -60,5 +60,5 @@ def test_a_command_that_a_document_shows_exists(document, command):
     elif "--help" not in words:
         arguments = parse(words[1:])
         # configs/NAME.py and --config.key=value stand for any.
-        if arguments.command in ("run", "inspect") and "NAME" not in arguments.config:
+        if arguments.command in ("run", "inspect", "launch") and "NAME" not in arguments.config:
             load_train_config(arguments.config, [word for word in arguments.overrides if word != "--config.key=value"])

@@ -80,9 +80,9 @@ class ParamRule:
         check(self.learning_rate_scale >= 0, f"optimizer.rules: {self.pattern!r} has a negative learning_rate_scale")
 
 
-# Norm scales, biases and one-dimensional parameters are not decayed; matrices are.
+# Norm scales, biases and sinks are not decayed; matrices are.
 DEFAULT_RULES = (
-    ParamRule(r".*(norm|bias)[^/]*(/.*)?", weight_decay=False),
+    ParamRule(r".*(norm|bias|sinks)[^/]*(/.*)?", weight_decay=False),
     ParamRule(r".*"),
 )
 

@@ -37,7 +37,7 @@ from train.metrics import JsonlWriter, Writer, check_writers, make_writers, read
 from train.peak import matmul_peak
 from train.progress import Progress
 from train.provenance import provenance
-from train.step import Trainer, TrainState, make_trainer
+from train.step import Trainer, TrainState, abstract_batch, make_trainer
 
 Log = Callable[[str], None]
 
@@ -237,11 +237,8 @@ class Loop:
         write_json_atomic(path, info)
 
     def _compile(self) -> Any:
-        rows = (self.config.batch_size, self.config.data.seq_len)
-        dtypes = {"tokens": "int32", "targets": "int32", "segment_ids": "int32", "positions": "int32", "weights": "float32"}
-        batch = {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in dtypes.items()}
         with self.timed("compile"):
-            return self.trainer.step.lower(self.trainer.abstract_state, batch).compile()
+            return self.trainer.step.lower(self.trainer.abstract_state, abstract_batch(self.config)).compile()
 
     def _restore(self, among: list[int] | None = None) -> tuple[TrainState, int, collections.deque[float]]:
         """The newest sound checkpoint (`among` these steps), or the initial state; metrics that came after it are dropped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 import platform
@@ -45,14 +46,18 @@ def provenance(mesh: jax.sharding.Mesh, manifest_hash: str, peak_flops: float) -
 
 
 def git_state(directory: pathlib.Path) -> dict[str, Any]:
-    """Commit and whether the tree differs from it; commit is "" outside of a repository or without git."""
+    """Commit, whether the tree differs from it, and the hash of the difference ("" if none; of new files, only the names).
+
+    The commit is "" outside of a repository or without git.
+    """
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        command = ["git", "-C", str(directory), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=10).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+        difference = hashlib.sha256((status + git("diff", "HEAD")).encode()).hexdigest() if status else ""
+        return {"commit": commit, "dirty": bool(status), "diff_sha256": difference}
     except (OSError, subprocess.SubprocessError):
-        return {"commit": "", "dirty": False}
+        return {"commit": "", "dirty": False, "diff_sha256": ""}

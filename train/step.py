@@ -19,12 +19,13 @@ from model.logprobs import token_logprobs
 from model.moe import balance_experts
 from model.params import Params, abstract_params, dimensions, init_params, is_spec, param_shardings, param_specs
 from model.ring_attention import zigzag
-from model.sharding import TRAIN_RULES, Layout, check_mesh, constrain, make_mesh
+from model.sharding import TRAIN_RULES, Layout, check_mesh, constrain, make_mesh, resolve_sizes
 from model.transformer import activations, forward
 from train.config import LossConfig, TrainConfig, check
 from train.optimizer import make_optimizer, make_schedule
 
-Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions int32 and weights float32, all [rows, seq_len]
+Batch = dict[str, jax.Array]  # all [rows, seq_len]
+BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "segment_ids": "int32", "positions": "int32", "weights": "float32"}
 Metrics = dict[str, jax.Array]  # float32 scalars; among sums `expert_load` too, see model.moe.Routing
 
 
@@ -179,6 +180,11 @@ def opt_state_shardings(
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
 
 
+def abstract_batch(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    rows = (config.batch_size, config.data.seq_len)
+    return {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in BATCH_DTYPES.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """The compiled functions of a run and where its arrays live."""
@@ -200,11 +206,10 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
       ValueError: the mesh does not fit the devices, the batch or a parameter does not divide over it, or the attention backend
         is for other devices.
     """
-    mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
-    specs = param_specs(config.model)
+    devices = devices if devices is not None else jax.devices()
+    mesh = make_mesh(mesh_sizes(config, len(devices)), devices)
     check_backend(config.model.attention_backend, mesh)
-    arrays = dimensions(specs) + activations(config.batch_size // config.accumulation, config.data.seq_len)
-    check_mesh(arrays, TRAIN_RULES, dict(mesh.shape))
+    specs = param_specs(config.model)
     layout = Layout.of(mesh, TRAIN_RULES)
     # A batch arrives with whole rows; its tokens are dealt out along `context` in the step.
     rows = layout.sharding("batch")
@@ -248,6 +253,18 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
         ),
         batch_sharding=rows,
     )
+
+
+def mesh_sizes(config: TrainConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of the mesh's axes over so many devices.
+
+    Raises:
+      ValueError: they do not multiply to the number of devices, or the model or the batch does not divide over them.
+    """
+    sizes = resolve_sizes(dataclasses.asdict(config.mesh), num_devices)
+    arrays = dimensions(param_specs(config.model)) + activations(config.batch_size // config.accumulation, config.data.seq_len)
+    check_mesh(arrays, TRAIN_RULES, sizes)
+    return sizes
 
 
 def check_backend(backend: AttentionBackend, mesh: Mesh) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -459,6 +460,8 @@ def _attend(plan: Plan, logits: _Logits, q, k, v, sinks) -> tuple[jax.Array, jax
 
 def _attend_forward(plan: Plan, logits: _Logits, q, k, v, sinks):
     out, lse = _forward(plan, logits, _scaled(q, logits), k, v, sinks)
+    # Named for remat: with these kept, the backward pass need not run the kernel again.
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (plan, q, k, v, sinks, out, lse)
 
 

@@ -1,10 +1,6 @@
 """Flash attention against a float64 reference, in TPU interpret mode: memory starts as NaN, copies that race are told."""
 
-import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -13,8 +9,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from model.kernels.flash_attention import MASKED, flash_attention
-from model.kernels.tiles import BlockSizes, make_plan
+from model.kernels.flash_attention import flash_attention
+from model.kernels.tiles import MASKED, BlockSizes, make_plan
+from tests.libtpu import run_with_libtpu
 
 SCALE = 0.3
 SIZES = BlockSizes(forward=(128, 128), backward=(128, 128))
@@ -299,15 +296,7 @@ COMPILE = textwrap.dedent(
 
 
 def compile_for(topology, length, head_dim, group, window, cap, gradients):
-    if importlib.util.find_spec("libtpu") is None:
-        if os.environ.get("LOAM_REQUIRE_LIBTPU"):
-            pytest.fail("libtpu is not installed: `make env EXTRAS=tpu` installs it")
-        pytest.skip("libtpu, the TPU compiler, is not installed")
-    environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-    arguments = [topology, length, head_dim, group, window, cap, int(gradients)]
-    command = [sys.executable, "-c", COMPILE, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_with_libtpu(COMPILE, topology, length, head_dim, group, window, cap, int(gradients))
 
 
 def test_it_compiles_for_a_tpu():

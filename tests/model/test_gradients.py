@@ -106,7 +106,7 @@ def count_dots(jaxpr, batched: bool) -> int:
     return count
 
 
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "attention", "full")
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -118,7 +118,7 @@ def test_remat_computes_again_what_its_policy_says(scan_layers):
         config = dataclasses.replace(SMALL, scan_layers=scan_layers, remat=policy)
         jaxpr = jax.make_jaxpr(jax.grad(weighted_sum), static_argnums=1)(params, config, *packed_rows(48)).jaxpr
         matmuls[policy], attention_dots[policy] = count_dots(jaxpr, batched=False), count_dots(jaxpr, batched=True)
-    assert matmuls["none"] == matmuls["dots"] < matmuls["full"]
+    assert matmuls["none"] == matmuls["dots"] < matmuls["attention"] < matmuls["full"]
     assert attention_dots["none"] < attention_dots["dots"] == attention_dots["full"]
 
 

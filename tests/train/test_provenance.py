@@ -24,17 +24,25 @@ def test_record_is_json_and_holds_no_environment(monkeypatch):
 
 def test_git_state_follows_the_tree(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert git_state(tmp_path) == {"commit": "", "dirty": False}
+    nothing = {"commit": "", "dirty": False, "diff_sha256": ""}
+    assert git_state(tmp_path) == nothing
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
     for arguments in (["init"], [*identity, "commit", "--allow-empty", "-m", "first"]):
         subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
     state = git_state(tmp_path)
     assert len(state["commit"]) == 40
     assert not state["dirty"]
-    (tmp_path / "new").write_text("")
-    assert git_state(tmp_path) == {"commit": state["commit"], "dirty": True}
+    assert state["diff_sha256"] == ""
+    hashes = set()
+    for text in ("one", "two"):
+        (tmp_path / "new").write_text(text)
+        subprocess.run(["git", "-C", str(tmp_path), "add", "new"], check=True)
+        changed = git_state(tmp_path)
+        assert (changed["commit"], changed["dirty"]) == (state["commit"], True)
+        hashes.add(changed["diff_sha256"])
+    assert len(hashes) == 2
     monkeypatch.setenv("PATH", "")
-    assert git_state(tmp_path) == {"commit": "", "dirty": False}
+    assert git_state(tmp_path) == nothing
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -1,6 +1,7 @@
 """Reads what libtpu's compiler writes about a kernel: its VLIW bundles, basic blocks and the units they keep busy.
 
 One bundle is one cycle where nothing stalls, so bundles are a lower bound and an estimate, not a measurement.
+`attention_cycles` adds them up over the tiles that our attention kernels visit.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ UNITS: tuple[str, ...] = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
-def compiler_environment(dump: Path) -> dict[str, str]:
-    """Environment of a process that compiles for TPUs on a machine without one and leaves its schedules in `dump`."""
+def compiler_environment(dump: Path | None = None) -> dict[str, str]:
+    """Environment of a process that compiles for TPUs on a machine without one, and leaves its final schedules in `dump`."""
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if dump:
+        flags += f" --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_"
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+        "LIBTPU_INIT_ARGS": flags.strip(),
     }
 
 
@@ -62,6 +66,12 @@ class Schedule:
                 found.append(self.bundles[begin:end])
         return found
 
+    def tile_loops(self) -> list[list[Bundle]]:
+        """Loops that use the MXU and hold no other that does."""
+        working = [loop for loop in self.loops() if used(loop, "MXU")]
+        starts = {id(loop[0]) for loop in working}
+        return [loop for loop in working if not any(id(bundle) in starts for bundle in loop[1:])]
+
     def blocks(self) -> list[list[Bundle]]:
         """Basic blocks: bundles between places where control flow arrives or leaves."""
         blocks: list[list[Bundle]] = [[]]
@@ -77,6 +87,40 @@ class Schedule:
 def used(bundles: list[Bundle], unit: str) -> int:
     """Slots of a unit that the bundles use."""
     return sum(bundle.units[UNITS.index(unit)] for bundle in bundles)
+
+
+def causal_tiles(length: int, window: int, block: tuple[int, int]) -> tuple[int, int]:
+    """(masked, full) tiles of queries x keys that one causal document of `length` tokens has; window 0 is no limit."""
+    masked = full = 0
+    for first_query in range(0, length, block[0]):
+        last_query = min(first_query + block[0], length) - 1
+        for first_key in range(0, last_query + 1, block[1]):
+            last_key = first_key + block[1] - 1
+            if window and first_query - last_key >= window:
+                continue
+            whole = last_key <= first_query and first_query + block[0] <= length
+            whole &= not window or last_query - first_key < window
+            full, masked = full + whole, masked + (not whole)
+    return masked, full
+
+
+def attention_cycles(schedule: Schedule, tiles: tuple[float, float], rows_of_tiles: float, least: float) -> float:
+    """Cycles that one of our attention kernels takes at least: of a tile its bundles, or `least` if they are fewer.
+
+    Args:
+      tiles: (masked, full) tiles visited, by all heads and rows.
+      rows_of_tiles: steps of its grid.
+      least: cycles that the MXUs need for the products of a tile. A bundle may wait for them.
+
+    Raises:
+      ValueError: its code is not what it was when this was written.
+    """
+    loops = schedule.tile_loops()
+    if len(loops) != 3:
+        raise ValueError(f"{len(loops)} inner loops of our kernel use the MXU, not 3: its code has changed, mend this count")
+    inside = sum(1 for bundle in schedule.bundles if bundle.depth) - sum(len(loop) for loop in loops)
+    masked, full = (max(len(loop), least) for loop in loops[:2])
+    return tiles[0] * masked + tiles[1] * full + rows_of_tiles * inside
 
 
 def read_schedule(dump: Path, kernel: str) -> Schedule:

@@ -1,0 +1,14 @@
+"""Llama 3 70B (arXiv:2407.21783) on 64 chips of tpu7x, which are 128 devices.
+
+Command:   loam compile --config=configs/pods/llama3_70b_tpu7x.py --topology=tpu7x:4x4x4
+Hardware:  tpu7x:4x4x4; compiling takes a laptop
+Expected:  fits into the chips' memory; docs/pods.md has bytes, collectives and the compiler's estimate of the step
+"""
+
+from ml_collections import ConfigDict
+
+from configs.pods import pretraining
+
+
+def get_config() -> ConfigDict:
+    return pretraining("llama3-70b", seq_len=8192, batch_size=256, mesh={"fsdp": 128}, remat="full")

@@ -1,0 +1,14 @@
+"""Llama 3 70B (arXiv:2407.21783) on 512 chips of v5p.
+
+Command:   loam compile --config=configs/pods/llama3_70b_v5p.py --topology=v5p:8x8x8
+Hardware:  v5p:8x8x8; compiling takes a laptop
+Expected:  fits into the chips' memory; docs/pods.md has bytes, collectives and the compiler's estimate of the step
+"""
+
+from ml_collections import ConfigDict
+
+from configs.pods import pretraining
+
+
+def get_config() -> ConfigDict:
+    return pretraining("llama3-70b", seq_len=8192, batch_size=512, mesh={"fsdp": 512}, remat="full")

@@ -1,0 +1,14 @@
+"""Llama 3.1 8B (arXiv:2407.21783) at a context of 131,072 tokens on 128 chips of v5p: rows are split over a ring of 16.
+
+Command:   loam compile --config=configs/pods/llama3_8b_128k_v5p.py --topology=v5p:4x4x8
+Hardware:  v5p:4x4x8; compiling takes a laptop
+Expected:  fits into the chips' memory; docs/pods.md has bytes, collectives and the compiler's estimate of the step
+"""
+
+from ml_collections import ConfigDict
+
+from configs.pods import pretraining
+
+
+def get_config() -> ConfigDict:
+    return pretraining("llama3.1-8b", seq_len=131_072, batch_size=8, mesh={"fsdp": 8, "context": 16}, remat="full")

@@ -1,0 +1,14 @@
+"""Mixtral 8x7B (arXiv:2401.04088) on 128 chips of v5p.
+
+Command:   loam compile --config=configs/pods/mixtral_8x7b_v5p.py --topology=v5p:4x4x8
+Hardware:  v5p:4x4x8; compiling takes a laptop
+Expected:  fits into the chips' memory; docs/pods.md has bytes, collectives and the compiler's estimate of the step
+"""
+
+from ml_collections import ConfigDict
+
+from configs.pods import pretraining
+
+
+def get_config() -> ConfigDict:
+    return pretraining("mixtral-8x7b", seq_len=8192, batch_size=256, mesh={"fsdp": 16, "expert": 8}, remat="full")

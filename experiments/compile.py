@@ -1,0 +1,476 @@
+"""`loam compile`: compiles the training step of a config for a TPU slice, on a machine that has none, and says what it takes.
+
+The compiler is libtpu's own, so what does not fit into HBM does not fit on the slice either. Seconds and MFU are the compiler's
+estimate: cycles of its operations over the clock, the bundles of Pallas kernels times the tiles of one document as long as a
+row, and the time that collectives need on the links beyond the work that covers them. Nothing was measured.
+
+Every compilation has a process of its own, because libtpu reads its flags once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.tpu_schedule import compiler_environment
+from model.chips import Topology, topology_of
+from model.config import check
+from model.xla import TPU_FLAGS, with_flags
+from train.config import TrainConfig
+
+GIB = 2**30
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+# What keeps more comes first: the first that fits recomputes least.
+REMAT_ORDER = ("none", "dots", "attention", "full")
+Report = dict[str, Any]
+
+
+class DoesNotFit(RuntimeError):
+    """The step needs more HBM than a device has."""
+
+
+# --- In a process of its own --------------------------------------------------------------------------------------------------
+
+
+def compile_step(config: TrainConfig, topology: Topology, dump: Path) -> Report:
+    """Compiles the training step. The report lacks what needs no compiler.
+
+    If the step has Pallas kernels, this process is replaced by one whose compiler leaves its schedules in `dump`: that takes a
+    third longer.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    from train.step import abstract_batch, make_trainer
+
+    # With megacore a v4 chip is one device, as it is on a TPU VM.
+    options: dict[str, Any] = {"chip_config_name": topology.chip.configuration} if topology.chip.configuration else {}
+    if topology.num_chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
+    begin = time.perf_counter()
+    trainer = make_trainer(config, devices)
+    lowered = trainer.step.lower(trainer.abstract_state, abstract_batch(config))
+    if not dump.exists() and "tpu_custom_call" in lowered.as_text():
+        dump.mkdir()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], compiler_environment(dump))
+    lowered_at = time.perf_counter()
+    mesh = {str(axis): size for axis, size in trainer.mesh.shape.items()}
+    report: Report = {"mesh": mesh, "lower_seconds": lowered_at - begin, "jax": jax.__version__}
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return report | {"memory": None, "refused": str(error)}
+    report["compile_seconds"] = time.perf_counter() - lowered_at
+    memory = compiled.memory_analysis()
+    report["memory"] = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "generated_code": memory.generated_code_size_in_bytes,
+    }
+    places = [device.coords for device in trainer.mesh.devices.flat]
+    return report | analyse(compiled.as_text(), config, topology, mesh, places, dump)
+
+
+def analyse(
+    text: str, config: TrainConfig, topology: Topology, mesh: Mapping[str, int], places: Sequence[Sequence[int]], dump: Path
+) -> Report:
+    """What the text of the compiled program tells."""
+    from experiments import hlo
+
+    module = hlo.parse(text)
+    done = hlo.work(module)
+    found = hlo.collectives(module)
+    rows = hlo.traffic(found, mesh, topology, places)
+    kernels = [kernel_report(kernel, config, topology, dump) for kernel in done.kernels]
+    cycles = done.cycles | {"kernel": sum(kernel["cycles"] or 0 for kernel in kernels)}
+    exposed = sum(row.exposed_seconds for row in rows)
+    return {
+        "estimated_cycles": cycles,
+        "matmul_flops_per_device": done.flops,
+        "kernels": kernels,
+        "collectives": [row._asdict() for row in rows],
+        "exposed_all_gathers": [
+            {"name": one.name, "bytes": one.times * one.moved_bytes(len(places)), "times": one.times}
+            for one in hlo.exposed_gathers(found)
+        ],
+        "exposed_collective_seconds": exposed,
+        "loops_of_unknown_length": done.unknown_loops,
+        "estimated_step_seconds": sum(cycles.values()) / topology.chip.clock + exposed,
+    }
+
+
+def kernel_report(kernel: Any, config: TrainConfig, topology: Topology, dump: Path) -> Report:
+    """Calls of a Pallas kernel and the cycles of all of them: None where its schedule cannot be multiplied out."""
+    attention = re.search(r"flash_(forward|backward)", kernel.name)  # An instruction is named after scopes around it, too.
+    cycles = None
+    if attention:
+        cycles = kernel.times * attention_call_cycles(attention[1], kernel, config, topology, dump)
+    return {"instruction": kernel.name, "times": kernel.times, "cycles": cycles}
+
+
+def attention_call_cycles(pass_: str, kernel: Any, config: TrainConfig, topology: Topology, dump: Path) -> float:
+    """Cycles of one call for a document as long as a row: the mean over the layers' windows and over parts of the context."""
+    from experiments.hlo import first_shape
+    from experiments.tpu_schedule import attention_cycles, causal_tiles, read_schedule
+    from model.kernels.tiles import BlockSizes
+
+    # Queries and keys, [B, H, T, D] and [B, K, S, D]: two of the operands, in another order in each pass.
+    wide = [shape for shape in map(first_shape, kernel.operands) if len(shape) == 4]
+    queries, keys = (wide[0], wide[1]) if pass_ == "forward" else (wide[2], wide[0])
+    block = getattr(BlockSizes.of_chip(topology.chip.name), pass_)
+    block = (min(block[0], queries[2]), min(block[1], keys[2]))
+    length = config.data.seq_len
+    parts = max(1, length // queries[2]) * max(1, length // keys[2])
+    layers = [config.model.window(layer) for layer in range(config.model.num_layers)]
+    tiles = [causal_tiles(length, window, block) for window in layers]
+    heads = queries[0] * queries[1]
+    masked, full = (heads * sum(counts) / len(layers) / parts for counts in zip(*tiles, strict=True))
+    chip = topology.chip
+    if pass_ == "forward":
+        rows, products = queries[0] * queries[1] * queries[2] / block[0], 2
+    else:
+        rows, products = keys[0] * keys[1] * keys[2] / block[1], 5
+    # The cores of a device share the steps of the grid; each has its part of the MXUs.
+    least = products * 2 * block[0] * block[1] * queries[3] / (chip.flops_per_cycle / chip.cores)
+    return attention_cycles(read_schedule(dump, f"-{kernel.name}-"), (masked, full), rows, least) / chip.cores
+
+
+def worker(directory: Path) -> None:
+    """Reads task.json, which holds config, overrides and topology, and writes report.json: a report, or {"error": message}."""
+    from experiments.cli import load_train_config
+
+    task = json.loads((directory / "task.json").read_text())
+    try:
+        config = load_train_config(task["config"], task["overrides"])
+        report = compile_step(config, topology_of(task["topology"]), directory / "schedules")
+    except (ValueError, RuntimeError) as error:
+        report = {"error": str(error)}
+    (directory / "report.json").write_text(json.dumps(report))
+
+
+# --- Here ---------------------------------------------------------------------------------------------------------------------
+
+
+def require_libtpu() -> None:
+    """Raises ImportError with what to do unless the compiler is installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            "libtpu, the TPU compiler, is not installed: `make env EXTRAS=tpu` in a checkout, or `pip install 'jax[tpu]'`, "
+            "installs it. No TPU is needed"
+        )
+
+
+def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> Report:
+    """The report of a config for a slice; `fits` says whether its HBM suffices.
+
+    Raises:
+      ValueError: what the config or the mesh is refused for.
+      RuntimeError: the compiler failed.
+    """
+    from experiments.cli import load_train_config
+    from model.flops import train_flops_per_token
+    from train.memory import plan_memory
+    from train.step import mesh_sizes
+
+    config = load_train_config(path, list(overrides))
+    plan = plan_memory(config, mesh_sizes(config, topology.num_devices))
+    environment = compiler_environment()
+    environment["LIBTPU_INIT_ARGS"] = with_flags(environment["LIBTPU_INIT_ARGS"], TPU_FLAGS)
+    with tempfile.TemporaryDirectory() as directory:
+        task = {"config": path, "overrides": list(overrides), "topology": topology.name}
+        Path(directory, "task.json").write_text(json.dumps(task))
+        command = [sys.executable, "-m", "experiments.compile", directory]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        output = Path(directory, "report.json")
+        if not output.exists():
+            last = [line for line in done.stderr.strip().splitlines() if line.strip()][-3:]
+            raise RuntimeError(f"the compiler for {topology.name} ended with status {done.returncode}: {' / '.join(last)}")
+        compiled = json.loads(output.read_text())
+    if "error" in compiled:
+        raise ValueError(compiled["error"])
+    chip, tokens = topology.chip, config.tokens_per_step
+    flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
+    report: Report = {
+        "config": config.name,
+        "overrides": list(overrides),
+        "topology": topology.name,
+        "chip": chip.name,
+        "devices": topology.num_devices,
+        "tokens_per_step": tokens,
+        "remat": config.model.remat,
+        "rows_per_device": config.batch_size // config.accumulation / shards(compiled["mesh"]),
+        "hbm_limit_bytes": chip.hbm_bytes,
+        "model_flops_per_step": flops,
+        "planned_bytes_per_device": plan,
+        "flags": environment["LIBTPU_INIT_ARGS"].split(),
+        **compiled,
+    }
+    memory = compiled["memory"]
+    if memory is None:
+        arguments = sum(plan[key] for key in ("parameters", "optimizer state", "moving average"))
+        live = exhausted_bytes(compiled["refused"], arguments)
+    else:
+        live = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
+        seconds = report["estimated_step_seconds"]
+        report["estimated_mfu"] = flops / (seconds * topology.num_devices * chip.peak_flops)
+    report["hbm_bytes_per_device"] = live
+    report["fits"] = memory is not None and live is not None and live <= chip.hbm_bytes
+    return report
+
+
+def shards(mesh: Mapping[str, int]) -> int:
+    """Over how many parts of the mesh the rows of a batch lie."""
+    from model.sharding import TRAIN_RULES
+
+    return math.prod(mesh[axis] for axis in TRAIN_RULES["batch"])
+
+
+def exhausted_bytes(message: str, arguments: int) -> int | None:
+    """Bytes that a refused program needs per device, from the compiler's message; None if it is not about HBM.
+
+    Args:
+      arguments: bytes of the program's arguments, which one of its messages leaves out.
+    """
+    number = r"([\d.]+)([KMGT]?)"
+    if match := re.search(rf"Used {number}i?B? of [\d.]+[KMGT]?i?B? hbm", message):
+        return int(float(match[1]) * UNITS[match[2]])
+    if match := re.search(rf"memory on HBM, the total memory required for HLO temporaries \({number}\)", message):
+        return int(float(match[1]) * UNITS[match[2]]) + arguments
+    return None
+
+
+def proposals(config: TrainConfig, topology: Topology) -> list[str]:
+    """Overrides that need less memory, with what the plan says of each; those that fit first, no more than four."""
+    from train.memory import plan_memory
+    from train.step import mesh_sizes
+
+    mesh = mesh_sizes(config, topology.num_devices)
+    rows = config.batch_size // config.accumulation // shards(mesh)
+    tried: list[dict[str, Any]] = [
+        {"model.remat": policy} for policy in REMAT_ORDER[REMAT_ORDER.index(config.model.remat) + 1 :]
+    ]
+    if rows > 1:
+        tried += [{"accumulation": 2 * config.accumulation}, {"batch_size": config.batch_size // 2}]
+    if mesh["data"] > 1:
+        tried.append({"mesh.data": 1, "mesh.fsdp": mesh["data"] * mesh["fsdp"]})
+    if mesh["fsdp"] % 2 == 0:
+        tried.append({"mesh.fsdp": mesh["fsdp"] // 2, "mesh.tensor": 2 * mesh["tensor"], "batch_size": config.batch_size // 2})
+    if not config.loss.chunk_tokens:
+        tried.append({"loss.chunk_tokens": 1024})
+    found = []
+    for changes in tried:
+        try:
+            changed = changed_config(config, changes)
+            total = sum(plan_memory(changed, mesh_sizes(changed, topology.num_devices)).values())
+        except ValueError:
+            continue
+        found.append((total, f"{' '.join(as_overrides(changes))} (planned: {total / GIB:.1f} GiB)"))
+    found.sort(key=lambda item: (item[0] > topology.chip.hbm_bytes, item[0] if item[0] > topology.chip.hbm_bytes else 0))
+    return [text for _, text in found[:4]]
+
+
+def changed_config(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """A config with some dotted keys set."""
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            value = dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{section or name: value})
+    return config
+
+
+def as_overrides(changes: Mapping[str, Any]) -> list[str]:
+    return [f"--config.{key}={value}" for key, value in changes.items()]
+
+
+def check_fits(report: Report, config: TrainConfig, topology: Topology) -> None:
+    """Raises DoesNotFit, with what would, unless the report's program fits."""
+    if report["fits"]:
+        return
+    needed = report["hbm_bytes_per_device"]
+    if needed is None:
+        raise RuntimeError(f"the compiler ran out of a memory on the chip, not of HBM: {report['refused']}")
+    better = proposals(config, topology)
+    hint = f"Try {'; or '.join(better)}" if better else "Take a larger slice"
+    raise DoesNotFit(
+        f"{config.name} needs {needed / GIB:.2f} GiB of HBM on each device of {topology.name}, which has "
+        f"{topology.chip.hbm_bytes / GIB:.2f}. {hint}"
+    )
+
+
+# --- Searching ----------------------------------------------------------------------------------------------------------------
+
+
+def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
+    """Changes of mesh, remat and batch that pass the checks and, by plan, fit.
+
+    Meshes over data, fsdp and tensor; 1, 2, 4 or 8 rows for each of data x fsdp x expert; the policy that recomputes least.
+    More rows and less tensor parallelism come first: they are what usually wins.
+    """
+    from model.sharding import factorizations
+    from train.memory import plan_memory
+    from train.step import mesh_sizes
+
+    given = mesh_sizes(config, topology.num_devices)
+    found = []
+    for mesh in factorizations(topology.num_devices):
+        if any(mesh[axis] != given[axis] for axis in ("context", "expert")):
+            continue
+        for rows in (8, 4, 2, 1):
+            for remat in REMAT_ORDER:
+                changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
+                changes |= {"model.remat": remat, "batch_size": rows * shards(mesh) * config.accumulation}
+                try:
+                    changed = changed_config(config, changes)
+                    planned = sum(plan_memory(changed, mesh_sizes(changed, topology.num_devices)).values())
+                except ValueError:
+                    break  # The mesh is not possible.
+                if planned <= topology.chip.hbm_bytes:
+                    found.append((mesh["tensor"], -rows, mesh["data"], changes))
+                    break
+    return [changes for *_, changes in sorted(found, key=lambda item: item[:3])]
+
+
+def search(
+    path: str, overrides: Sequence[str], topology: Topology, tries: int, log: Callable[[str], None]
+) -> list[tuple[dict[str, Any], Report]]:
+    """(changes, report) of the first `tries` candidates that fit, the fastest per token first."""
+    from experiments.cli import load_train_config
+
+    config = load_train_config(path, list(overrides))
+    planned = candidates(config, topology)
+    check(bool(planned), f"no mesh, remat policy and batch of {config.name} fits {topology.name} by plan: take a larger slice")
+    log(f"{len(planned)} candidates fit by plan; compiling the first {min(tries, len(planned))}")
+    found = []
+    for changes in planned[:tries]:
+        words = as_overrides(changes)
+        report = compile_config(path, [*overrides, *words], topology)
+        verdict = f"{1e6 * seconds_per_token(report):.4g} us a token" if report["fits"] else "does not fit"
+        log(f"  {' '.join(words)}: {verdict}")
+        if report["fits"]:
+            found.append((changes, report))
+    check(bool(found), f"none of the {min(tries, len(planned))} candidates tried fits {topology.name}: raise --tries")
+    return sorted(found, key=lambda item: seconds_per_token(item[1]))
+
+
+def seconds_per_token(report: Report) -> float:
+    return report["estimated_step_seconds"] / report["tokens_per_step"]
+
+
+# --- Printing -----------------------------------------------------------------------------------------------------------------
+
+
+def describe(report: Report) -> str:
+    """The report for people."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
+    lines = [
+        f"{report['config']} on {report['topology']}: {report['devices']} devices, mesh {mesh}, "
+        f"{report['tokens_per_step']:,} tokens a step, remat {report['remat']}",
+        f"lowered in {report['lower_seconds']:.1f} s, compiled in {report.get('compile_seconds', 0):.0f} s",
+        "",
+        "memory per device",
+    ]
+    if report["memory"]:
+        lines += [f"  {name.replace('_', ' '):<36}{size / GIB:>10.2f} GiB" for name, size in report["memory"].items()]
+    total, limit = report["hbm_bytes_per_device"], report["hbm_limit_bytes"]
+    planned = sum(report["planned_bytes_per_device"].values())
+    if total is not None:
+        lines.append(f"  {'live at once':<36}{total / GIB:>10.2f} GiB of {limit / GIB:.2f} (planned: {planned / GIB:.2f})")
+    if not report["memory"]:
+        return "\n".join(lines)
+    cycles = report["estimated_cycles"]
+    whole = sum(cycles.values()) or 1
+    lines += ["", "the compiler's estimate of cycles per device and step"]
+    lines += [f"  {name:<36}{count:>16,.0f}{100 * count / whole:>7.1f} %" for name, count in cycles.items() if count]
+    for kernel in report["kernels"]:
+        told = "not in the estimate" if kernel["cycles"] is None else f"{kernel['cycles']:,.0f} cycles"
+        lines.append(f"  kernel {kernel['instruction']:<29}{kernel['times']:>10,.0f} calls, {told}")
+    if report["loops_of_unknown_length"]:
+        lines.append(f"  loops counted once, their length is not known: {', '.join(report['loops_of_unknown_length'])}")
+    lines += ["", f"  {'collective':<20}{'over':<20}{'count':>7}{'async':>7}{'GiB':>9}{'seconds':>9}{'exposed':>9}"]
+    lines += [
+        f"  {row['kind']:<20}{row['axes']:<20}{row['count']:>7.0f}{row['asynchronous']:>7.0f}{row['bytes'] / GIB:>9.2f}"
+        f"{row['seconds']:>9.4f}{row['exposed_seconds']:>9.4f}"
+        for row in report["collectives"]
+    ]
+    gathers = sorted(report["exposed_all_gathers"], key=lambda one: -one["bytes"])
+    if gathers:
+        lines.append(f"  all-gathers that nothing covers: {len(gathers)}; the largest:")
+        lines += [f"    {one['name']:<28}{one['times']:>6.0f} times{one['bytes'] / GIB:>9.3f} GiB" for one in gathers[:4]]
+    lines += [
+        "",
+        f"model FLOPs per step {report['model_flops_per_step']:.4g}",
+        f"the compiler's estimate: {report['estimated_step_seconds']:.4f} s a step, MFU {100 * report['estimated_mfu']:.1f} %",
+    ]
+    return "\n".join(lines)
+
+
+def markdown_table(reports: Sequence[Report]) -> str:
+    """Reports as the rows of docs/pods.md."""
+    lines = [
+        "| config | slice | mesh | tokens a step | HBM a device | of | collectives exposed | step | MFU | compiled in |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
+        lines.append(
+            f"| {report['config']} | {report['topology']} | {mesh} | {report['tokens_per_step']:,} | "
+            f"{report['hbm_bytes_per_device'] / GIB:.1f} GiB | {report['hbm_limit_bytes'] / GIB:.1f} | "
+            f"{report['exposed_collective_seconds']:.3f} s | {report['estimated_step_seconds']:.3f} s | "
+            f"{100 * report['estimated_mfu']:.1f} % | {report['compile_seconds']:.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def save(report: Report, config: TrainConfig) -> Path:
+    """Writes the report beside the run."""
+    from train.files import write_json_atomic
+
+    directory = Path(config.run_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"compile_{report['topology'].replace(':', '_')}.json"
+    write_json_atomic(path, report)
+    return path
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """`loam compile`: the exit status."""
+    from experiments.cli import load_train_config
+
+    topology = topology_of(arguments.topology)
+    config = load_train_config(arguments.config, arguments.overrides)
+    require_libtpu()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # Nothing is computed here; a plan needs no device.
+    if arguments.search:
+        log = (lambda line: print(line, file=sys.stderr)) if arguments.json else print
+        changes, report = search(arguments.config, arguments.overrides, topology, arguments.tries, log)[0]
+        config = changed_config(config, changes)
+        log("")
+        log(f"best: {' '.join(as_overrides(changes))}")
+    else:
+        report = compile_config(arguments.config, arguments.overrides, topology)
+    path = save(report, config)
+    print(json.dumps(report) if arguments.json else f"{describe(report)}\n\n{path}")
+    check_fits(report, config, topology)
+    return 0
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))

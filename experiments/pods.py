@@ -1,0 +1,116 @@
+"""docs/pods.md: every config of configs/pods, compiled for the slice that its docstring names.
+
+`make pods` compiles those that docs/pods.json has no report of, one after the other, minutes each, and writes both files;
+`python -m experiments.pods NAME…` compiles the named ones again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.compile import GIB, Report, compile_config, require_libtpu
+from model.chips import topology_of
+from train.files import write_atomic, write_json_atomic
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path for path in (ROOT / "configs/pods").glob("*.py") if path.name != "__init__.py")
+REPORTS, PAGE = ROOT / "docs/pods.json", ROOT / "docs/pods.md"
+KEPT = (
+    "topology", "devices", "mesh", "tokens_per_step", "remat", "hbm_bytes_per_device", "hbm_limit_bytes", "memory",
+    "model_flops_per_step", "matmul_flops_per_device", "estimated_cycles", "kernels", "collectives", "exposed_all_gathers",
+    "exposed_collective_seconds", "estimated_step_seconds", "estimated_mfu", "compile_seconds", "fits", "jax",
+)  # fmt: skip
+
+# What MaxText has measured: its page "Optimized models tiering", and for tpu7x the table of training/ironwood in tpu-recipes
+# (1,207 TFLOP/s on each chip of 2,307), both read in November 2026.
+MAXTEXT = {
+    "llama3_8b_v6e": "45.5 % (Llama 3.1 8B, 256 chips)",
+    "llama3_70b_v5p": "65.4 % (Llama 2 70B, rows of 4,096)",
+    "mixtral_8x7b_v5p": "52.6 % (256 chips, rows of 4,096)",
+    "llama3_70b_tpu7x": "52.3 % (the same chips, rows and batch)",
+}
+
+HEADER = """# Pods: what the compiler says
+
+Made by `make pods` with libtpu, the TPU compiler, on a machine without a TPU. **Bytes are what the compiler allocates; seconds
+and MFU are its estimate** (cycles of its operations over the clock, bundles of our kernels times the tiles they visit for one
+document as long as the row, and collectives by their bytes over the links where no work covers them). Nothing here was
+measured on a TPU: contention for HBM, stalls and stragglers are not in it, so expect less. MaxText's numbers are measurements.
+
+"""
+
+
+def topology_in(path: Path) -> str:
+    """The slice of a pod config: that of the command in its docstring."""
+    match = re.search(r"--topology=(\S+)", path.read_text())
+    assert match is not None, path
+    return match[1]
+
+
+def shares(report: Report) -> dict[str, float]:
+    """Where the estimated step goes, as fractions of it."""
+    clock = topology_of(report["topology"]).chip.clock
+    seconds = {kind: cycles / clock for kind, cycles in report["estimated_cycles"].items()}
+    parts = {"matmuls": seconds.pop("matmul"), "attention kernel": seconds.pop("kernel")}
+    parts |= {"other operations": sum(seconds.values()), "exposed collectives": report["exposed_collective_seconds"]}
+    return {name: value / report["estimated_step_seconds"] for name, value in parts.items()}
+
+
+def page(reports: dict[str, Report]) -> str:
+    """The text of docs/pods.md."""
+    lines = [
+        "| config | slice | mesh | tokens a step | remat | HBM a device | step | MFU | MaxText measured | compiled in |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, report in sorted(reports.items()):
+        mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
+        memory = f"{report['hbm_bytes_per_device'] / GIB:.1f} of {report['hbm_limit_bytes'] / GIB:.1f} GiB"
+        mfu = f"{100 * report['estimated_mfu']:.1f} %"
+        lines.append(
+            f"| [{name}](../configs/pods/{name}.py) | {report['topology']} | {mesh} | {report['tokens_per_step']:,} | "
+            f"{report['remat']} | {memory} | {report['estimated_step_seconds']:.2f} s | {mfu} | "
+            f"{MAXTEXT.get(name, '')} | {report['compile_seconds']:.0f} s |"
+        )
+    lines += [
+        "",
+        "## Where the estimated step goes",
+        "",
+        "MFU counts the model's own FLOPs; *matmul FLOPs* says how many times as many the program does outside of the kernel,",
+        "for what it computes again. All-gathers and others are exposed where nothing is scheduled beside them.",
+        "",
+        "| config | matmuls | attention kernel | other operations | exposed collectives | matmul FLOPs | exposed all-gathers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, report in sorted(reports.items()):
+        parts = " | ".join(f"{100 * share:.0f} %" for share in shares(report).values())
+        again = report["matmul_flops_per_device"] * report["devices"] / report["model_flops_per_step"]
+        gathers = report["exposed_all_gathers"]
+        told = f"{len(gathers)}, {sum(one['bytes'] for one in gathers) / GIB:.2f} GiB" if gathers else "none"
+        lines.append(f"| {name} | {parts} | {again:.2f} | {told} |")
+    return HEADER + "\n".join(lines) + "\n"
+
+
+def main(names: list[str]) -> None:
+    require_libtpu()
+    reports: dict[str, Any] = json.loads(REPORTS.read_text()) if REPORTS.exists() else {}
+    known = {path.stem: path for path in CONFIGS}
+    for name in names or [name for name in known if name not in reports]:
+        print(f"compiling {name} for {topology_in(known[name])}", flush=True)
+        report = compile_config(str(known[name]), [], topology_of(topology_in(known[name])))
+        if not report["fits"]:
+            raise RuntimeError(f"{name} does not fit: {report['hbm_bytes_per_device']} of {report['hbm_limit_bytes']} bytes")
+        reports[name] = {key: report[key] for key in KEPT}
+        write_json_atomic(REPORTS, reports)
+        write_atomic(PAGE, page(reports).encode())
+        print(
+            f"  {report['compile_seconds']:.0f} s, MFU {100 * report['estimated_mfu']:.1f} % (the compiler's estimate)",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

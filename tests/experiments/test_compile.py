@@ -1,0 +1,242 @@
+"""`loam compile`: what it refuses, what it proposes, and one small step compiled by libtpu, end to end."""
+
+import importlib.util
+import json
+import math
+import os
+
+import pytest
+
+import experiments.compile as loam_compile
+from experiments.cli import load_train_config, main
+from experiments.compile import GIB, as_overrides, candidates, changed_config, check_fits, exhausted_bytes, proposals
+from model.chips import topology_of
+from train.memory import mesh_sizes, plan_memory
+
+CONFIG = """
+from ml_collections import ConfigDict
+from data.config import DataConfig, SourceConfig, TokenizerConfig
+from model.presets import preset
+
+def get_config():
+    config = ConfigDict()
+    config.model = preset({model!r}, scan_layers=True, remat="none", dtype="bfloat16")
+    config.data = DataConfig(
+        sources=(SourceConfig(name="stdlib", kind="stdlib", held_out_fraction=0.1),),
+        tokenizer=TokenizerConfig(kind="byte_bpe", vocab_size=300),
+        seq_len={seq_len},
+    )
+    config.steps = 10
+    config.batch_size = {batch_size}
+    config.mesh = {mesh!r}
+    config.run_dir = {run_dir!r}
+    return config
+"""
+
+
+def write_config(directory, model="tiny-llama", seq_len=64, batch_size=8, mesh=None):
+    path = directory / "job.py"
+    mesh = mesh or {"data": 2, "fsdp": 2, "tensor": 1}
+    fields = {"model": model, "seq_len": seq_len, "batch_size": batch_size, "mesh": mesh, "run_dir": str(directory / "run")}
+    path.write_text(CONFIG.format(**fields))
+    return str(path)
+
+
+def need_libtpu():
+    if importlib.util.find_spec("libtpu") is None:
+        if os.environ.get("LOAM_REQUIRE_LIBTPU"):
+            pytest.fail("libtpu is not installed: `make env EXTRAS=tpu` installs it")
+        pytest.skip("libtpu, the TPU compiler, is not installed")
+
+
+def test_a_small_sharded_step_compiles_and_is_reported(tmp_path, capsys):
+    need_libtpu()
+    path = write_config(tmp_path)
+    assert main(["compile", f"--config={path}", "--topology=v5e:2x2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "run" / "compile_v5e_2x2.json").read_text()) == report
+    assert report["mesh"]["data"] == report["mesh"]["fsdp"] == 2
+    assert report["fits"]
+    # Adam's two moments beside the parameters, all halved by fsdp; 2 rows of 64 tokens, five arrays of 4 bytes.
+    config = load_train_config(path, [])
+    plan = plan_memory(config, mesh_sizes(config, 4))
+    state = plan["parameters"] + plan["optimizer state"]
+    arguments = state + 2 * 64 * 5 * 4
+    assert arguments <= report["memory"]["arguments"] <= 2 * arguments  # 64 lanes are padded to 128
+    memory = report["memory"]
+    live = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
+    assert report["hbm_bytes_per_device"] == live < report["hbm_limit_bytes"] == int(15.75 * GIB)
+    assert report["model_flops_per_step"] == pytest.approx(report["matmul_flops_per_device"] * 4, rel=0.35)
+    seconds = sum(report["estimated_cycles"].values()) / 1.5e9 + report["exposed_collective_seconds"]
+    assert report["estimated_step_seconds"] == pytest.approx(seconds, rel=0.01)
+    assert report["estimated_mfu"] == pytest.approx(report["model_flops_per_step"] / (seconds * 4 * 197e12), rel=0.01)
+    assert report["collectives"]
+    for row in report["collectives"]:
+        assert row["axes"] in ("data", "fsdp", "data+fsdp"), row
+        assert 0 <= row["exposed_seconds"] <= row["seconds"]
+    assert report["loops_of_unknown_length"] == []
+    text = loam_compile.describe(report)
+    assert "the compiler's estimate" in text
+    assert f"MFU {100 * report['estimated_mfu']:.1f} %" in text
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_is_an_error_with_proposals(tmp_path, capsys):
+    need_libtpu()
+    path = write_config(tmp_path, "llama3.2-1b", seq_len=8192, batch_size=16, mesh={"data": 4, "fsdp": 1, "tensor": 1})
+    assert main(["compile", f"--config={path}", "--topology=v5e:2x2", "--json"]) == 1
+    out, error = capsys.readouterr()
+    report = json.loads(out)
+    assert not report["fits"]
+    assert report["hbm_bytes_per_device"] > report["hbm_limit_bytes"]
+    assert "GiB of HBM on each device of v5e:2x2, which has 15.75" in error
+    assert "--config.model.remat=full" in error
+
+
+# --- Refusals, before anything is compiled --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--topology=v5e:5x5"], "topology 'v5e:5x5' does not exist"),
+        (["--topology=v9:2x2"], "'v9' is no TPU generation"),
+        (["--topology=v5e:2x2", "--config.mesh.data=3"], "must multiply to 4"),
+        (["--topology=v5e:2x2", "--config.batch_size=6"], "batch = 6 does not divide over"),
+        (["--topology=v5e:2x4", "--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=8"], "does not divide"),
+    ],
+)
+def test_bad_input_is_told_before_the_compiler_starts(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loam_compile.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(loam_compile, "require_libtpu", lambda: None)
+    assert main(["compile", f"--config={write_config(tmp_path)}", *words]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_compiler_is_an_error_that_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loam_compile.importlib.util, "find_spec", lambda _: None)
+    assert main(["compile", f"--config={write_config(tmp_path)}", "--topology=v5e:2x2"]) == 1
+    assert "`make env EXTRAS=tpu`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (63.82G) exceeds "
+            "available HBM (15.75G).",
+            63.82 * GIB + 1000,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.",
+            20.5 * GIB,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 200.0M of 128.00M vmem.", None),
+    ],
+)
+def test_the_compilers_refusal_becomes_a_number(message, size):
+    found = exhausted_bytes(message, arguments=1000)
+    assert found is None if size is None else found == pytest.approx(size, abs=1)
+
+
+# --- Proposals and candidates ---------------------------------------------------------------------------------------
+
+
+def llama(tmp_path, **changes):
+    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=64, mesh={"data": 16, "fsdp": 1, "tensor": 1})
+    return changed_config(load_train_config(path, []), changes)
+
+
+def test_proposals_need_less_by_plan_and_those_that_fit_come_first(tmp_path):
+    config, topology = llama(tmp_path), topology_of("v5e:4x4")
+    before = sum(plan_memory(config, mesh_sizes(config, 16)).values())
+    texts = proposals(config, topology)
+    planned = [float(text.split("planned: ")[1].split()[0]) for text in texts]
+    assert 0 < len(texts) <= 4
+    assert all(size * GIB < before for size in planned)
+    report = {"fits": False, "hbm_bytes_per_device": 99 * GIB, "refused": ""}
+    with pytest.raises(
+        loam_compile.DoesNotFit, match=r"needs 99.00 GiB of HBM on each device of v5e:4x4, which has 15.75. Try --config"
+    ):
+        check_fits(report, config, topology)
+
+
+def test_what_fits_is_no_error(tmp_path):
+    check_fits({"fits": True}, llama(tmp_path), topology_of("v5e:4x4"))
+
+
+def test_another_memory_than_hbm_is_told_in_the_compilers_words(tmp_path):
+    report = {"fits": False, "hbm_bytes_per_device": None, "refused": "memory space vmem"}
+    with pytest.raises(RuntimeError, match="not of HBM: memory space vmem"):
+        check_fits(report, llama(tmp_path), topology_of("v5e:4x4"))
+
+
+def test_candidates_use_all_devices_and_fit_by_plan(tmp_path):
+    config, topology = llama(tmp_path), topology_of("v5e:4x4")
+    found = candidates(config, topology)
+    assert found
+    meshes = set()
+    for changes in found:
+        changed = changed_config(config, changes)
+        mesh = mesh_sizes(changed, 16)
+        assert math.prod(mesh.values()) == 16
+        assert sum(plan_memory(changed, mesh).values()) <= topology.chip.hbm_bytes
+        meshes.add((mesh["data"], mesh["fsdp"], mesh["tensor"]))
+    assert len(meshes) == len({tuple(m) for m in meshes}) > 1
+    assert (16, 1, 1) not in meshes  # 8 billion parameters on every device
+    # The remat policy that keeps more does not fit.
+    for changes in found:
+        index = loam_compile.REMAT_ORDER.index(changes["model.remat"])
+        if index:
+            less = changed_config(config, changes | {"model.remat": loam_compile.REMAT_ORDER[index - 1]})
+            assert sum(plan_memory(less, mesh_sizes(less, 16)).values()) > topology.chip.hbm_bytes
+
+
+def test_changes_are_the_overrides_that_make_them(tmp_path):
+    changes = {"mesh.fsdp": 4, "mesh.data": 1, "model.remat": "full", "batch_size": 4}
+    path = write_config(tmp_path)
+    assert load_train_config(path, as_overrides(changes)) == changed_config(load_train_config(path, []), changes)
+
+
+def test_a_search_ranks_by_time_per_token(tmp_path, monkeypatch):
+    """Fewer rows take less time a step, but more a token; what does not fit is left out."""
+
+    def pretend(path, overrides, topology):
+        config = load_train_config(path, overrides)
+        tokens = config.tokens_per_step
+        return {"fits": config.mesh.tensor < 4, "tokens_per_step": tokens, "estimated_step_seconds": 1 + 1e-6 * tokens}
+
+    monkeypatch.setattr(loam_compile, "compile_config", pretend)
+    path = write_config(tmp_path)
+    ranked = loam_compile.search(path, [], topology_of("v5e:2x2"), tries=1000, log=lambda _: None)
+    times = [report["estimated_step_seconds"] / report["tokens_per_step"] for _, report in ranked]
+    assert times == sorted(times)
+    assert ranked[0][1]["tokens_per_step"] == max(report["tokens_per_step"] for _, report in ranked)
+    assert all(changes["mesh.tensor"] < 4 for changes, _ in ranked)
+
+
+def test_a_table_has_a_row_for_each_report():
+    report = {
+        "config": "llama", "topology": "v5e:2x2", "mesh": {"data": 1, "fsdp": 4}, "tokens_per_step": 4096,
+        "hbm_bytes_per_device": 3 * GIB, "hbm_limit_bytes": 15 * GIB, "exposed_collective_seconds": 0.25,
+        "estimated_step_seconds": 1.5, "estimated_mfu": 0.456, "compile_seconds": 61.0,
+    }  # fmt: skip
+    lines = loam_compile.markdown_table([report, report | {"config": "other"}]).splitlines()
+    assert len(lines) == 4
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert "| llama | v5e:2x2 | fsdp 4 | 4,096 | 3.0 GiB | 15.0 | 0.250 s | 1.500 s | 45.6 % | 61 s |" in lines
+
+
+def test_inspect_plans_a_slice(tmp_path, capsys):
+    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=256, mesh={"data": 1, "fsdp": -1, "tensor": 1})
+    assert main(["inspect", f"--config={path}", "--topology=v5e:16x16", "--config.model.remat=full"]) == 0
+    text = capsys.readouterr().out
+    assert "v5e:16x16 (256 devices), mesh data 1, fsdp 256" in text
+    config = load_train_config(path, ["--config.model.remat=full"])
+    plan = plan_memory(config, mesh_sizes(config, 256))
+    assert f"{sum(plan.values()) / 2**20:,.1f} MiB" in text
+    assert "of its 15.75 GiB" in text
+    assert main(["inspect", f"--config={path}", "--topology=v5e:2x2", "--config.batch_size=8"]) == 0
+    assert "it will hardly fit" in capsys.readouterr().out

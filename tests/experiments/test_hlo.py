@@ -1,0 +1,330 @@
+"""What a compiled step costs: snippets of HLO with known answers, and small programs compiled by libtpu."""
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from experiments import hlo
+from model.chips import topology_of
+
+# Two nested loops, of 4 and 3 times: the inner one multiplies matrices, the outer one adds up over devices and gathers.
+NESTED = """\
+HloModule step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused_matmul (p0: bf16[64,32], p1: bf16[32,16]) -> bf16[64,16] {
+  %p0 = bf16[64,32]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %p1 = bf16[32,16]{1,0} parameter(1)
+  ROOT %dot = bf16[64,16]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%fused_sum (p0.1: f32[8,128]) -> f32[8] {
+  %p0.1 = f32[8,128]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  ROOT %reduce = f32[8]{0} reduce(%p0.1, %zero), dimensions={1}, to_apply=%add
+}
+
+%inner_condition (i: (s32[], bf16[64,32])) -> pred[] {
+  %i = (s32[], bf16[64,32]{1,0}) parameter(0)
+  %count = s32[]{:T(128)} get-tuple-element(%i), index=0
+  %three = s32[]{:T(128)} constant(7)
+  ROOT %less = pred[] compare(%count, %three), direction=LT
+}
+
+%inner_body (j: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
+  %j = (s32[], bf16[64,32]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%j), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%n, %two), backend_config={"window_config":{"estimated_cycles":"1"}}
+  %x = bf16[64,32]{1,0} get-tuple-element(%j), index=1
+  %w = bf16[32,16]{1,0} constant({...})
+  %product = bf16[64,16]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused_matmul, backend_config={"estimated_cycles":"100"}
+  ROOT %out = (s32[], bf16[64,32]{1,0}) tuple(%next, %x)
+}
+
+%outer_condition (k: (s32[], bf16[64,32])) -> pred[] {
+  %k = (s32[], bf16[64,32]{1,0}) parameter(0)
+  ROOT %unknown = pred[] custom-call(%k), custom_call_target="Opaque"
+}
+
+%outer_body (l: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
+  %l = (s32[], bf16[64,32]{1,0}) parameter(0)
+  %one = s32[] constant(1)
+  %y = bf16[64,32]{1,0} get-tuple-element(%l), index=1
+  %f = f32[8,128]{1,0} constant({...})
+  %gradient = f32[8,128]{1,0} all-reduce(%f), channel_id=1, replica_groups={{0,2},{1,3}}, to_apply=%add
+  %sums = f32[8]{0} fusion(%f), kind=kLoop, calls=%fused_sum, backend_config={"window_config":{"estimated_cycles":"10"}}
+  %kernel.3 = bf16[64,32]{1,0} custom-call(%y), custom_call_target="tpu_custom_call"
+  %start = (s32[], bf16[64,32]{1,0}) tuple(%one, %y)
+  %inner = (s32[], bf16[64,32]{1,0}) while(%start), condition=%inner_condition, body=%inner_body
+  %m = s32[] get-tuple-element(%inner), index=0
+  %z = bf16[64,32]{1,0} get-tuple-element(%inner), index=1
+  %z.copy = bf16[64,32]{0,1} copy(%z), backend_config={"window_config":{"estimated_cycles":"7"}}
+  ROOT %pair = (s32[], bf16[64,32]{1,0}) tuple(%m, %z)
+}
+
+ENTRY %main (x.1: bf16[64,32]) -> bf16[64,32] {
+  %x.1 = bf16[64,32]{1,0} parameter(0)
+  %nought = s32[] constant(0)
+  %begin = (s32[], bf16[64,32]{1,0}) tuple(%nought, %x.1)
+  %outer = (s32[], /*index=1*/bf16[64,32]{1,0}) while(%begin), condition=%outer_condition, body=%outer_body, KNOWN
+  ROOT %result = bf16[64,32]{1,0} get-tuple-element(%outer), index=1
+}
+"""
+KNOWN = 'backend_config={"known_trip_count":{"n":"4"}}'
+
+
+def test_cycles_and_flops_are_multiplied_by_the_trips_of_nested_loops():
+    work = hlo.work(hlo.parse(NESTED.replace("KNOWN", KNOWN)))
+    # The inner counter goes 1, 3, 5.
+    expected = {"matmul": 4 * 3 * 100, "reduction": 4 * 10, "copy": 4 * 7, "other": 4 * 3}
+    assert {name: cycles for name, cycles in work.cycles.items() if cycles} == expected
+    assert work.flops == 4 * 3 * 2 * 64 * 32 * 16
+    assert work.kernels == (hlo.Kernel("kernel.3", 4.0, ("bf16[64,32]{1,0}",)),)
+    assert work.unknown_loops == ()
+
+
+def test_a_loop_of_unknown_length_is_named_and_counted_once():
+    work = hlo.work(hlo.parse(NESTED))
+    assert work.unknown_loops == ("outer",)
+    assert work.cycles["matmul"] == 3 * 100
+
+
+def test_a_collective_has_bytes_axis_and_count():
+    (found,) = hlo.collectives(hlo.parse(NESTED.replace("KNOWN", KNOWN)))
+    assert (found.kind, found.times, found.is_async) == ("all-reduce", 4.0, False)
+    assert found.operand_bytes == 8 * 128 * 4
+    assert hlo.mesh_axes(found, {"data": 2, "tensor": 2}) == "data"
+    # Reduce-scatter and all-gather of halves: each device receives as much as it has.
+    assert found.moved_bytes(4) == 8 * 128 * 4
+
+
+def test_text_that_is_no_module_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("loss: 3.2")
+
+
+# --- Overlap ----------------------------------------------------------------------------------------------------------
+
+
+def chained(steps: int) -> str:
+    """An all-gather begun by one fusion, carried on beside `steps` others of 50 cycles, and ended by another."""
+    gather = "all-gather(%p), channel_id=9, replica_groups=[2,2]<=[4], dimensions={0}, use_global_device_ids=true"
+    fusions = "\n".join(
+        f'  %step.{i} = (bf16[4], bf16[8]) fusion(%x, %begun), calls=%step_{i}, backend_config={{"estimated_cycles":"50"}}'
+        for i in range(steps)
+    )
+    computations = "\n\n".join(
+        f"%step_{i} (p: bf16[4]) -> (bf16[4], bf16[8]) {{\n  %p = bf16[4]{{0}} parameter(0)\n  %g = bf16[8]{{0}} {gather}\n"
+        "  ROOT %t = (bf16[4], bf16[8]) tuple(%p, %g)\n}}"
+        for i in range(steps)
+    ).replace("}}", "}")
+    return f"""\
+HloModule chain, is_scheduled=true
+
+%start_of (p: bf16[4]) -> (bf16[4], bf16[8]) {{
+  %p = bf16[4]{{0}} parameter(0)
+  %g = bf16[8]{{0}} {gather}
+  ROOT %c = (bf16[4], bf16[8]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}}
+
+{computations}
+
+%end_of (p: bf16[4]) -> bf16[8] {{
+  %p = bf16[4]{{0}} parameter(0)
+  %g = bf16[8]{{0}} {gather}
+  ROOT %c = bf16[8]{{0}} custom-call(%g), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (x: bf16[4]) -> bf16[8] {{
+  %x = bf16[4]{{0}} parameter(0)
+  %begun = (bf16[4], bf16[8]) fusion(%x), kind=kCustom, calls=%start_of
+  %copied = bf16[4]{{0}} copy(%x), backend_config={{"estimated_cycles":"1000"}}
+{fusions}
+  ROOT %ended = bf16[8]{{0}} fusion(%x, %begun), kind=kCustom, calls=%end_of
+}}
+"""
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_chain_of_fusions_is_one_collective_covered_by_its_steps(steps):
+    """The copy between does not carry it on."""
+    (found,) = hlo.collectives(hlo.parse(chained(steps)))
+    assert found.is_async
+    assert found.cycles_between == 50 * steps
+    assert found.groups == [(0, 1), (2, 3)]
+    assert found.operand_bytes == 8
+    assert found.moved_bytes(4) == 8
+    assert len(hlo.exposed_gathers([found])) == (steps == 0)
+
+
+def test_a_chain_without_an_end_is_told():
+    with pytest.raises(ValueError, match="without an end"):
+        hlo.collectives(hlo.parse(chained(1).replace("AsyncCollectiveDone", "Other")))
+
+
+PAIRS = """\
+HloModule pairs, is_scheduled=true
+
+%wrapped (q: f32[16]) -> f32[16] {
+  %q = f32[16]{0} parameter(0)
+  ROOT %a2a = f32[16]{0} all-to-all(%q), channel_id=4, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (x: f32[16]) -> f32[16] {
+  %x = f32[16]{0} parameter(0)
+  %permute = (f32[16], f32[16]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  %gather = (f32[16], f32[64]) all-gather-start(%x), channel_id=5, replica_groups={}, dimensions={0}
+  %work.1 = f32[16]{0} copy(%x), backend_config={"estimated_cycles":"30"}
+  %permuted = f32[16]{0} collective-permute-done(%permute)
+  %begun = ((f32[16]), f32[16], u32[]) async-start(%x), calls=%wrapped
+  %work.2 = f32[16]{0} copy(%x), backend_config={"estimated_cycles":"12"}
+  %exchanged = f32[16]{0} async-done(%begun)
+  %gathered = f32[64]{0} all-gather-done(%gather)
+  ROOT %root = f32[16]{0} add(%permuted, %exchanged)
+}
+"""
+
+
+def test_pairs_of_start_and_done_are_covered_by_what_is_scheduled_between_them():
+    found = {one.kind: one for one in hlo.collectives(hlo.parse(PAIRS))}
+    assert {kind: one.cycles_between for kind, one in found.items()} == {
+        "collective-permute": 30, "all-to-all": 12, "all-gather": 42,
+    }  # fmt: skip
+    assert all(one.is_async for one in found.values())
+    mesh = {"data": 2, "context": 2}
+    axes = {kind: hlo.mesh_axes(one, mesh) for kind, one in found.items()}
+    assert axes == {"collective-permute": "context", "all-to-all": "data+context", "all-gather": "data+context"}
+    assert found["all-gather"].moved_bytes(4) == 3 * 64
+    assert found["all-to-all"].moved_bytes(4) == 48
+    assert found["collective-permute"].moved_bytes(4) == 64
+
+
+def test_only_what_is_not_covered_is_exposed():
+    """64 bytes over one link of a pair at 50 GB/s take 1.28 ns; 30 cycles of 1.5 GHz cover it, none would not."""
+    topology, places = topology_of("v5e:2x2"), [(0, 0), (0, 1), (1, 0), (1, 1)]
+    mesh = {"data": 2, "context": 2}
+    covered = hlo.traffic(hlo.collectives(hlo.parse(PAIRS)), mesh, topology, places)
+    assert all(row.exposed_seconds == 0 and row.asynchronous == 1 for row in covered)
+    bare = hlo.traffic(hlo.collectives(hlo.parse(PAIRS.replace('"30"', '"0"'))), mesh, topology, places)
+    (row,) = (row for row in bare if row.kind == "collective-permute")
+    assert row.asynchronous == 0
+    assert row.exposed_seconds == row.seconds == pytest.approx(64 / 50e9)
+
+
+# --- Groups -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}", [(0, 1), (2, 3)]),
+        ("replica_groups={}", []),
+        ("replica_groups=[2,4]<=[8]", [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", [(0, 2), (1, 3), (4, 6), (5, 7)]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [(0, 1), (2, 3), (4, 5), (6, 7)]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'b'}", [(0, 2), (1, 3)]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [(0, 2), (1, 3)]),
+        ("source_target_pairs={{0,1},{1,0}}", [(0, 1), (1, 0)]),
+    ],
+)
+def test_every_notation_of_groups_is_read(text, groups):
+    assert sorted(map(tuple, hlo.replica_groups(f", channel_id=1, {text}, dimensions={{0}}"))) == sorted(groups)
+
+
+def test_groups_are_attributed_to_the_axes_along_which_they_lie():
+    mesh = {"data": 2, "fsdp": 4, "tensor": 2}
+    positions = np.arange(16).reshape(tuple(mesh.values()))
+    for size in range(1, 4):
+        for axes in itertools.combinations(range(3), size):
+            others = [axis for axis in range(3) if axis not in axes]
+            members = int(np.prod([positions.shape[axis] for axis in axes]))
+            groups = [tuple(g) for g in positions.transpose([*others, *axes]).reshape(-1, members).tolist()]
+            one = hlo.Collective("all-gather", "x", 1, groups, 1, False, 0)
+            assert hlo.mesh_axes(one, mesh) == "+".join(list(mesh)[axis] for axis in axes)
+    half = hlo.Collective("all-gather", "x", 1, [(0, 2), (4, 6), (8, 10), (12, 14)], 1, False, 0)
+    assert hlo.mesh_axes(half, mesh) == "part of fsdp"
+
+
+@pytest.mark.parametrize(
+    ("kind", "topology", "members", "links"),
+    [
+        ("all-gather", "v5e:16x16", [(i, 0) for i in range(16)], 2),  # a ring
+        ("all-gather", "v5e:16x16", [(i, 0) for i in range(8)], 1),  # half of it: a line
+        ("all-gather", "v5e:8x8", [(i, 0) for i in range(8)], 1),  # no slice of its own closes a ring
+        ("all-gather", "v5p:4x4x4", [(i, j, 0) for i in range(4) for j in range(4)], 4),
+        ("all-gather", "v5p:2x2x2", [(i, j, 0) for i in range(2) for j in range(2)], 2),
+    ],
+)
+def test_seconds_follow_from_the_links_along_which_a_group_lies(kind, topology, members, links):
+    n = len(members)
+    one = hlo.Collective(kind, "x", 1000, [tuple(range(n))], 1, False, 0)
+    topology = topology_of(topology)
+    assert hlo.seconds(one, topology, members) == pytest.approx((n - 1) * 1000 / (links * topology.chip.link_bandwidth))
+
+
+# --- Compiled by libtpu -----------------------------------------------------------------------------------------------
+
+COMPILED = """
+import json
+import jax, jax.numpy as jnp
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from experiments import hlo
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+mesh = Mesh(mesh_utils.create_device_mesh((2, 2), devices), ("data", "tensor"))
+
+def step(x, weights):
+    def layer(x, w):
+        x = jax.lax.psum(jnp.matmul(x, w), "tensor").astype(jnp.bfloat16)
+        scores = jnp.einsum("htd,hsd->hts", x.reshape(256, 4, 128).swapaxes(0, 1), x.reshape(256, 4, 128).swapaxes(0, 1))
+        return x + jnp.mean(scores) , None
+    return jax.lax.scan(layer, x, weights)[0]
+
+specs = dict(in_specs=(P("data"), P()), out_specs=P("data"), check_vma=False)
+x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
+weights = jax.ShapeDtypeStruct((5, 512, 512), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+module = hlo.parse(jax.jit(jax.shard_map(step, mesh=mesh, **specs)).lower(x, weights).compile().as_text())
+work = hlo.work(module)
+print(json.dumps({
+    "flops": work.flops,
+    "cycles": work.cycles,
+    "unknown": work.unknown_loops,
+    "collectives": [(c.kind, hlo.mesh_axes(c, mesh.shape), c.operand_bytes, c.times) for c in hlo.collectives(module)],
+}))
+"""
+
+
+def test_a_compiled_scan_counts_every_layer():
+    if importlib.util.find_spec("libtpu") is None:
+        if os.environ.get("LOAM_REQUIRE_LIBTPU"):
+            pytest.fail("libtpu is not installed: `make env EXTRAS=tpu` installs it")
+        pytest.skip("libtpu, the TPU compiler, is not installed")
+    environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(COMPILED)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    # A matmul of [256, 512] x [512, 512], and one of 4 heads of [256, 128] x [128, 256], in each of 5 layers.
+    assert result["flops"] == 5 * (2 * 256 * 512 * 512 + 4 * 2 * 256 * 128 * 256)
+    assert result["unknown"] == []
+    # The MXUs do 131,072 FLOPs in a cycle, and the estimate is never better.
+    assert result["cycles"]["matmul"] > result["flops"] / 131_072
+    kinds = [tuple(one) for one in result["collectives"]]
+    assert sum(times for kind, axes, size, times in kinds if (kind, axes) == ("all-reduce", "tensor")) == 5
+    assert {size for _, _, size, _ in kinds} == {256 * 512 * 2}
+    assert all(axes == "tensor" for _, axes, _, _ in kinds)

@@ -1,0 +1,569 @@
+"""Launching: what is handed over is valid, says what was meant, and behaves; what cannot work is refused before."""
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import json
+import lzma
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from experiments.cli import load_train_config, main
+from experiments.launch import LaunchConfig, make_jobs, sweep_points, valid_name
+from experiments.launch_artefacts import artefact
+from experiments.launch_tpu import GENERATIONS, accelerator_type, num_vms
+from model.chips import topology_of
+from tests.libtpu import run_with_libtpu
+
+ROOT = Path(__file__).parents[2]
+CRD = Path(__file__).parent / "fixtures" / "jobset_crd.yaml.xz"
+CONFIGS = ["configs/quickstart.py", "configs/shakespeare_gpt2.py", "configs/shakespeare_modern.py"]
+JOBSET = {"on": "jobset", "topology": "v5p:4x4x8", "image": "us-docker.pkg.dev/project/loam:1", "storage": "runs"}
+TPU_VM = {**JOBSET, "on": "tpu-vm", "storage": "10.0.0.2:/share", "zone": "us-east5-a"}
+XPK = {**JOBSET, "on": "xpk", "cluster": "pods", "zone": "us-east5-a"}
+FITS = ("--config.batch_size=1024",)
+SKYPILOT = {"on": "skypilot", "topology": "v6e:4x4", "storage": "gs://bucket"}
+# RFC 1035, as Kubernetes' IsDNS1035Label has it.
+DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
+def jobs(flags, config=CONFIGS[0], overrides=FITS, sweeps=(), facts=None):
+    return make_jobs(LaunchConfig(**flags), config, overrides, sweeps, load_train_config, facts or {"commit": "abc"})
+
+
+def manifest_of(flags=JOBSET, **how):
+    (job,) = jobs(flags, **how)
+    return yaml.safe_load(artefact(job))
+
+
+def pod_of(manifest):
+    return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+
+
+@functools.cache
+def jobset_schema():
+    """The real schema, with unknown fields rejected as the API server's strict validation does."""
+    crd = yaml.load(lzma.decompress(CRD.read_bytes()), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    (version,) = crd["spec"]["versions"]
+    schema = version["schema"]["openAPIV3Schema"]
+    # A custom resource's schema leaves its own metadata to the server; a job template's within it is spelt out.
+    job = schema["properties"]["spec"]["properties"]["replicatedJobs"]["items"]["properties"]["template"]
+    schema["properties"]["metadata"] = {**job["properties"]["metadata"], "required": ["name"]}
+
+    def strict(node):
+        if isinstance(node, dict):
+            if "properties" in node and "additionalProperties" not in node:
+                node["additionalProperties"] = False
+            for inner in node.values():
+                strict(inner)
+        elif isinstance(node, list):
+            for inner in node:
+                strict(inner)
+
+    strict(schema)
+    schema["required"] = ["apiVersion", "kind", "metadata", "spec"]
+    return jsonschema.Draft7Validator(schema)
+
+
+def refusals(manifest):
+    return [error.message for error in jobset_schema().iter_errors(manifest)]
+
+
+# --- TPU slices -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "vms", "devices", "label", "api_name"),
+    [
+        ("v4:2x2x1", 4, 1, 4, "tpu-v4-podslice", "v4-8"),
+        ("v4:4x4x8", 128, 32, 128, "tpu-v4-podslice", "v4-256"),
+        ("v5e:1x1", 1, 1, 1, "tpu-v5-lite-podslice", "v5litepod-1"),
+        ("v5e:16x16", 256, 64, 256, "tpu-v5-lite-podslice", "v5litepod-256"),
+        ("v5p:2x2x1", 4, 1, 4, "tpu-v5p-slice", "v5p-8"),
+        ("v5p:4x4x8", 128, 32, 128, "tpu-v5p-slice", "v5p-256"),
+        ("v5p:8x8x8", 512, 128, 512, "tpu-v5p-slice", "v5p-1024"),
+        ("v5p:8x8x16", 1024, 256, 1024, "tpu-v5p-slice", "v5p-2048"),
+        ("v5p:16x16x24", 6144, 1536, 6144, "tpu-v5p-slice", "v5p-12288"),
+        ("v6e:8x8", 64, 16, 64, "tpu-v6e-slice", "v6e-64"),
+        ("tpu7x:4x4x4", 64, 16, 128, "tpu7x", None),
+    ],
+)
+def test_a_slice_is_what_google_says_it_is(name, chips, vms, devices, label, api_name):
+    topology = topology_of(name)
+    assert (topology.num_chips, num_vms(topology), topology.num_devices) == (chips, vms, devices)
+    assert GENERATIONS[topology.chip.name].gke_accelerator == label
+    if api_name:
+        assert accelerator_type(topology) == api_name
+
+
+COUNT = """
+import json, sys
+from jax.experimental import topologies
+def count(name):
+    # One device for both cores of a v4 chip is what its machines are set to.
+    config = {"chip_config_name": "megacore"} if name.startswith("v4") else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **config).devices
+    return [len(devices), len({device.process_index for device in devices}), len({tuple(d.coords) for d in devices})]
+print(json.dumps([count(name) for name in sys.argv[1:]]))
+"""
+
+
+def test_devices_and_machines_are_those_that_libtpu_sees():
+    names = ["v4:2x2x1", "v4:4x4x8", "v5e:2x2", "v5e:2x4", "v5e:16x16", "v5p:2x4x4", "v5p:4x4x12", "v6e:8x16", "tpu7x:4x4x8"]
+    found = json.loads(run_with_libtpu(COUNT, *names))
+    slices = [topology_of(name) for name in names]
+    assert found == [[topology.num_devices, num_vms(topology), topology.num_chips] for topology in slices]
+
+
+def test_a_shape_that_gcloud_would_take_for_another_is_refused():
+    with pytest.raises(ValueError, match="v5p-512 means v5p:4x8x8"):
+        accelerator_type(topology_of("v5p:4x4x16"))
+    with pytest.raises(ValueError, match="GKE only"):
+        LaunchConfig(**{**TPU_VM, "topology": "tpu7x:4x4x4"})
+
+
+# --- The JobSet -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_schema_is_the_one_the_notice_names():
+    content = lzma.decompress(CRD.read_bytes())
+    assert hashlib.sha256(content).hexdigest() in (CRD.parent / "NOTICE.md").read_text()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"topology": "v5e:1x1", "queue": ""},
+        {"topology": "v6e:16x16", "spot": True, "priority": "high", "service_account": "trainer"},
+        {"topology": "tpu7x:2x2x2", "slices": 4, "secret": ("WANDB_API_KEY=wandb", "HF_TOKEN=hub"), "namespace": "team"},
+        {"topology": "v4:2x2x4", "max_restarts": 0, "name": "a", "storage": "7b.runs"},
+    ],
+)
+def test_manifests_satisfy_the_real_schema(config, change):
+    facts = {"commit": "0" * 40, "XLA_FLAGS": "--a=1 --b='2'"}
+    manifest = manifest_of({**JOBSET, **change}, config=config, facts=facts)
+    assert refusals(manifest) == []
+    assert DNS_LABEL.fullmatch(manifest["metadata"]["name"])
+    assert all(isinstance(value, str) for value in manifest["metadata"]["annotations"].values())
+
+
+def test_the_manifest_says_what_was_meant():
+    flags = {**JOBSET, "slices": 2, "priority": "high", "secret": ("WANDB_API_KEY=wandb",), "grace_seconds": 600, "spot": True}
+    manifest = manifest_of(flags, facts={"commit": "abc", "LIBTPU_INIT_ARGS": "--x=1"})
+    (replicated,) = manifest["spec"]["replicatedJobs"]
+    job, pod = replicated["template"]["spec"], pod_of(manifest)
+    (container,) = pod["containers"]
+    assert manifest["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "multislice-queue"}
+    annotations = manifest["metadata"]["annotations"]
+    assert annotations["alpha.jobset.sigs.k8s.io/exclusive-topology"] == "cloud.google.com/gke-nodepool"
+    assert annotations["loam/commit"] == "abc"
+    assert annotations["loam/LIBTPU_INIT_ARGS"] == "--x=1"
+    assert annotations["loam/machines"] == "2 x v5p:4x4x8, 256 devices"
+    assert re.fullmatch(r"[0-9a-f]{64}", annotations["loam/config-sha256"])
+    assert (replicated["replicas"], job["parallelism"], job["completions"], job["backoffLimit"]) == (2, 32, 32, 0)
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+        "cloud.google.com/gke-tpu-topology": "4x4x8",
+        "cloud.google.com/gke-spot": "true",
+    }
+    assert (pod["hostNetwork"], pod["dnsPolicy"], pod["restartPolicy"]) == (True, "ClusterFirstWithHostNet", "Never")
+    assert (pod["terminationGracePeriodSeconds"], pod["priorityClassName"]) == (600, "high")
+    assert "serviceAccountName" not in pod
+    assert container["resources"] == {"limits": {"google.com/tpu": 4}}
+    environment = {item["name"]: item.get("value") or item["valueFrom"] for item in container["env"]}
+    assert environment["LIBTPU_INIT_ARGS"] == "--x=1"
+    assert environment["WANDB_API_KEY"] == {"secretKeyRef": {"name": "wandb", "key": "WANDB_API_KEY"}}
+    (volume,), (mount,) = pod["volumes"], container["volumeMounts"]
+    assert volume == {"name": mount["name"], "persistentVolumeClaim": {"claimName": "runs"}}
+    assert f"--config.run_dir={mount['mountPath']}/runs/quickstart" in container["command"][2]
+
+
+def verdict(manifest, code=0, disrupted=False):
+    """What Kubernetes' Job and JobSet controllers do after a pod ended, from their documented rules."""
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    for index, rule in enumerate(job["podFailurePolicy"]["rules"]):
+        codes = rule.get("onExitCodes")
+        matches = codes and code != 0 and (code in codes["values"]) == (codes["operator"] == "In")
+        pattern = "has condition DisruptionTarget" if disrupted else f"failed with exit code {code}"
+        if matches or (disrupted and {"type": "DisruptionTarget"} in rule.get("onPodConditions", [])):
+            reason, text = "PodFailurePolicy", f"Pod default/a-slice-0-0-x {pattern} matching FailJob rule at index {index}"
+            break
+    else:
+        reason, text = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    for rule in manifest["spec"]["failurePolicy"]["rules"]:
+        patterns = rule.get("onJobFailureMessagePatterns", [".*"])
+        if reason in rule["onJobFailureReasons"] and any(re.search(each, text) for each in patterns):
+            return rule["action"]
+    return "RestartJobSet"
+
+
+def test_exit_codes_decide_between_restart_and_end():
+    manifest = manifest_of()
+    actions = {code: verdict(manifest, code) for code in range(1, 256)}
+    restarted = {code for code, action in actions.items() if action == "RestartJobSet"}
+    assert restarted == {42, *range(127, 256)}
+    assert {actions[code] for code in set(actions) - restarted} == {"FailJobSet"}
+    assert {verdict(manifest, code, disrupted=True) for code in (1, 42, 137)} == {"RestartJobSetAndIgnoreMaxRestarts"}
+    values = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"]
+    assert values == sorted(set(values))
+    assert len(values) <= 255
+
+
+FAKE_LOAM = '#!/usr/bin/env bash\nprintf "%s\\n" "$$" "$@"\n'
+
+
+def programs(directory, **texts):
+    """A PATH on which these scripts come first."""
+    directory.mkdir()
+    for name, text in texts.items():
+        (directory / name).write_text(text)
+        (directory / name).chmod(0o755)
+    return f"{directory}:{os.environ['PATH']}"
+
+
+def test_the_container_becomes_the_program_which_knows_its_place(tmp_path):
+    awkward = """--config.eval.sample_prompts=("it's $HOME",)"""
+    manifest = manifest_of({**JOBSET, "slices": 2, "name": "run"}, overrides=(*FITS, awkward))
+    (container,) = pod_of(manifest)["containers"]
+    path = programs(tmp_path / "bin", loam=FAKE_LOAM)
+    places = set()
+    for slice_index, index in ((0, 0), (0, 31), (1, 0), (1, 31)):
+        environment = {"PATH": path, "SLICE": str(slice_index), "JOB_COMPLETION_INDEX": str(index)}
+        with subprocess.Popen(container["command"], env=environment, stdout=subprocess.PIPE, text=True) as process:
+            pid, *words = process.communicate()[0].splitlines()
+        assert int(pid) == process.pid, "SIGTERM would reach the shell only"
+        assert words[:2] == ["run", "--config=configs/quickstart.py"]
+        assert awkward in words
+        assert words[-3:-1] == ["--coordinator=run-slice-0-0.run:8476", "--processes=64"]
+        places.add(words[-1])
+    assert places == {f"--process-id={index}" for index in (0, 31, 32, 63)}
+    assert "--coordinator" not in str(manifest_of({**JOBSET, "topology": "v5p:2x2x1"}))
+
+
+def at(path, change):
+    """A seeded mistake: `change` is made at a path such as "spec.failurePolicy"."""
+
+    def apply(manifest):
+        node = manifest
+        for key in path.split(".") if path else ():
+            node = node[int(key) if key.isdecimal() else key]
+        change(node)
+
+    return apply
+
+
+JOB = "spec.replicatedJobs.0.template.spec"
+POD = f"{JOB}.template.spec"
+
+
+def renamed(old, new):
+    return lambda node: node.update({new: node.pop(old)})
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        at("spec.failurePolicy", renamed("maxRestarts", "maxRestart")),
+        at("spec.failurePolicy.rules.0", lambda node: node.update(action="RestartEverything")),
+        at("spec.failurePolicy.rules.1", lambda node: node.pop("name")),
+        at("spec.failurePolicy", lambda node: node.update(restartStrategy="Blocking")),
+        at("spec.failurePolicy", lambda node: node.update(maxRestarts="many")),
+        at("spec", renamed("replicatedJobs", "replicatedJob")),
+        at("spec.replicatedJobs.0", lambda node: node.pop("name")),
+        at("spec.replicatedJobs.0", lambda node: node.update(replicas="2")),
+        at(JOB, lambda node: node.update(parallelism="32")),
+        at(JOB, lambda node: node.pop("template")),
+        at(f"{JOB}.podFailurePolicy.rules.1.onExitCodes", lambda node: node.update(values=[1, "2"])),
+        at(f"{JOB}.podFailurePolicy.rules.1.onExitCodes", lambda node: node.pop("operator")),
+        at(POD, renamed("restartPolicy", "restartPolic")),
+        at(POD, lambda node: node.update(hostNetwork="yes")),
+        at(POD, lambda node: node["nodeSelector"].update({"cloud.google.com/gke-spot": True})),
+        at(POD, lambda node: node.pop("containers")),
+        at(f"{POD}.containers.0", lambda node: node.update(command="exec loam run")),
+        at(f"{POD}.containers.0", lambda node: node.pop("name")),
+        at(f"{POD}.containers.0.env.0", lambda node: node.pop("name")),
+        at(f"{POD}.containers.0.volumeMounts.0", renamed("mountPath", "path")),
+        at("metadata", renamed("labels", "label")),
+        at("metadata.annotations", lambda node: node.update(restarts=3)),
+        at("metadata", lambda node: node.pop("name")),
+        at("", lambda node: node.pop("kind")),
+    ],
+)
+def test_a_mistake_in_a_manifest_is_refused_by_the_real_schema(mistake):
+    manifest = copy.deepcopy(manifest_of({**JOBSET, "slices": 2}))
+    assert refusals(manifest) == []
+    mistake(manifest)
+    assert refusals(manifest)
+
+
+# --- The other schedulers ---------------------------------------------------------------------------------------------------
+
+
+def test_the_xpk_command_line():
+    flags = {**XPK, "topology": "v5e:16x16", "slices": 2, "spot": True, "priority": "high"}
+    (job,) = jobs(flags, facts={"LIBTPU_INIT_ARGS": "--a=1 --b=2"})
+    (line,) = [line for line in artefact(job).splitlines() if not line.startswith("#")]
+    words = shlex.split(line)
+    assert words[:3] == ["xpk", "workload", "create"]
+    expected = """--tpu-type=v5litepod-16x16 --num-slices=2 --workload=quickstart --cluster=pods --storage=runs --spot
+        --zone=us-east5-a --priority=high --max-restarts=50 --docker-image=us-docker.pkg.dev/project/loam:1"""
+    assert {*expected.split(), "--env=LIBTPU_INIT_ARGS=--a=1 --b=2"} < set(words)
+    assert not [word for word in words if word.startswith("--project")]
+    (command,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
+    assert shlex.split(command) == ["exec", *job.command]
+
+
+def test_the_skypilot_task():
+    (job,) = jobs({**SKYPILOT, "spot": True})
+    task = yaml.safe_load(artefact(job))
+    assert set(task) == {"name", "workdir", "resources", "file_mounts", "envs", "setup", "run"}
+    resources = task["resources"]
+    assert set(resources) == {"accelerators", "use_spot", "job_recovery"}
+    assert (resources["accelerators"], resources["use_spot"]) == ("tpu-v6e-16", True)
+    assert resources["job_recovery"]["max_restarts_on_errors"] == 0
+    assert set(resources["job_recovery"]["recover_on_exit_codes"]) == {42, *range(127, 256)} - {137}
+    assert task["file_mounts"] == {"/mnt/loam": {"source": "gs://bucket", "mode": "MOUNT"}}
+    assert shlex.split(task["run"]) == list(job.command)
+
+
+# Cloud TPU, as the script sees it: a state that the scenario changes; each line of `outcomes` is one connection.
+FAKE_GCLOUD = r"""#!/usr/bin/env bash
+cd "$FAKE" || exit
+verb=$4
+echo "$verb" >> calls
+printf '%s\n' "$@" > "last_$verb"
+case $verb in
+  describe) cat state 2>/dev/null ;;
+  create) echo ACTIVE > state ;;
+  delete) rm -f state ;;
+  ssh)
+    read -r status after codes < outcomes
+    sed -i 1d outcomes
+    echo "$after" > state
+    for code in $codes; do echo "[worker] loam-exit-status=$code"; done
+    exit "$status" ;;
+esac
+"""
+
+
+def run_script(tmp_path, outcomes, **flags):
+    """Runs the script against a scenario; returns its exit status, and how often it called what."""
+    (job,) = jobs({**TPU_VM, **flags})
+    script = tmp_path / "script"
+    script.write_text(artefact(job))
+    path = programs(tmp_path / "bin", gcloud=FAKE_GCLOUD, sleep="#!/bin/sh\n")
+    (tmp_path / "outcomes").write_text("".join(f"{line}\n" for line in outcomes))
+    done = subprocess.run(["bash", script], env={"PATH": path, "FAKE": str(tmp_path)}, timeout=60)
+    assert not (tmp_path / "state").exists(), "the machines are still paid for"
+    calls = (tmp_path / "calls").read_text().split()
+    return done.returncode, {verb: calls.count(verb) for verb in ("create", "ssh", "delete")}
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status", "calls"),
+    [
+        (["0 ACTIVE 0 0"], 0, {"create": 1, "ssh": 1, "delete": 1}),
+        (["0 ACTIVE 42 42", "0 ACTIVE 0 0"], 0, {"create": 1, "ssh": 2, "delete": 1}),
+        (["1 SUSPENDED", "0 ACTIVE 0 0"], 0, {"create": 2, "ssh": 2, "delete": 2}),
+        (["255 ACTIVE 0", "0 ACTIVE 0 0"], 0, {"create": 1, "ssh": 2, "delete": 1}),
+        (["0 ACTIVE 137 134", "0 FAILED 0 42", "0 ACTIVE 0 0"], 0, {"create": 2, "ssh": 3, "delete": 2}),
+        (["0 ACTIVE 42 1"], 1, {"create": 1, "ssh": 1, "delete": 1}),
+        (["1 SUSPENDING 126"], 126, {"create": 1, "ssh": 1, "delete": 1}),
+        (["0 ACTIVE 139 0"] * 3, 42, {"create": 1, "ssh": 3, "delete": 1}),
+    ],
+    ids=["done", "saved", "preempted", "unreachable", "killed", "error", "error_then_lost", "budget"],
+)
+def test_the_tpu_vm_script_restarts_until_done_and_leaves_no_machine(tmp_path, outcomes, status, calls):
+    assert run_script(tmp_path, outcomes, max_restarts=2) == (status, calls)
+
+
+def test_what_the_tpu_vm_script_asks_for(tmp_path):
+    run_script(tmp_path, ["0 ACTIVE 0"], slices=2, spot=True, project="p")
+    create = (tmp_path / "last_create").read_text().splitlines()
+    assert create[4:] == [
+        "quickstart",
+        "--zone=us-east5-a",
+        "--project=p",
+        "--accelerator-type=v5p-256",
+        "--runtime-version=v2-alpha-tpuv5",
+        "--node-count=2",
+        "--node-prefix=quickstart",
+        "--spot",
+    ]
+    assert {"--node=all", "--worker=all"} < set((tmp_path / "last_ssh").read_text().splitlines())
+
+
+def test_what_the_tpu_vm_script_runs_on_each_machine(tmp_path):
+    awkward = """--config.eval.sample_prompts=("it's $HOME",)"""
+    (job,) = jobs(TPU_VM, overrides=(*FITS, awkward), facts={"LIBTPU_INIT_ARGS": "--a=1 --b=2"})
+    text = artefact(job)
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    assignments = text.partition("# Keeps")[0]
+    remote = subprocess.run(["bash", "-c", f'{assignments}\nprintf %s "$REMOTE"'], capture_output=True, text=True)
+    sudo = '#!/usr/bin/env bash\nif [ "$1 $2" = "docker run" ]; then printf "%s\\n" "$@" >&2; exit 7; fi\n'
+    path = programs(tmp_path / "bin", sudo=sudo)
+    done = subprocess.run(["bash", "-c", remote.stdout], env={"PATH": path}, capture_output=True, text=True)
+    assert done.stdout == "loam-exit-status=7\n"
+    words = done.stderr.splitlines()
+    image = words.index(TPU_VM["image"])
+    assert words[image + 1 :] == list(job.command)
+    assert awkward in words
+    assert {"--net=host", "--volume=/mnt/loam:/mnt/loam", "--env=LIBTPU_INIT_ARGS=--a=1 --b=2"} < set(words[:image])
+
+
+# --- Sweeps -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_an_array_of_jobs_with_names_and_directories_of_their_own(capsys):
+    arguments = [f"--{key}={value}" for key, value in JOBSET.items()]
+    sweeps = ["--sweep=config.optimizer.learning_rate=1e-3,3e-4", "--sweep", "config.seed=0,1,2"]
+    command = ["launch", "--config=configs/shakespeare_gpt2.py", "--config.batch_size=128", *arguments, *sweeps, "--dry-run"]
+    assert main(command) == 0
+    manifests = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert [refusals(manifest) for manifest in manifests] == [[]] * 6
+    assert len({manifest["metadata"]["name"] for manifest in manifests}) == 6
+    assert len({manifest["metadata"]["annotations"]["loam/config-sha256"] for manifest in manifests}) == 6
+    seen = set()
+    for manifest in manifests:
+        words = shlex.split(pod_of(manifest)["containers"][0]["command"][2])
+        overrides = [word for word in words if word.startswith("--config.")]
+        config = load_train_config("configs/shakespeare_gpt2.py", overrides)
+        seen.add((config.optimizer.learning_rate, config.seed, config.run_dir))
+    assert {point[:2] for point in seen} == {(rate, seed) for rate in (1e-3, 3e-4) for seed in range(3)}
+    assert len({point[2] for point in seen}) == 6
+
+
+def test_commas_within_brackets_belong_to_a_value():
+    assert sweep_points(["config.writers=(),('wandb','trackio')"]) == [
+        ["--config.writers=()"],
+        ["--config.writers=('wandb','trackio')"],
+    ]
+    assert sweep_points([]) == [[]]
+
+
+@pytest.mark.parametrize(
+    "sweeps", [["seed=1,2"], ["config.seed"], ["config.a=1,"], ["config.a=1,1"], ["config.a=1", "config.a=2"]]
+)
+def test_a_malformed_sweep_is_refused(sweeps):
+    with pytest.raises(ValueError, match="--sweep"):
+        sweep_points(sweeps)
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({**JOBSET, "on": "jobsets"}, "is not one of local, tpu-vm"),
+        ({**JOBSET, "name": "My_Run"}, "--name='My_Run'.*lower-case.*for example my-run$"),
+        ({**JOBSET, "name": "7b"}, "a letter first.*for example loam-7b$"),
+        ({**JOBSET, "name": "run-"}, "no '-' last.*for example run$"),
+        ({**JOBSET, "name": "a" * 60}, "at most 46"),
+        ({**XPK, "name": "a" * 41}, "at most 40"),
+        ({**JOBSET, "topology": "v5p:4x4x5"}, "The nearest is v5p:4x4x4"),
+        ({**JOBSET, "topology": ""}, "--on=jobset needs --topology"),
+        ({**JOBSET, "storage": ""}, "--on=jobset needs --storage"),
+        ({**JOBSET, "storage": "gs://bucket"}, "--storage='gs://bucket' is not for --on=jobset: .* a PersistentVolumeClaim"),
+        ({**JOBSET, "queue": "Team Queue"}, "--queue='Team Queue' is not for --on=jobset: .*lower-case"),
+        ({**JOBSET, "secret": ("hunter2",)}, "VARIABLE=SECRET"),
+        ({**JOBSET, "slices": 0}, "--slices=0 is too small"),
+        ({**JOBSET, "max_restarts": -1}, "--max-restarts=-1 is too small"),
+        ({**JOBSET, "cluster": "pods"}, "--cluster means nothing to --on=jobset, only to xpk"),
+        ({**JOBSET, "processes": 4}, "--processes means nothing to --on=jobset"),
+        ({**TPU_VM, "zone": ""}, "--on=tpu-vm needs --zone"),
+        ({**TPU_VM, "storage": "runs"}, "HOST:/SHARE"),
+        ({**TPU_VM, "topology": "v5p:4x4x16"}, "v5p-512 means"),
+        ({**SKYPILOT, "topology": "tpu7x:4x4x4"}, "GKE only"),
+        ({**SKYPILOT, "slices": 2}, "--slices means nothing to --on=skypilot"),
+        ({"on": "local", "spot": True}, "--spot means nothing to --on=local"),
+        ({"on": "local", "processes": 0}, "--processes=0 is too small"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        LaunchConfig(**flags)
+
+
+@pytest.mark.parametrize(
+    ("change", "how", "message"),
+    [
+        ({}, {"overrides": ["--config.mesh.data=3"]}, "does not fit 128 devices"),
+        ({"slices": 3}, {"overrides": ["--config.mesh.tensor=5"]}, "does not fit 384 devices"),
+        ({}, {"overrides": []}, "batch = 8 does not divide over data=128"),
+        ({}, {"overrides": ["--config.stepps=3"]}, "config.stepps is unknown"),
+        ({}, {"overrides": [*FITS, "--config.run_dir=/me/run"]}, "run_dir=/me/run would be lost.*below /mnt/loam"),
+        (
+            {},
+            {"overrides": [*FITS, "--config.data.cache_dir=../x"]},
+            "data.cache_dir=../x would be lost",
+        ),
+        ({}, {"config": str(ROOT / CONFIGS[0])}, "lies outside of this directory"),
+        ({}, {"config": "configs/quickstrat.py"}, "Did you mean 'configs/quickstart.py'"),
+        ({}, {"sweeps": ["config.seed=1,x"]}, "config.seed='x'"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_before_anything_is_handed_over(change, how, message):
+    with pytest.raises(ValueError, match=message):
+        jobs({**JOBSET, **change}, **how)
+
+
+def test_the_longest_name_of_a_pod_is_one_that_kubernetes_takes():
+    flags = {**JOBSET, "slices": 100}
+    name = valid_name("x" * 99, LaunchConfig(**flags).max_name_length)
+    manifest = manifest_of({**flags, "name": name}, overrides=("--config.batch_size=12800",))
+    (replicated,) = manifest["spec"]["replicatedJobs"]
+    last_pod = f"{name}-slice-{replicated['replicas'] - 1}-{replicated['template']['spec']['completions'] - 1}-abcde"
+    assert len(last_pod) == 63
+    assert DNS_LABEL.fullmatch(last_pod)
+    with pytest.raises(ValueError, match="is not a name"):
+        LaunchConfig(**{**flags, "name": name + "x"})
+
+
+@pytest.mark.parametrize("name", ["a_b", "7B", "--", "Ünï", "x" * 99, "a-" * 40, ""])
+def test_a_proposed_name_is_valid(name):
+    for length in (20, 45):
+        proposal = valid_name(name, length)
+        assert DNS_LABEL.fullmatch(proposal)
+        assert len(proposal) <= length
+
+
+def test_a_tool_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    arguments = [f"--{key}={value}" for key, value in JOBSET.items()]
+    assert main(["launch", "--config=configs/quickstart.py", "--config.batch_size=128", *arguments]) == 1
+    assert "kubectl is not installed" in capsys.readouterr().err
+
+
+def test_the_manifest_reaches_kubectl_whole(tmp_path, monkeypatch):
+    kubectl = f'#!/bin/sh\necho "$1 $2" > {tmp_path}/verb\ncat "$3" > {tmp_path}/manifest\n'
+    monkeypatch.setenv("PATH", programs(tmp_path / "bin", kubectl=kubectl))
+    arguments = [f"--{key}={value}" for key, value in JOBSET.items()]
+    assert main(["launch", "--config=configs/quickstart.py", "--config.batch_size=128", *arguments]) == 0
+    assert (tmp_path / "verb").read_text() == "apply -f\n"
+    assert refusals(yaml.safe_load((tmp_path / "manifest").read_text())) == []
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        main(["launch", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(LaunchConfig)[1:]:
+        assert f"--{field.name.replace('_', '-')} " in text
+        assert field.metadata["help"] in text

@@ -1,0 +1,132 @@
+"""Processes that are started together live and die together. Small programs stand in for `loam run`."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.cli import main
+from experiments.launch_local import free_port, run_together
+
+ROOT = Path(__file__).parents[2]
+
+
+def program(text):
+    return [sys.executable, "-c", text]
+
+
+def wait_for(condition, seconds=20):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+
+
+def is_alive(pid):
+    """Whether a process runs; one that is dead and not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# Writes its pid to a file, and on SIGTERM "saves" and exits with a status.
+SAVES = """
+import os, pathlib, signal, sys, time
+def stop(*_):
+    print("saved", flush=True)
+    sys.exit({status})
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+WAIT_FOR_FILE = """
+import pathlib, sys, time
+while not (pathlib.Path(sys.argv[1]).exists() and pathlib.Path(sys.argv[1]).read_text()):
+    time.sleep(0.01)
+"""
+
+
+def test_each_line_says_who_wrote_it(capsys):
+    commands = [program("print('one'); print(); print('two')"), program("import sys; print('oops', file=sys.stderr, end='')")]
+    assert run_together(commands, grace_seconds=1) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("[0]")] == ["[0] one", "[0] ", "[0] two"]
+    assert [line for line in lines if line.startswith("[1]")] == ["[1] oops"]
+    assert len(lines) == 4
+
+
+def test_when_one_fails_all_end_and_its_status_is_the_result(tmp_path):
+    waits = [*program(SAVES.format(status=42)), str(tmp_path / "pid")]
+    fails = [*program(f"{WAIT_FOR_FILE}\nsys.exit(3)"), str(tmp_path / "pid")]
+    assert run_together([waits, fails], grace_seconds=1) == 3
+    assert not is_alive(int((tmp_path / "pid").read_text()))
+
+
+def test_one_that_does_not_listen_is_killed_with_its_children(tmp_path):
+    deaf = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = os.fork()
+if child:
+    pathlib.Path(sys.argv[1]).write_text(f"{os.getpid()} {child}")
+time.sleep(4)
+pathlib.Path(f"{sys.argv[1]}.survivor{child}").touch()
+"""
+    stops = f"{WAIT_FOR_FILE}\nsys.exit(42)"
+    commands = [[*program(text), str(tmp_path / "pids")] for text in (deaf, stops)]
+    assert run_together(commands, grace_seconds=0.5) == 42
+    pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 2
+    wait_for(lambda: not any(map(is_alive, pids)))
+    assert [path.name for path in tmp_path.iterdir()] == ["pids"]
+
+
+def test_a_signal_is_reported_as_a_shell_would():
+    assert run_together([program("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")], grace_seconds=1) == 137
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_reaches_all(tmp_path, number):
+    commands = [[*program(SAVES.format(status=42)), str(tmp_path / f"pid{index}")] for index in range(2)]
+    code = f"import sys\nfrom experiments.launch_local import run_together\nsys.exit(run_together({commands!r}, 20))"
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    files = [tmp_path / f"pid{index}" for index in range(2)]
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+    launcher.send_signal(number)
+    output, _ = launcher.communicate(timeout=20)
+    assert launcher.returncode == 42
+    assert sorted(output.splitlines()) == ["[0] saved", "[1] saved"]
+    assert not any(is_alive(int(file.read_text())) for file in files)
+
+
+def test_a_program_that_cannot_be_started_leaves_none_behind(tmp_path):
+    first = [*program(SAVES.format(status=0)), str(tmp_path / "pid")]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(FileNotFoundError):
+        run_together([first, [str(tmp_path / "nothing")]], grace_seconds=1)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_free_port_can_be_listened_on():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", free_port()))
+        listener.listen()
+
+
+def test_the_command_lines_of_local_processes(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = ["launch", "--config=configs/quickstart.py", "--on=local", "--processes=3", "--config.steps=7", "--dry-run"]
+    assert main(command) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 3
+    assert [line[-1] for line in lines] == ["--process-id=0", "--process-id=1", "--process-id=2"]
+    assert {line[-2] for line in lines} == {"--processes=3"}
+    assert len({line[-3] for line in lines}) == 1
+    assert lines[0][-3].startswith("--coordinator=127.0.0.1:")
+    assert {"run", "--config=configs/quickstart.py", "--config.steps=7"} < set(lines[0])

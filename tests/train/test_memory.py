@@ -1,0 +1,111 @@
+"""What a step is planned to hold, against what arrays on virtual devices take and what XLA says of a step."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.config import DataConfig, SourceConfig, TokenizerConfig
+from model.presets import preset
+from train.config import LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from train.memory import mesh_sizes, plan_memory
+from train.step import make_trainer
+
+DATA = DataConfig(
+    sources=(SourceConfig(name="stdlib", kind="stdlib", held_out_fraction=0.1),),
+    tokenizer=TokenizerConfig(kind="byte_bpe", vocab_size=300),
+    seq_len=64,
+)
+CONFIG = TrainConfig(
+    name="tiny",
+    model=preset("tiny-llama", scan_layers=True, remat="full"),
+    data=DATA,
+    steps=10,
+    batch_size=8,
+    mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_the_state_is_planned_to_the_byte(optimizer):
+    chosen = OptimizerConfig(name=optimizer, adam_learning_rate=1e-3, ema_decay=0.9)
+    config = dataclasses.replace(CONFIG, optimizer=chosen)
+    state = make_trainer(config).init(jax.random.key(0))
+
+    def on_first_device(tree):
+        first = jax.devices()[0]
+        return sum(s.data.nbytes for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards if s.device == first)
+
+    plan = plan_memory(config, mesh_sizes(config, 8))
+    assert plan["parameters"] == plan["moving average"] == plan["gradients"] == on_first_device(state.params)
+    assert plan["optimizer state"] == on_first_device(state.opt_state)
+
+
+def kept(plan):
+    return next(size for name, size in plan.items() if name.startswith("activations"))
+
+
+def test_full_remat_keeps_the_input_of_every_layer():
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=6))
+    rows, seq_len, d_model = 2, 64, 64  # 8 rows over data 2 x fsdp 2
+    planned = kept(plan_memory(config, mesh_sizes(config, 8)))
+    assert planned == pytest.approx(6 * rows * seq_len * d_model * 4, rel=0.02)  # and a few vectors
+
+
+def test_less_remat_keeps_more():
+    sizes = []
+    for policy in ("full", "dots", "none"):
+        config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, remat=policy))
+        sizes.append(kept(plan_memory(config, mesh_sizes(config, 8))))
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_chunks_of_the_loss_need_less():
+    whole = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, vocab_size=100_000))
+    chunked = dataclasses.replace(whole, loss=LossConfig(chunk_tokens=64))
+    plans = [plan_memory(config, mesh_sizes(config, 8))["the loss"] for config in (whole, chunked)]
+    logits = 2 * 64 * 50_000 * 4  # of a device's 2 rows of 64 tokens, over tensor 2
+    assert plans[0] - plans[1] == 2 * (logits - logits // 8)  # 64 tokens at once, over data 2 x fsdp 2, are 16 of 128
+
+
+def test_the_plan_of_a_wide_step_is_near_what_xla_takes():
+    """On one CPU device: what the CPU's compiler calls temporaries, within a factor of 1.5."""
+    model = preset("tiny-llama", num_layers=4, d_model=128, d_ff=512, scan_layers=True, remat="full", max_seq_len=256)
+    data = dataclasses.replace(DATA, seq_len=256)
+    config = dataclasses.replace(CONFIG, model=model, data=data, batch_size=16, mesh=MeshConfig(data=1))
+    trainer = make_trainer(config, jax.devices()[:1])
+    batch = {name: jax.ShapeDtypeStruct((16, 256), jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    batch["weights"] = jax.ShapeDtypeStruct((16, 256), jnp.float32)
+    taken = trainer.step.lower(trainer.abstract_state, batch).compile().memory_analysis().temp_size_in_bytes
+    plan = plan_memory(config, mesh_sizes(config, 1))
+    state = sum(plan[name] for name in ("parameters", "optimizer state", "moving average"))
+    assert abs(math.log((sum(plan.values()) - state) / taken)) < math.log(1.5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshConfig(data=3), "must multiply to 8"),
+        (MeshConfig(data=1, fsdp=2), "must multiply to 8"),
+        (MeshConfig(data=-1, tensor=8), "does not divide"),  # 4 heads
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
+    config = dataclasses.replace(CONFIG, mesh=mesh)
+    with pytest.raises(ValueError, match=message):
+        plan_memory(config, mesh_sizes(config, 8))
+
+
+def test_rows_that_do_not_divide_are_refused():
+    config = dataclasses.replace(CONFIG, batch_size=6)
+    with pytest.raises(ValueError, match="choose a multiple of 4"):
+        mesh_sizes(config, 8)
+
+
+def test_a_negative_size_takes_the_rest():
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=-1, fsdp=2, tensor=1))
+    assert mesh_sizes(config, 8) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert np.prod(list(mesh_sizes(config, 8).values())) == 8

@@ -1,0 +1,134 @@
+"""Every mesh of a table gives the loss and the gradients of one device, and takes over the checkpoint of any other."""
+
+import contextlib
+import functools
+import itertools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from model.params import dimensions, param_shardings, param_specs
+from model.presets import preset
+from model.sharding import MESH_AXES, TRAIN_RULES, Layout, check_mesh, make_mesh
+from model.transformer import activations
+from tests.networks import random_params
+from train.checkpoint import Checkpoints
+from train.config import LossConfig
+from train.step import gradient_sums
+
+ROWS, TOKENS = 16, 64
+LOSS = LossConfig(z_loss=1e-2, chunk_tokens=16)
+# Windows and sinks, layers left over from the scan; everything that 8 devices may split is a multiple of 8.
+DENSE = preset(
+    "tiny-gemma3",
+    num_layers=4,
+    d_model=32,
+    num_heads=8,
+    num_kv_heads=8,
+    d_ff=32,
+    attention_sinks=True,
+    attention_soft_cap=3.0,
+    scan_layers=True,
+)
+MODELS = {"dense": DENSE, "grouped": preset("tiny-llama", num_kv_heads=2, scan_layers=True, remat="full")}
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 8},
+    "context": {"context": 8},
+    "data-fsdp": {"data": 2, "fsdp": 4},
+    "fsdp-tensor": {"fsdp": 4, "tensor": 2},
+    "context-tensor": {"context": 4, "tensor": 2},
+    "fsdp-context-tensor": {"fsdp": 2, "context": 2, "tensor": 2},
+    "data-fsdp-tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+TABLE = [
+    *(("dense", mesh, 1) for mesh in MESHES),
+    *(("dense", mesh, 2) for mesh in ("data", "fsdp-context-tensor")),
+    *(("grouped", mesh, 1) for mesh in ("fsdp-tensor", "fsdp-context-tensor")),
+]
+
+
+def packed_batch(vocab_size):
+    """Documents that end anywhere, padding, and uneven weights."""
+    rng = np.random.default_rng(0)
+    segments, positions = np.zeros((2, ROWS, TOKENS), np.int32)
+    for row in range(ROWS):
+        start, number = 0, 0
+        while start < TOKENS - 3:
+            length, number = int(rng.integers(1, 20)), number + 1
+            segments[row, start : start + length] = number
+            positions[row, start : start + length] = np.arange(length)[: TOKENS - start]
+            start += length
+    tokens, targets = rng.integers(0, vocab_size, (2, ROWS, TOKENS)).astype(np.int32)
+    weights = (rng.random((ROWS, TOKENS)) * (segments > 0)).astype(np.float32)
+    return {"tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions, "weights": weights}
+
+
+def sums(model, layout, accumulation):
+    return functools.partial(gradient_sums, model=model, loss=LOSS, accumulation=accumulation, layout=layout)
+
+
+def layout_of(mesh):
+    return Layout.of(make_mesh(dict.fromkeys(MESH_AXES, 1) | mesh, jax.devices()[:8]), TRAIN_RULES)
+
+
+@functools.cache
+def on_one_device(name):
+    model = MODELS[name]
+    params = random_params(model)
+    return params, jax.device_get(jax.jit(sums(model, None, 1))(params, packed_batch(model.vocab_size)))
+
+
+def compiled(name, mesh, accumulation):
+    model, layout = MODELS[name], layout_of(MESHES[mesh])
+    specs = param_specs(model)
+    check_mesh(dimensions(specs) + activations(ROWS // accumulation, TOKENS), TRAIN_RULES, dict(layout.mesh.shape))
+    shardings = param_shardings(specs, layout), layout.sharding("batch")
+    function = jax.jit(sums(model, layout, accumulation), in_shardings=shardings, out_shardings=(shardings[0], None))
+    params, batch = on_one_device(name)[0], packed_batch(model.vocab_size)
+    return function.lower(params, batch).compile(), jax.device_put((params, batch), shardings)
+
+
+@pytest.mark.parametrize(("name", "mesh", "accumulation"), TABLE)
+def test_a_mesh_gives_the_loss_and_gradients_of_one_device(name, mesh, accumulation):
+    step, (params, batch) = compiled(name, mesh, accumulation)
+    result = step(params, batch)
+    assert jax.tree.map(lambda x: x.sharding, result[0]) == jax.tree.map(lambda x: x.sharding, params)
+    expected = on_one_device(name)[1]
+    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(result), jax.tree.leaves(expected), strict=True):
+        scale = np.max(np.abs(theirs)) or 1.0
+        np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+COLLECTIVE = re.compile(r"= (\(.*?\)|\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "data-fsdp"])
+def test_rows_stay_where_they_are(mesh):
+    """Parameters and their gradients travel, activations do not: nothing that is as large as a batch times the width."""
+    step, _ = compiled("dense", mesh, 1)
+    sizes = []
+    for shapes, _ in COLLECTIVE.findall(step.as_text()):
+        for shape in re.findall(r"\w+\[([\d,]*)\]", shapes):
+            sizes.append(int(np.prod([int(n) for n in shape.split(",") if n])))
+    assert sizes
+    assert max(sizes) <= max(int(np.prod(array.shape)) for array in dimensions(param_specs(DENSE)))
+    assert max(sizes) < ROWS * TOKENS * DENSE.d_model
+
+
+def test_a_checkpoint_moves_between_any_two_meshes_bit_by_bit(tmp_path):
+    specs = param_specs(DENSE)
+    expected = random_params(DENSE)
+    layouts = {name: param_shardings(specs, layout_of(mesh)) for name, mesh in MESHES.items()}
+    for name, shardings in layouts.items():
+        with contextlib.closing(Checkpoints(str(tmp_path / name), keep=3)) as checkpoints:
+            checkpoints.save(1, jax.device_put(expected, shardings), {})
+    for source, target in itertools.product(layouts, repeat=2):
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), expected, layouts[target])
+        with contextlib.closing(Checkpoints(str(tmp_path / source), keep=3)) as checkpoints:
+            restored, _ = checkpoints.restore(1, abstract)
+        assert jax.tree.map(lambda x: x.sharding, restored) == layouts[target]
+        jax.tree.map(np.testing.assert_array_equal, restored, expected)

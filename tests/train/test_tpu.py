@@ -1,0 +1,52 @@
+"""The sharded training step, compiled for TPUs by their own compiler; nothing runs on one."""
+
+import json
+import textwrap
+
+import pytest
+
+from tests.libtpu import run_with_libtpu
+
+COMPILE = textwrap.dedent(
+    """
+    import dataclasses, json, re, sys
+    import jax, jax.numpy as jnp
+    from jax.experimental import topologies
+    from model.presets import preset
+    from tests.train.test_step import CONFIG
+    from train.config import MeshConfig
+    from train.step import make_trainer
+
+    mesh, remat = json.loads(sys.argv[1]), sys.argv[2]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    model = preset("tiny-llama", attention_backend="flash", dtype="bfloat16", scan_layers=True, remat=remat, max_seq_len=512)
+    data = dataclasses.replace(CONFIG.data, seq_len=512)
+    config = dataclasses.replace(CONFIG, model=model, data=data, mesh=MeshConfig(**mesh))
+    trainer = make_trainer(config, devices)
+    dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
+    shape = (config.batch_size, 512)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=trainer.batch_sharding) for name, dtype in dtypes.items()}
+    text = trainer.step.lower(trainer.abstract_state, batch).compile().as_text()
+    count = lambda pattern: len(re.findall(pattern, text))
+    print(json.dumps({
+        "forward": count(r"= .* custom-call\\(.*flash_forward"),
+        "backward": count(r"= .* custom-call\\(.*flash_backward"),
+        "permutes": count(r"collective-permute-start\\("),
+    }))
+    """
+)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "remat", "forward", "backward"),
+    [
+        ({"data": 1, "fsdp": 2, "tensor": 2}, "attention", 1, 1),
+        # Each kernel twice: in the loop over the ring, and for the keys that come last. `full` runs the forward one again.
+        ({"data": 1, "fsdp": 2, "context": 2}, "full", 4, 2),
+    ],
+)
+def test_a_sharded_step_compiles_with_as_many_kernels_as_it_needs(mesh, remat, forward, backward):
+    """Layers are scanned, so each kernel stands once in the program for all of them."""
+    found = json.loads(run_with_libtpu(COMPILE, json.dumps(mesh), remat).splitlines()[-1])
+    assert (found["forward"], found["backward"]) == (forward, backward)
+    assert (found["permutes"] > 0) == ("context" in mesh)

@@ -1,0 +1,134 @@
+"""What a device will hold during a training step, planned from shapes before anything is compiled.
+
+Nothing is allocated and no device is asked: parameters and optimizer state are counted under the rules of the mesh, and what
+the backward pass needs of the forward one is found by tracing one device's share of the model. It is a plan: the compiler
+shares buffers, pads them and keeps copies; `loam compile` tells what it really takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from model.config import ModelConfig
+from model.params import Params, abstract_params, block_layout, param_shardings, param_specs, parameter_groups
+from model.sharding import TRAIN_RULES, Layout
+from model.transformer import forward
+from train.config import OptimizerConfig, TrainConfig
+from train.optimizer import make_optimizer
+from train.step import opt_state_shardings
+
+
+def plan_memory(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
+    """Bytes that each device holds at the fullest moment of a step, by what they are.
+
+    Args:
+      mesh: sizes of the axes, as `train.step.mesh_sizes` gives them.
+    """
+    parameters, opt_state = _state_bytes(config.model, config.optimizer, tuple(mesh.items()))
+    plan = {
+        "parameters": parameters,
+        "optimizer state": opt_state,
+        "moving average": parameters if config.optimizer.ema_decay else 0,
+        "gradients": parameters * (2 if config.accumulation > 1 else 1),
+    }
+    return plan | _activations(config, mesh)
+
+
+@functools.cache
+def _state_bytes(model: ModelConfig, optimizer: OptimizerConfig, mesh: tuple[tuple[str, int], ...]) -> tuple[int, int]:
+    """Bytes per device of parameters and of optimizer state."""
+    specs = param_specs(model)
+    abstract_mesh: Any = AbstractMesh(tuple(size for _, size in mesh), tuple(axis for axis, _ in mesh))
+    layout = Layout.of(abstract_mesh, TRAIN_RULES)
+    params = abstract_params(specs)
+    of_params = param_shardings(specs, layout)
+    opt_state = jax.eval_shape(make_optimizer(optimizer, specs, lambda _: 0.0).init, params)
+    return _bytes(params, of_params), _bytes(opt_state, opt_state_shardings(opt_state, specs, of_params, layout.sharding()))
+
+
+def _bytes(tree: object, shardings: object) -> int:
+    sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize, tree, shardings)
+    return sum(jax.tree.leaves(sizes))
+
+
+def _activations(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
+    """What comes and goes within a micro-batch: what all layers keep, and the larger of what comes after it."""
+    tensor = mesh["tensor"]
+    rows = config.batch_size // config.accumulation // math.prod(mesh[axis] for axis in TRAIN_RULES["batch"])
+    seq_len = config.data.seq_len // mesh["context"]
+    model = _share(config.model, tensor)
+    crowding = _crowding(model, mesh["expert"])
+    width = jnp.dtype(model.dtype).itemsize
+    chunk = min(rows * seq_len, config.loss.chunk_tokens or rows * seq_len)
+    _, period, _ = block_layout(model)
+    kept = rows * _period_bytes(model, seq_len, tensor, crowding)
+    one = rows * _period_bytes(dataclasses.replace(model, remat="none"), seq_len, tensor, crowding)
+    groups = parameter_groups(param_specs(dataclasses.replace(model, num_layers=1)))
+    # An expert's matrices are gathered where it lives, everything else everywhere.
+    groups["blocks/experts"] = groups.get("blocks/experts", 0) // mesh["expert"]
+    block = sum(size for name, size in groups.items() if name.startswith("blocks/"))
+    head = model.vocab_size * model.d_model
+    # Where weights are scattered, those of the next layer arrive while one is used; gradients leave in the parameters' type.
+    gathered = math.prod(mesh[axis] for axis in TRAIN_RULES["embed"]) > 1
+    of_layer = int(one / period) + (2 * width + 4) * block * gathered
+    of_loss = 2 * 4 * chunk * model.vocab_size + (width + 4) * head * gathered
+    return {
+        f"activations kept (remat {model.remat})": int(kept * model.num_layers / period),
+        "the loss" if of_loss > of_layer else "a layer in the backward pass": max(of_loss, of_layer),
+    }
+
+
+def _share(model: ModelConfig, tensor: int) -> ModelConfig:
+    """The model whose layers are as wide as a device's part of them under tensor parallelism; all of them have experts."""
+    moe = model.moe and dataclasses.replace(model.moe, d_ff=model.moe.d_ff // tensor, num_dense_layers=0)
+    return dataclasses.replace(
+        model,
+        moe=moe,
+        num_heads=model.num_heads // tensor,
+        num_kv_heads=max(1, model.num_kv_heads // tensor),
+        d_ff=model.d_ff // tensor,
+        vocab_size=-(-model.vocab_size // tensor),
+    )
+
+
+def _crowding(model: ModelConfig, devices: int) -> int:
+    """Rows that a device has room for per copy of a token that it sends to experts on `devices`, see `model/moe.py`."""
+    if not model.moe or devices == 1:
+        return 1
+    copies = model.moe.experts_per_token
+    return -(-devices * min(copies, model.moe.num_experts // devices) // copies)
+
+
+@functools.cache
+def _period_bytes(model: ModelConfig, seq_len: int, tensor: int, crowding: int) -> int:
+    """Bytes that one period of layers leaves for the backward pass, for one row: what two leave more than one."""
+    _, period, _ = block_layout(model)
+    one, two = (_residual_bytes(dataclasses.replace(model, num_layers=n * period), seq_len, tensor, crowding) for n in (1, 2))
+    return two - one
+
+
+def _residual_bytes(model: ModelConfig, seq_len: int, tensor: int, crowding: int) -> int:
+    """Bytes of all that the forward pass of a row leaves for the backward one, except parameters and what has their shapes."""
+    params = abstract_params(param_specs(model))
+    row = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
+
+    def residuals(params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> Any:
+        return jax.vjp(lambda params: forward(params, model, tokens, positions, segment_ids)[0], params)[1]
+
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    total = 0
+    for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, row, row, row)):
+        if not {leaf.shape, leaf.shape[1:], leaf.shape[-2:]} & shapes:
+            # Between the layers tokens are split over `tensor`; within them heads and the MLP's width are (`_share`).
+            parts = tensor if leaf.shape[-2:] == (seq_len, model.d_model) else 1
+            of_experts = model.moe and leaf.ndim == 2 and leaf.shape[0] == seq_len * model.moe.experts_per_token
+            total += leaf.size * jnp.dtype(leaf.dtype).itemsize * (crowding if of_experts else 1) // parts
+    return total
