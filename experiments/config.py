@@ -68,6 +68,7 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str], cls: type) -> di
 
 
 def _set(node: Any, kind: Any, keys: list[str], text: str, path: tuple[str, ...]) -> Any:
+    kind, _ = _optional(kind)
     if not keys:
         return _parse(text, kind)
     key, rest = keys[0], keys[1:]
@@ -113,12 +114,16 @@ def _parse(text: str, kind: Any) -> Any:
 
 
 def build(cls: type[T], value: Any, path: tuple[str, ...] = ()) -> T:
-    """`value` as a `cls`: a dataclass from a mapping, recursively, or a checked number, text, literal or tuple.
+    """`value` as a `cls`: a dataclass from a mapping, recursively, or a checked number, text, literal or tuple; None where the
+    annotation is `... | None`.
 
     Raises:
       ConfigError: an unknown or missing key, a value of another type, or what the dataclass itself refuses.
     """
     where = "config." + ".".join(path) if path else "config"
+    kind, may_be_none = _optional(cls)
+    if may_be_none:
+        return typing.cast(T, None if value is None else build(kind, value, path))
     if dataclasses.is_dataclass(cls):
         if isinstance(value, cls):  # made in a config file: its literals and types are checked like everything else
             value = {name: getattr(value, name) for name in typing.get_type_hints(cls)}
@@ -158,7 +163,7 @@ def build(cls: type[T], value: Any, path: tuple[str, ...] = ()) -> T:
         items = enumerate(zip(kinds, value, strict=True))
         return typing.cast(T, tuple(build(kind, item, (*path, str(i))) for i, (kind, item) in items))
     if origin in (typing.Union, types.UnionType):
-        raise TypeError(f"{where}: config dataclasses hold no unions")
+        raise TypeError(f"{where}: config dataclasses hold no unions but with None")
     if cls is float and type(value) is int:
         value = float(value)
     if type(value) is not cls:
@@ -166,6 +171,14 @@ def build(cls: type[T], value: Any, path: tuple[str, ...] = ()) -> T:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}={value!r} must be a finite number")
     return value
+
+
+def _optional(kind: Any) -> tuple[Any, bool]:
+    """X and True of `X | None`; any other annotation and False."""
+    kinds = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType) and len(kinds) == 2 and kinds[1] is type(None):
+        return kinds[0], True
+    return kind, False
 
 
 def _item_type(kind: Any, index: int) -> Any:

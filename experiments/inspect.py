@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from model.chips import Topology
 from model.flops import forward_flops_per_token, train_flops_per_token
-from model.params import num_parameters, param_specs, parameter_groups
+from model.params import active_parameters, num_parameters, param_specs, parameter_groups
 from train.config import TrainConfig
 from train.memory import plan_memory
 from train.step import make_trainer, mesh_sizes
@@ -20,7 +20,7 @@ def describe(config: TrainConfig) -> str:
     specs = param_specs(config.model)
     trainer = make_trainer(config)
     total = num_parameters(specs)
-    lines = [f"{config.name}: {total:,} parameters", ""]
+    lines = [_title(config), ""]
     lines += [f"  {name:<28}{count:>16,}{100 * count / total:>7.1f} %" for name, count in parameter_groups(specs).items()]
     state = trainer.abstract_state
     mesh = ", ".join(f"{axis} {size}" for axis, size in trainer.mesh.shape.items())
@@ -38,7 +38,7 @@ def describe_plan(config: TrainConfig, topology: Topology) -> str:
     total, limit = sum(plan.values()), topology.chip.hbm_bytes
     names = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
     lines = [
-        f"{config.name}: {num_parameters(param_specs(config.model)):,} parameters",
+        _title(config),
         "",
         f"memory per device of {topology.name} ({topology.num_devices} devices), mesh {names}",
         *(f"  {name:<36}{size / 2**20:>14,.1f} MiB" for name, size in plan.items()),
@@ -47,6 +47,11 @@ def describe_plan(config: TrainConfig, topology: Topology) -> str:
     if total > limit:
         lines.append("  it will hardly fit: `loam compile` tells for sure, and proposes what to change")
     return "\n".join([*lines, *_flops_lines(config)])
+
+
+def _title(config: TrainConfig) -> str:
+    active = f", of which each token meets {sum(active_parameters(config.model).values()):,}" if config.model.moe else ""
+    return f"{config.name}: {num_parameters(param_specs(config.model)):,} parameters{active}"
 
 
 def _flops_lines(config: TrainConfig) -> list[str]:

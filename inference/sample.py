@@ -76,7 +76,7 @@ def _generate(
     # Padding gets a position past the cache: it is computed, and written nowhere.
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
     slots = jnp.where(positions < lengths[:, None], positions, width + max_new_tokens)
-    hidden, cache = forward(params, config, prompts, slots, cache=cache)
+    hidden, cache, _ = forward(params, config, prompts, slots, cache=cache)
     token = draw(hidden[jnp.arange(batch_size), lengths - 1], jnp.int32(0))
     out = jnp.full((batch_size, max_new_tokens), -1, jnp.int32).at[:, 0].set(token)
 
@@ -86,7 +86,7 @@ def _generate(
 
     def advance(carry):
         step, token, cache, out, done = carry
-        hidden, cache = forward(params, config, token[:, None], (lengths + step - 1)[:, None], cache=cache)
+        hidden, cache, _ = forward(params, config, token[:, None], (lengths + step - 1)[:, None], cache=cache)
         token = draw(hidden[:, 0], step)
         out = out.at[:, step].set(jnp.where(done, -1, token))
         return step + 1, token, cache, out, done | (token == eos_id)

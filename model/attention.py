@@ -83,16 +83,20 @@ def attention(
     """softmax(cap(scale * q k^T)) v over the allowed pairs; the softmax is float32.
 
     Args:
+      v_BSKD: of as many dimensions as keys, or fewer.
       pattern: of `make_pattern`, for the same backend and layout.
       sinks_H: a logit per head that takes part in the softmax without a value (arXiv:2309.17453).
       cap: logits become cap * tanh(logits / cap); 0 is off.
       backend: `xla` needs queries and keys to be the same tokens in order.
 
     Returns:
-      [B, T, H, D] of q's dtype. A query that sees nothing and has no sink gets 0.
+      [B, T, H, dimensions of a value] of q's dtype. A query that sees nothing and has no sink gets 0.
     """
     named = {"query": q_BTHD, "key": k_BSKD, "value": v_BSKD}
     q, k, v = (checkpoint_name(x.swapaxes(1, 2), name) for name, x in named.items())
+    width = v.shape[-1]
+    if backend in ("flash", "cudnn"):  # kernels that take one width for keys and values
+        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - width)))
     on_ring = layout is not None and layout.shards("sequence") > 1
     attend = functools.partial(_attend_on_ring if on_ring else _attend, scale=scale, cap=cap, backend=backend)
     # The partitioner splits plain JAX by itself; a kernel and a ring are split by hand.
@@ -106,7 +110,7 @@ def attention(
             out_specs=heads,
             check_vma=False,
         )
-    return attend(q, k, v, pattern, sinks_H).swapaxes(1, 2)
+    return attend(q, k, v, pattern, sinks_H).swapaxes(1, 2)[..., :width]
 
 
 def _attend(q, k, v, pattern: Any, sinks, *, scale: float, cap: float, backend: AttentionBackend) -> jax.Array:

@@ -1,6 +1,7 @@
 """What a transformer is: one frozen, validated description.  No jax import, so a config is checked before anything expensive.
 
-The same `ModelConfig` describes GPT-2, Llama, Mistral, Qwen, Gemma, Falcon, Phi and OLMo; `model/presets.py` names them.
+The same `ModelConfig` describes GPT-2, Llama, Mistral, Mixtral, Qwen, Gemma, Falcon, Phi, OLMo and DeepSeek; `model/presets.py`
+names them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ Norm = Literal["layernorm", "rmsnorm"]
 NormPlacement = Literal["pre", "post", "sandwich"]
 QkNorm = Literal["none", "head", "full"]
 Mlp = Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"]
+Router = Literal["softmax", "sigmoid"]
 Remat = Literal["none", "full", "attention", "dots"]
 AttentionBackend = Literal["reference", "xla", "flash", "cudnn"]
 DType = Literal["float32", "bfloat16"]
@@ -77,6 +79,97 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts in place of the MLP: each token goes to a few of many. None is ever dropped.
+
+    Attributes:
+      experts_per_token: how many experts a router chooses for a token (top-k).
+      d_ff: width of one expert; its form is `model.mlp`.
+      num_shared_experts: experts that every token passes through (arXiv:2401.06066), together one MLP of so many times `d_ff`.
+      num_dense_layers: the first layers have an MLP of `model.d_ff` instead.
+      router: scores are a `softmax` over all experts, or a `sigmoid` of each (DeepSeek-V3).
+      normalize_weights: a token's weights sum to 1 before `routed_scale` multiplies them.
+      num_groups, groups_per_token: experts are chosen within the best groups only, by the sum of each group's two highest
+        scores (arXiv:2412.19437).
+      selection_bias: a bias per expert that takes part in the choice and in nothing else (arXiv:2408.15664).
+      bias_update_rate: how far a step of training moves it, up for experts with less than their share of tokens, down for the
+        others; no gradient does.
+      balance_loss: weight of the auxiliary loss (arXiv:2101.03961, equation 4), see `model.moe.Routing`; summed over layers.
+      z_loss: weight of the mean squared log-sum-exp of a router's logits (arXiv:2202.08906); summed over layers.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    d_ff: int
+    num_shared_experts: int = 0
+    num_dense_layers: int = 0
+    router: Router = "softmax"
+    normalize_weights: bool = True
+    routed_scale: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    selection_bias: bool = False
+    bias_update_rate: float = 0.0
+    balance_loss: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choices("moe", self)
+        for name in ("num_experts", "experts_per_token", "d_ff", "num_groups", "groups_per_token"):
+            check(getattr(self, name) > 0, f"moe.{name}={getattr(self, name)} must be positive")
+        for name in ("num_shared_experts", "num_dense_layers", "bias_update_rate", "balance_loss", "z_loss"):
+            check(getattr(self, name) >= 0, f"moe.{name}={getattr(self, name)} must not be negative")
+        check(self.routed_scale > 0, f"moe.routed_scale={self.routed_scale} must be positive")
+        check(
+            self.experts_per_token <= self.num_experts,
+            f"moe.experts_per_token={self.experts_per_token} is more than moe.num_experts={self.num_experts}: a token goes to "
+            "as many experts as there are at most; lower the one or raise the other",
+        )
+        check(
+            self.num_experts % self.num_groups == 0 and (self.num_groups == 1 or self.num_experts >= 2 * self.num_groups),
+            f"moe.num_groups={self.num_groups} must part moe.num_experts={self.num_experts} into equal groups of two or more",
+        )
+        check(
+            self.groups_per_token <= self.num_groups,
+            f"moe.groups_per_token={self.groups_per_token} is more than moe.num_groups={self.num_groups}: lower it",
+        )
+        reachable = self.groups_per_token * self.num_experts // self.num_groups
+        check(
+            self.experts_per_token <= reachable,
+            f"moe.experts_per_token={self.experts_per_token} is more than the {reachable} experts of "
+            f"moe.groups_per_token={self.groups_per_token} groups: raise moe.groups_per_token",
+        )
+        check(
+            self.selection_bias or not self.bias_update_rate,
+            f"moe.bias_update_rate={self.bias_update_rate} does nothing without a bias: set moe.selection_bias to True",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MlaConfig:
+    """Multi-head latent attention (arXiv:2405.04434): keys and values of all heads are made from one narrow vector per token.
+
+    Attributes:
+      q_lora_rank: queries too are made from a vector so narrow; 0 makes them from the hidden state.
+      kv_lora_rank: width of the vector that keys and values are made from.
+      qk_nope_head_dim, qk_rope_head_dim: dimensions of a query and key head without and with rotation; all heads share the
+        rotated part of the key.
+      v_head_dim: dimensions of a value head.
+    """
+
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    def __post_init__(self) -> None:
+        check(self.q_lora_rank >= 0, f"mla.q_lora_rank={self.q_lora_rank} must not be negative (0: no low rank)")
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            check(getattr(self, name) > 0, f"mla.{name}={getattr(self, name)} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer.
 
@@ -91,8 +184,10 @@ class ModelConfig:
       attention_sinks: one more logit per head, learned, that takes part in the softmax without a value (arXiv:2309.17453).
       attention_backend: who computes it, see model/attention.py; decoding with a cache always takes `reference`.
       parallel_block: attention and MLP read the same normalised input and are added together (Falcon, Phi).
+      moe: experts in place of the MLP; None is a dense network.
+      mla: latent attention in place of queries, keys and values of their own; head_dim is then that of its queries and keys.
       remat: what the backward pass recomputes: `none`, `full` (everything but layer inputs), `attention` (that but for
-        attention with its inputs), `dots` (all but matmuls).
+        attention with its inputs), `dots` (all but matmuls; those of experts again too).
       dtype: of activations and matmuls; parameters are stored in `param_dtype`.
     """
 
@@ -121,6 +216,8 @@ class ModelConfig:
     attention_backend: AttentionBackend = "xla"
     mlp: Mlp = "swiglu"
     mlp_bias: bool = False
+    moe: MoeConfig | None = None
+    mla: MlaConfig | None = None
     parallel_block: bool = False
     tie_embeddings: bool = False
     head_bias: bool = False
@@ -138,6 +235,8 @@ class ModelConfig:
             check(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.mla:
+            self._check_mla(self.mla)
         if not self.head_dim:
             check(
                 self.d_model % self.num_heads == 0,
@@ -176,10 +275,41 @@ class ModelConfig:
             }
             found = [f"model.{name}" for name, asked in cannot.items() if asked]
             check(not found, f"model.attention_backend='cudnn' cannot do {', '.join(found)}: take 'xla', or change these")
+        if self.moe:
+            check(
+                self.moe.num_dense_layers < self.num_layers,
+                f"moe.num_dense_layers={self.moe.num_dense_layers} leaves none of model.num_layers={self.num_layers} to the "
+                "experts: lower it, or set model.moe to None",
+            )
+            check(not self.mlp_bias, "model.mlp_bias is not implemented for experts: set it to False, or model.moe to None")
+
+    def _check_mla(self, mla: MlaConfig) -> None:
+        head_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+        cannot = {
+            f"num_kv_heads={self.num_kv_heads} (every head has its own keys: 0)": self.num_kv_heads != self.num_heads,
+            f"head_dim={self.head_dim} (model.mla says it: 0)": self.head_dim not in (0, head_dim),
+            f"qk_norm={self.qk_norm!r} (the narrow vectors have norms: 'none')": self.qk_norm != "none",
+            "qkv_bias (False)": self.qkv_bias,
+            f"positions={self.positions!r} ('rope')": self.positions != "rope",
+            f"rope.fraction={self.rope.fraction} (1.0)": self.rope.fraction != 1,
+            "norm_zero_centered (False)": self.norm_zero_centered,
+        }
+        found = [f"model.{name}" for name, asked in cannot.items() if asked]
+        check(not found, f"model.mla does not go with {', '.join(found)}: set what stands in parentheses")
+        object.__setattr__(self, "head_dim", head_dim)
 
     @property
     def rotary_dim(self) -> int:
-        return int(self.head_dim * self.rope.fraction)
+        return self.mla.qk_rope_head_dim if self.mla else int(self.head_dim * self.rope.fraction)
+
+    @property
+    def v_head_dim(self) -> int:
+        return self.mla.v_head_dim if self.mla else self.head_dim
+
+    @property
+    def num_dense_layers(self) -> int:
+        """How many of the first layers have an MLP and no experts."""
+        return self.moe.num_dense_layers if self.moe else self.num_layers
 
     @property
     def gated_mlp(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model.config import ModelConfig
-from model.params import param_specs, parameter_groups
+from model.params import active_parameters
 
 
 def mean_keys_per_query(seq_len: int, window: int) -> float:
@@ -13,14 +13,17 @@ def mean_keys_per_query(seq_len: int, window: int) -> float:
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """2 per weight of every matrix a token meets, and 4 per head dimension and key that it may attend to.
+    """2 per weight of every matrix a token meets, and per head 2 for each dimension of each key that it may attend to, and of
+    its value.
 
-    Only allowed pairs count, so that skipping the others shows as speed. Embedding look-ups, norms and activations do not.
+    Only allowed pairs count, so that skipping the others shows as speed, and of the experts those that a token goes to.
+    Embedding look-ups, norms and activations do not.
     """
-    groups = parameter_groups(param_specs(config))
-    matrices = groups["blocks/attention"] + groups["blocks/mlp"] + config.vocab_size * config.d_model
+    groups = active_parameters(config)
+    kinds = ("attention", "mlp", "router", "experts", "shared_experts")
+    matrices = sum(groups.get(f"blocks/{kind}", 0) for kind in kinds) + config.vocab_size * config.d_model
     keys = sum(mean_keys_per_query(seq_len, config.window(layer)) for layer in range(config.num_layers))
-    return 2 * matrices + 4 * config.num_heads * config.head_dim * keys
+    return 2 * matrices + 2 * config.num_heads * (config.head_dim + config.v_head_dim) * keys
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:

@@ -2,7 +2,8 @@
 
 The tree is a nested dict.  Without `scan_layers`, `blocks` is a tuple of per-layer dicts; with it, the layers of one period of
 the window pattern are separate entries whose leaves are stacked over the repetitions (`block_layout`), so that a scan runs over
-the repetitions and every layer still knows its window statically.
+the repetitions and every layer still knows its window statically. Dense layers that come before those with experts are
+`dense_blocks` then.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from model.config import ModelConfig
+from model.config import MlaConfig, ModelConfig, MoeConfig
 from model.sharding import Dimensions, Layout
 
 Params = Any  # nested dicts and tuples of jax.Array, of the structure of `param_specs`
@@ -29,6 +30,7 @@ class ParamSpec:
     Attributes:
       axes: logical name of each dimension; the rules of a mesh map them to mesh axes.
       init: `normal` with standard deviation `scale`, or a constant.
+      trained: whether the optimizer moves it.
     """
 
     shape: tuple[int, ...]
@@ -36,6 +38,7 @@ class ParamSpec:
     init: Literal["normal", "zeros", "ones"] = "normal"
     scale: float = 0.02
     dtype: str = "float32"
+    trained: bool = True
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), self
@@ -49,10 +52,12 @@ def is_spec(leaf: Any) -> bool:
     return isinstance(leaf, ParamSpec)
 
 
-def block_layout(config: ModelConfig) -> tuple[int, int]:
-    """(period, repetitions): the scan runs `repetitions` times over `period` unlike layers; the rest follows unrolled."""
+def block_layout(config: ModelConfig) -> tuple[int, int, int]:
+    """(first, period, repetitions): after `first` layers that are unlike the others (dense before experts) the scan runs
+    `repetitions` times over `period` layers; the rest follows unrolled."""
+    first = config.num_dense_layers if config.moe else 0
     period = len(config.window_pattern)
-    return period, config.num_layers // period
+    return first, period, (config.num_layers - first) // period
 
 
 def _norm_spec(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -89,8 +94,29 @@ def _attention_spec(config: ModelConfig, out_std: float) -> dict[str, Any]:
     return spec
 
 
-def _mlp_spec(config: ModelConfig, out_std: float) -> dict[str, ParamSpec]:
-    d_model, d_ff = config.d_model, config.d_ff
+def _mla_spec(config: ModelConfig, mla: MlaConfig, out_std: float) -> dict[str, Any]:
+    d_model, heads, std = config.d_model, config.num_heads, config.init_std
+    per_head = ("embed", "heads", "head_dim")
+    spec = {
+        "kv_down": ParamSpec((d_model, mla.kv_lora_rank + mla.qk_rope_head_dim), ("embed", None), scale=std),
+        "kv_norm": ParamSpec((mla.kv_lora_rank,), (None,), "ones"),
+        "key": ParamSpec((mla.kv_lora_rank, heads, mla.qk_nope_head_dim), per_head, scale=std),
+        "value": ParamSpec((mla.kv_lora_rank, heads, mla.v_head_dim), per_head, scale=std),
+        "query": ParamSpec((mla.q_lora_rank or d_model, heads, config.head_dim), per_head, scale=std),
+        "out": ParamSpec((heads, mla.v_head_dim, d_model), ("heads", "head_dim", "embed"), scale=out_std),
+    }
+    if mla.q_lora_rank:
+        spec["query_down"] = ParamSpec((d_model, mla.q_lora_rank), ("embed", None), scale=std)
+        spec["query_norm"] = ParamSpec((mla.q_lora_rank,), (None,), "ones")
+    if config.attention_out_bias:
+        spec["out_bias"] = ParamSpec((d_model,), (None,), "zeros")
+    if config.attention_sinks:
+        spec["sinks"] = ParamSpec((heads,), ("heads",), "zeros")
+    return spec
+
+
+def _mlp_spec(config: ModelConfig, d_ff: int, out_std: float) -> dict[str, ParamSpec]:
+    d_model = config.d_model
     spec = {
         "up": ParamSpec((d_model, d_ff), ("embed", "mlp"), scale=config.init_std),
         "down": ParamSpec((d_ff, d_model), ("mlp", "embed"), scale=out_std),
@@ -105,10 +131,30 @@ def _mlp_spec(config: ModelConfig, out_std: float) -> dict[str, ParamSpec]:
     return spec
 
 
-def _block_spec(config: ModelConfig) -> dict[str, Any]:
+def _moe_spec(config: ModelConfig, moe: MoeConfig, out_std: float) -> dict[str, Any]:
+    d_model, d_ff, num_experts = config.d_model, moe.d_ff, moe.num_experts
+    router = {"kernel": ParamSpec((d_model, num_experts), ("embed", None), scale=config.init_std)}
+    if moe.selection_bias:
+        router["bias"] = ParamSpec((num_experts,), (None,), "zeros", trained=False)
+    into, out_of = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
+    experts = {
+        "up": ParamSpec((num_experts, d_model, d_ff), into, scale=config.init_std),
+        "down": ParamSpec((num_experts, d_ff, d_model), out_of, scale=out_std),
+    }
+    if config.gated_mlp:
+        experts["gate"] = ParamSpec((num_experts, d_model, d_ff), into, scale=config.init_std)
+    spec: dict[str, Any] = {"router": router, "experts": experts}
+    if moe.num_shared_experts:
+        spec["shared_experts"] = _mlp_spec(config, moe.num_shared_experts * d_ff, out_std)
+    return spec
+
+
+def _block_spec(config: ModelConfig, moe: MoeConfig | None) -> dict[str, Any]:
     # Residual outputs start smaller by sqrt(2 * layers), so that the stream's variance does not grow with depth (GPT-2).
     out_std = config.init_std / math.sqrt(2 * config.num_layers)
-    spec: dict[str, Any] = {"attention": _attention_spec(config, out_std), "mlp": _mlp_spec(config, out_std)}
+    attention = _mla_spec(config, config.mla, out_std) if config.mla else _attention_spec(config, out_std)
+    mlp = _moe_spec(config, moe, out_std) if moe else {"mlp": _mlp_spec(config, config.d_ff, out_std)}
+    spec: dict[str, Any] = {"attention": attention, **mlp}
     norms = {
         "pre": ("attention_norm",) if config.parallel_block else ("attention_norm", "mlp_norm"),
         "post": ("attention_out_norm", "mlp_out_norm"),
@@ -125,18 +171,20 @@ def param_specs(config: ModelConfig) -> Params:
     specs: dict[str, Any] = {"embedding": ParamSpec((vocab, d_model), ("vocab", "embed"), scale=config.init_std)}
     if config.positions == "learned":
         specs["position_embedding"] = ParamSpec((config.max_seq_len, d_model), (None, "embed"), scale=config.init_std)
-    block = _block_spec(config)
+    dense, block = _block_spec(config, None), _block_spec(config, config.moe)
     if config.scan_layers:
-        period, repetitions = block_layout(config)
+        first, period, repetitions = block_layout(config)
 
         def stack(spec: ParamSpec) -> ParamSpec:
             return dataclasses.replace(spec, shape=(repetitions, *spec.shape), axes=("layers", *spec.axes))
 
         stacked = jax.tree.map(stack, block, is_leaf=is_spec)
+        if first:
+            specs["dense_blocks"] = tuple(dense for _ in range(first))
         specs["scanned_blocks"] = tuple(stacked for _ in range(period)) if repetitions else ()
-        specs["blocks"] = tuple(block for _ in range(config.num_layers - period * repetitions))
+        specs["blocks"] = tuple(block for _ in range(config.num_layers - first - period * repetitions))
     else:
-        specs["blocks"] = tuple(block for _ in range(config.num_layers))
+        specs["blocks"] = tuple(dense if i < config.num_dense_layers else block for i in range(config.num_layers))
     specs["final_norm"] = _norm_spec(config)
     if not config.tie_embeddings:
         specs["head"] = ParamSpec((d_model, vocab), ("embed", "vocab"), scale=config.init_std)
@@ -149,11 +197,11 @@ def unstack_layers(params: Params, config: ModelConfig) -> tuple[Params, ModelCo
     """The same network with a separate entry per layer (`scan_layers=False`), which decoding with a cache needs."""
     if not config.scan_layers:
         return params, config
-    _, repetitions = block_layout(config)
+    _, _, repetitions = block_layout(config)
     scanned = params["scanned_blocks"]
     blocks = [jax.tree.map(lambda leaf, i=i: leaf[i], layer) for i in range(repetitions) for layer in scanned]
-    unstacked = {name: leaf for name, leaf in params.items() if name != "scanned_blocks"}
-    unstacked["blocks"] = (*blocks, *params["blocks"])
+    unstacked = {name: leaf for name, leaf in params.items() if name not in ("dense_blocks", "scanned_blocks")}
+    unstacked["blocks"] = (*params.get("dense_blocks", ()), *blocks, *params["blocks"])
     return unstacked, dataclasses.replace(config, scan_layers=False)
 
 
@@ -212,6 +260,14 @@ def parameter_groups(specs: Params) -> dict[str, int]:
     groups: dict[str, int] = {}
     for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec):
         names = path_name(path).split("/")
-        group = f"blocks/{names[2]}" if names[0] in ("blocks", "scanned_blocks") else names[0]
+        group = f"blocks/{names[2]}" if names[0] in ("blocks", "dense_blocks", "scanned_blocks") else names[0]
         groups[group] = groups.get(group, 0) + spec.size
+    return groups
+
+
+def active_parameters(config: ModelConfig) -> dict[str, int]:
+    """`parameter_groups` with those experts alone that one token goes to."""
+    groups = parameter_groups(param_specs(config))
+    if config.moe:
+        groups["blocks/experts"] = groups["blocks/experts"] * config.moe.experts_per_token // config.moe.num_experts
     return groups

@@ -5,6 +5,8 @@ Where a checkpoint and the conventions of `ModelConfig` differ:
 1. `vocab_size` is the number of stored rows, padding included (Llama 3, Qwen 3, Phi, OLMo 2, Gemma 3 from 4B).
 2. Phi-3's `sliding_window` of 2047 counts the previous positions only; a window here counts the current one too.
 3. Gemma 3 from 4B is multimodal; the preset and its count are the language model, without vision encoder and projector.
+4. DeepSeek-V3 is the model without the layer that predicts one token more; the biases of its routers' choice are counted.
+5. Weights of the experts' balance losses are those of the checkpoints, whose losses differ (`model/moe.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import difflib
 from dataclasses import replace
 from typing import Any
 
-from model.config import ModelConfig, RopeConfig
+from model.config import MlaConfig, ModelConfig, MoeConfig, RopeConfig
 
 
 def _gpt2(num_layers: int, d_model: int, num_heads: int) -> ModelConfig:
@@ -114,6 +116,36 @@ _GEMMA3 = _GEMMA3_1B | {
     "rope": RopeConfig(theta=1_000_000.0, local_theta=10_000.0, scaling="linear", factor=8.0),
 }
 
+# arXiv:2401.04088; no sliding window, unlike Mistral 7B
+_MIXTRAL = {
+    "vocab_size": 32_000,
+    "max_seq_len": 32_768,
+    "rope": RopeConfig(theta=1_000_000.0),
+    "moe": MoeConfig(num_experts=8, experts_per_token=2, d_ff=14_336, balance_loss=0.02),
+}
+# arXiv:2412.19437: three dense layers, then 256 experts and a shared one
+_DEEPSEEK_V3 = {
+    "vocab_size": 129_280,
+    "max_seq_len": 163_840,
+    "rope": RopeConfig(scaling="yarn", factor=40.0, original_max_len=4096),
+    "norm_eps": 1e-6,
+    "moe": MoeConfig(
+        num_experts=256,
+        experts_per_token=8,
+        d_ff=2048,
+        num_shared_experts=1,
+        num_dense_layers=3,
+        router="sigmoid",
+        routed_scale=2.5,
+        num_groups=8,
+        groups_per_token=4,
+        selection_bias=True,
+        bias_update_rate=0.001,
+        balance_loss=0.0001,
+    ),
+    "mla": MlaConfig(q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+}
+
 PRESETS: dict[str, ModelConfig] = {
     "gpt2-124m": _gpt2(12, 768, 12),
     "gpt2-355m": _gpt2(24, 1024, 16),
@@ -138,6 +170,11 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-1.7b": _llama(28, 2048, 16, 8, 6144, tie_embeddings=True, **_QWEN3),
     "qwen3-4b": _llama(36, 2560, 32, 8, 9728, tie_embeddings=True, **_QWEN3),
     "qwen3-8b": _llama(36, 4096, 32, 8, 12_288, **_QWEN3),
+    "qwen3-30b-a3b": _llama(
+        48, 2048, 32, 4, 6144, moe=MoeConfig(num_experts=128, experts_per_token=8, d_ff=768, balance_loss=0.001), **_QWEN3
+    ),
+    "mixtral-8x7b": _llama(32, 4096, 32, 8, 14_336, **_MIXTRAL),
+    "deepseek-v3": _llama(61, 7168, 128, 128, 18_432, **_DEEPSEEK_V3),
     "olmo2-1b": _llama(16, 2048, 16, 16, 8192, **_OLMO2),
     "olmo2-7b": _llama(32, 4096, 32, 32, 11_008, **_OLMO2),
     "olmo2-13b": _llama(40, 5120, 40, 40, 13_824, **_OLMO2),
@@ -208,6 +245,27 @@ PRESETS |= {
     "tiny-falcon": replace(PRESETS["falcon-7b"], **_TINY),
     "tiny-phi": replace(PRESETS["phi-2"], **_TINY, num_kv_heads=4, rope=RopeConfig(fraction=0.5)),
     "tiny-olmo2": replace(PRESETS["olmo2-1b"], **_TINY, num_kv_heads=4),
+    "tiny-mixtral": replace(PRESETS["mixtral-8x7b"], **_TINY_GQA, moe=replace(_MIXTRAL["moe"], num_experts=4, d_ff=96)),
+    "tiny-qwen3-moe": replace(
+        PRESETS["qwen3-30b-a3b"],
+        **_TINY_GQA | {"d_model": 48},
+        moe=MoeConfig(num_experts=8, experts_per_token=4, d_ff=32, balance_loss=0.001),
+    ),
+    "tiny-deepseek": replace(
+        PRESETS["deepseek-v3"],
+        **_TINY | {"num_layers": 3, "head_dim": 24, "num_kv_heads": 4},
+        rope=replace(_DEEPSEEK_V3["rope"], factor=4.0, original_max_len=32),
+        moe=replace(
+            _DEEPSEEK_V3["moe"],
+            num_experts=8,
+            experts_per_token=3,
+            d_ff=32,
+            num_dense_layers=1,
+            num_groups=4,
+            groups_per_token=2,
+        ),
+        mla=MlaConfig(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12),
+    ),
 }
 
 # Parameters of the published checkpoints: trained arrays only (no rotary tables), a tied embedding once even where the
@@ -230,6 +288,9 @@ PUBLISHED_PARAMETERS: dict[str, int] = {
     "qwen3-1.7b": 1_720_574_976,
     "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+    "deepseek-v3": 671_026_419_200,
     "gemma2-2b": 2_614_341_888,
     "gemma2-9b": 9_241_705_984,
     "gemma2-27b": 27_227_128_320,

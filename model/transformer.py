@@ -7,7 +7,6 @@ Parameters are kept in `param_dtype` and cast to `dtype` where they are used; no
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,10 @@ import jax.numpy as jnp
 from model.attention import Pattern, attention, make_pattern
 from model.config import ModelConfig
 from model.kernels.xla_attention import soft_cap
-from model.params import Params
+from model.layers import linear, mlp_block, norm, rms_norm
+from model.mla import keys_and_values, latents, queries
+from model.moe import Routing, moe_block
+from model.params import Params, block_layout
 from model.rope import apply_rope, rope_table
 from model.sharding import Dimensions, Layout, constrain
 
@@ -31,70 +33,42 @@ class Context:
       positions: int32 [B, T]; also the cache slots that new keys and values go to.
       patterns: window size -> which pairs are allowed.
       rope: whether the layer is a sliding-window one -> (cos, sin); empty without RoPE.
+      real: bool [B, T], False for padding.
       layout: where activations live; None on one device.
     """
 
     positions: jax.Array
     patterns: dict[int, Pattern]
     rope: dict[bool, tuple[jax.Array, jax.Array]]
+    real: jax.Array
     layout: Layout | None = flax.struct.field(pytree_node=False)
 
 
-LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, max_len, K, head_dim]
+# Of one layer: keys and values, each [B, max_len, K, head_dim]; with latent attention `model.mla.Latents`.
+LayerCache = tuple[jax.Array, jax.Array]
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of past tokens, per layer; slot i of a row holds its position i."""
+    """What attention keeps of past tokens, per layer; slot i of a row holds its position i."""
 
     layers: tuple[LayerCache, ...]
 
     @classmethod
     def empty(cls, config: ModelConfig, batch_size: int, max_len: int) -> KVCache:
-        shape = (batch_size, max_len, config.num_kv_heads, config.head_dim)
-        return cls(tuple((jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_layers)))
+        if config.mla:
+            widths = ((config.mla.kv_lora_rank,), (config.mla.qk_rope_head_dim,))
+        else:
+            widths = ((config.num_kv_heads, config.head_dim),) * 2
+        first, second = (jnp.zeros((batch_size, max_len, *width), config.dtype) for width in widths)
+        return cls(((first, second),) * config.num_layers)
 
 
-def linear(
-    x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, contract: int = 1, layout: Layout | None = None
-) -> jax.Array:
-    """x [..., c] times w [c, ...]: contracts x's last `contract` dimensions with w's first ones.
-
-    On one device both are flattened to matrices: XLA's CPU backend runs 2-d dots 1.7 times faster than batched ones. On a mesh
-    they are not: rows and tokens that lie over different axes of it cannot be one dimension.
-    """
-    w = w.astype(x.dtype)
-    if layout is None:
-        width = math.prod(w.shape[:contract])
-        out = x.reshape(-1, width) @ w.reshape(width, -1)
-        out = out.reshape(*x.shape[: x.ndim - contract], *w.shape[contract:])
-    else:
-        out = jnp.tensordot(x, w, contract)
-    # In float32, so that the bias's gradient, a sum over all tokens, is.
-    return out if bias is None else (out.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axes: tuple[int, ...] = (-1,)) -> jax.Array:
-    """x / rms(x) * scale in float32, of x's dtype (arXiv:1910.07467)."""
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
-    return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
-
-
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
-    """(x - mean) / std * scale + bias in float32, of x's dtype (arXiv:1607.06450)."""
-    x32 = x.astype(jnp.float32)
-    centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    normed = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)
-    out = normed * scale.astype(jnp.float32)
-    return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
-
-
-def norm(x: jax.Array, params: Params, config: ModelConfig) -> jax.Array:
-    scale = params["scale"] + 1.0 if config.norm_zero_centered else params["scale"]
-    if config.norm == "rmsnorm":
-        return rms_norm(x, scale, config.norm_eps)
-    return layer_norm(x, scale, params.get("bias"), config.norm_eps)
+def remember(cache: LayerCache, new: LayerCache, positions: jax.Array) -> LayerCache:
+    """The cache with what belongs to new tokens, each [B, T, ...], at their positions int32 [B, T]."""
+    rows = jnp.arange(positions.shape[0])[:, None]
+    first, second = (old.at[rows, positions].set(x, mode="drop") for old, x in zip(cache, new, strict=True))
+    return first, second
 
 
 def qk_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
@@ -107,24 +81,29 @@ def attention_block(
     x_BTD: jax.Array, params: Params, config: ModelConfig, context: Context, window: int, cache: LayerCache | None
 ) -> tuple[jax.Array, LayerCache | None]:
     layout = context.layout
-    q_BTHD = linear(x_BTD, params["query"], params.get("query_bias"), layout=layout)
-    k_BTKD = linear(x_BTD, params["key"], params.get("key_bias"), layout=layout)
-    v_BTKD = linear(x_BTD, params["value"], params.get("value_bias"), layout=layout)
-    if config.qk_norm != "none":
-        q_BTHD = qk_norm(q_BTHD, params["query_norm"], config)
-        k_BTKD = qk_norm(k_BTKD, params["key_norm"], config)
-    if config.positions == "rope":
+    if config.mla:
         table = context.rope[window > 0]
-        q_BTHD, k_BTKD = apply_rope(q_BTHD, table), apply_rope(k_BTKD, table)
-    if cache is not None:
-        rows = jnp.arange(x_BTD.shape[0])[:, None]
-        k_BTKD = cache[0].at[rows, context.positions].set(k_BTKD, mode="drop")
-        v_BTKD = cache[1].at[rows, context.positions].set(v_BTKD, mode="drop")
-        cache = (k_BTKD, v_BTKD)
+        q_BTHD = queries(x_BTD, params, config, config.mla, table, window, layout)
+        past = latents(x_BTD, params, config, config.mla, table, layout)
+        if cache is not None:
+            past = cache = remember(cache, past, context.positions)
+        k_BSKD, v_BSKD = keys_and_values(past, params, layout)
+    else:
+        q_BTHD = linear(x_BTD, params["query"], params.get("query_bias"), layout=layout)
+        k_BSKD = linear(x_BTD, params["key"], params.get("key_bias"), layout=layout)
+        v_BSKD = linear(x_BTD, params["value"], params.get("value_bias"), layout=layout)
+        if config.qk_norm != "none":
+            q_BTHD = qk_norm(q_BTHD, params["query_norm"], config)
+            k_BSKD = qk_norm(k_BSKD, params["key_norm"], config)
+        if config.positions == "rope":
+            table = context.rope[window > 0]
+            q_BTHD, k_BSKD = apply_rope(q_BTHD, table), apply_rope(k_BSKD, table)
+        if cache is not None:
+            k_BSKD, v_BSKD = cache = remember(cache, (k_BSKD, v_BSKD), context.positions)
     out_BTHD = attention(
         constrain(q_BTHD, layout, "batch", "sequence", "heads", None),
-        constrain(k_BTKD, layout, "batch", "sequence", "kv_heads", None),
-        constrain(v_BTKD, layout, "batch", "sequence", "kv_heads", None),
+        constrain(k_BSKD, layout, "batch", "sequence", "kv_heads", None),
+        constrain(v_BSKD, layout, "batch", "sequence", "kv_heads", None),
         context.patterns[window],
         params.get("sinks"),
         scale=config.attention_scale or config.head_dim**-0.5,
@@ -135,29 +114,21 @@ def attention_block(
     return linear(out_BTHD, params["out"], params.get("out_bias"), contract=2, layout=layout), cache
 
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "swiglu": jax.nn.silu,
-    "geglu": jax.nn.gelu,
-    "gelu": jax.nn.gelu,
-    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-}
-
-
-def mlp_block(x_BTD: jax.Array, params: Params, config: ModelConfig, layout: Layout | None) -> jax.Array:
-    up_BTF = linear(x_BTD, params["up"], params.get("up_bias"), layout=layout)
-    activation = ACTIVATIONS[config.mlp]
-    if config.gated_mlp:
-        hidden_BTF = activation(linear(x_BTD, params["gate"], params.get("gate_bias"), layout=layout)) * up_BTF
-    else:
-        hidden_BTF = activation(up_BTF)
-    hidden_BTF = constrain(hidden_BTF, layout, "batch", "sequence", "mlp")
-    return linear(hidden_BTF, params["down"], params.get("down_bias"), layout=layout)
+def feed_forward(x_BTD: jax.Array, params: Params, config: ModelConfig, context: Context) -> tuple[jax.Array, Routing | None]:
+    """The MLP or, in a layer that has them, the experts."""
+    layout = context.layout
+    if "experts" not in params:
+        return mlp_block(x_BTD, params["mlp"], config, layout), None
+    assert config.moe is not None
+    out_BTD, routing = moe_block(x_BTD, params, config, config.moe, context.real, layout)
+    if "shared_experts" in params:
+        out_BTD += mlp_block(x_BTD, params["shared_experts"], config, layout)
+    return out_BTD, routing
 
 
 def block(
     x_BTD: jax.Array, params: Params, config: ModelConfig, context: Context, window: int, cache: LayerCache | None = None
-) -> tuple[jax.Array, LayerCache | None]:
+) -> tuple[jax.Array, LayerCache | None, Routing | None]:
     """One layer. The norms that exist in `params` say where they stand (`norm_placement`)."""
     layout = context.layout
 
@@ -174,10 +145,11 @@ def block(
     attention_in = gathered(norm_if("attention_norm", x_BTD))
     attention_out, cache = attention_block(attention_in, params["attention"], config, context, window, cache)
     if config.parallel_block:
-        return x_BTD + scattered(attention_out + mlp_block(attention_in, params["mlp"], config, layout)), cache
+        mlp_out, routing = feed_forward(attention_in, params, config, context)
+        return x_BTD + scattered(attention_out + mlp_out), cache, routing
     x_BTD = x_BTD + norm_if("attention_out_norm", scattered(attention_out))
-    mlp_out = mlp_block(gathered(norm_if("mlp_norm", x_BTD)), params["mlp"], config, layout)
-    return x_BTD + norm_if("mlp_out_norm", scattered(mlp_out)), cache
+    mlp_out, routing = feed_forward(gathered(norm_if("mlp_norm", x_BTD)), params, config, context)
+    return x_BTD + norm_if("mlp_out_norm", scattered(mlp_out)), cache, routing
 
 
 def remat(function: Callable[..., Any], config: ModelConfig, **static: Any) -> Callable[..., Any]:
@@ -212,7 +184,7 @@ def forward(
     segment_ids: jax.Array | None = None,
     cache: KVCache | None = None,
     layout: Layout | None = None,
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, KVCache | None, Routing | None]:
     """Runs the network up to the final norm; `unembed` turns the result into logits.
 
     Args:
@@ -225,7 +197,7 @@ def forward(
         devices may stand in any order (`model.ring_attention.zigzag`). Not with a cache.
 
     Returns:
-      hidden states [B, T, D] of `config.dtype`, and the updated cache.
+      hidden states [B, T, D] of `config.dtype`, the updated cache, and what the routers of all layers with experts did.
 
     Raises:
       ValueError: a cache together with scan_layers (see `unstack_layers`) or segment_ids.
@@ -257,32 +229,52 @@ def forward(
         {w > 0: rope_table(positions, config.rope, config.rotary_dim, w > 0) for w in windows}
         if config.positions == "rope"
         else {},
+        segments > 0,
         layout,
     )
 
-    def layer(x: jax.Array, layer_params: Params, context: Context, window: int) -> jax.Array:
-        return block(x, layer_params, config, context, window)[0]
+    def layer(x: jax.Array, layer_params: Params, context: Context, window: int) -> tuple[jax.Array, Routing | None]:
+        x, _, routing = block(x, layer_params, config, context, window)
+        return x, routing
 
+    routings: list[Routing] = []  # of one layer or more each
+
+    def run(x: jax.Array, blocks: tuple[Params, ...], first: int) -> jax.Array:
+        """Layers that are not scanned, the first of which takes the window of layer `first`."""
+        for i, layer_params in enumerate(blocks):
+            x, routing = remat(layer, config, window=config.window(first + i))(x, layer_params, context)
+            if routing is not None:
+                routings.append(jax.tree.map(lambda leaf: leaf[None], routing))
+        return x
+
+    first = 0
+    if config.scan_layers:
+        first = block_layout(config)[0]
+        x_BTD = run(x_BTD, params.get("dense_blocks", ()), 0)
     if config.scan_layers and params["scanned_blocks"]:
 
-        def period(x: jax.Array, stacked: tuple[Params, ...]) -> tuple[jax.Array, None]:
+        def period(x: jax.Array, stacked: tuple[Params, ...]) -> tuple[jax.Array, list[Routing | None]]:
+            of_layers = []
             for i, layer_params in enumerate(stacked):
-                x = remat(layer, config, window=config.window(i))(x, layer_params, context)
-            return x, None
+                x, routing = remat(layer, config, window=config.window(first + i))(x, layer_params, context)
+                of_layers.append(routing)
+            return x, of_layers
 
-        x_BTD, _ = jax.lax.scan(period, x_BTD, params["scanned_blocks"])
+        x_BTD, of_layers = jax.lax.scan(period, x_BTD, params["scanned_blocks"])
+        if config.moe:
+            routings.append(jax.tree.map(lambda *leaves: jnp.concatenate(jnp.stack(leaves, axis=1)), *of_layers))
 
     if cache is None:
-        # After a scan these are the layers left over; it ran whole periods of the pattern, so their windows count from 0.
-        for i, layer_params in enumerate(params["blocks"]):
-            x_BTD = remat(layer, config, window=config.window(i))(x_BTD, layer_params, context)
+        # After a scan these are the layers left over; it ran whole periods of the pattern.
+        x_BTD = run(x_BTD, params["blocks"], first)
     else:
         layers = []
         for i, layer_params in enumerate(params["blocks"]):
-            x_BTD, written = block(x_BTD, layer_params, config, context, config.window(i), cache.layers[i])
+            x_BTD, written, _ = block(x_BTD, layer_params, config, context, config.window(i), cache.layers[i])
             layers.append(written)
         cache = KVCache(tuple(layers))
-    return norm(x_BTD, params["final_norm"], config), cache
+    routing = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routings) if routings else None
+    return norm(x_BTD, params["final_norm"], config), cache, routing
 
 
 def head_weights(params: Params, config: ModelConfig) -> tuple[jax.Array, jax.Array | None]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from model.config import ModelConfig
-from model.params import Params, abstract_params, block_layout, is_spec, param_shardings, param_specs
+from model.params import Params, abstract_params, block_layout, param_shardings, param_specs, parameter_groups
 from model.sharding import TRAIN_RULES, Layout
 from model.transformer import forward
 from train.config import OptimizerConfig, TrainConfig
@@ -65,14 +65,17 @@ def _activations(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]
     rows = config.batch_size // config.accumulation // math.prod(mesh[axis] for axis in TRAIN_RULES["batch"])
     seq_len = config.data.seq_len // mesh["context"]
     model = _share(config.model, tensor)
+    crowding = _crowding(model, mesh["expert"])
     width = jnp.dtype(model.dtype).itemsize
     chunk = min(rows * seq_len, config.loss.chunk_tokens or rows * seq_len)
-    period, _ = block_layout(model)
-    kept = rows * _period_bytes(model, seq_len, tensor)
-    one = rows * _period_bytes(dataclasses.replace(model, remat="none"), seq_len, tensor)
-    block = sum(leaf.size for leaf in jax.tree.leaves(param_specs(dataclasses.replace(model, num_layers=1)), is_leaf=is_spec))
+    _, period, _ = block_layout(model)
+    kept = rows * _period_bytes(model, seq_len, tensor, crowding)
+    one = rows * _period_bytes(dataclasses.replace(model, remat="none"), seq_len, tensor, crowding)
+    groups = parameter_groups(param_specs(dataclasses.replace(model, num_layers=1)))
+    # An expert's matrices are gathered where it lives, everything else everywhere.
+    groups["blocks/experts"] = groups.get("blocks/experts", 0) // mesh["expert"]
+    block = sum(size for name, size in groups.items() if name.startswith("blocks/"))
     head = model.vocab_size * model.d_model
-    block -= head * (1 if model.tie_embeddings else 2)
     # Where weights are scattered, those of the next layer arrive while one is used; gradients leave in the parameters' type.
     gathered = math.prod(mesh[axis] for axis in TRAIN_RULES["embed"]) > 1
     of_layer = int(one / period) + (2 * width + 4) * block * gathered
@@ -84,9 +87,11 @@ def _activations(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]
 
 
 def _share(model: ModelConfig, tensor: int) -> ModelConfig:
-    """The model whose layers are as wide as a device's part of them under tensor parallelism."""
+    """The model whose layers are as wide as a device's part of them under tensor parallelism; all of them have experts."""
+    moe = model.moe and dataclasses.replace(model.moe, d_ff=model.moe.d_ff // tensor, num_dense_layers=0)
     return dataclasses.replace(
         model,
+        moe=moe,
         num_heads=model.num_heads // tensor,
         num_kv_heads=max(1, model.num_kv_heads // tensor),
         d_ff=model.d_ff // tensor,
@@ -94,15 +99,23 @@ def _share(model: ModelConfig, tensor: int) -> ModelConfig:
     )
 
 
+def _crowding(model: ModelConfig, devices: int) -> int:
+    """Rows that a device has room for per copy of a token that it sends to experts on `devices`, see `model/moe.py`."""
+    if not model.moe or devices == 1:
+        return 1
+    copies = model.moe.experts_per_token
+    return -(-devices * min(copies, model.moe.num_experts // devices) // copies)
+
+
 @functools.cache
-def _period_bytes(model: ModelConfig, seq_len: int, tensor: int) -> int:
+def _period_bytes(model: ModelConfig, seq_len: int, tensor: int, crowding: int) -> int:
     """Bytes that one period of layers leaves for the backward pass, for one row: what two leave more than one."""
-    period, _ = block_layout(model)
-    one, two = (_residual_bytes(dataclasses.replace(model, num_layers=n * period), seq_len, tensor) for n in (1, 2))
+    _, period, _ = block_layout(model)
+    one, two = (_residual_bytes(dataclasses.replace(model, num_layers=n * period), seq_len, tensor, crowding) for n in (1, 2))
     return two - one
 
 
-def _residual_bytes(model: ModelConfig, seq_len: int, tensor: int) -> int:
+def _residual_bytes(model: ModelConfig, seq_len: int, tensor: int, crowding: int) -> int:
     """Bytes of all that the forward pass of a row leaves for the backward one, except parameters and what has their shapes."""
     params = abstract_params(param_specs(model))
     row = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
@@ -116,5 +129,6 @@ def _residual_bytes(model: ModelConfig, seq_len: int, tensor: int) -> int:
         if not {leaf.shape, leaf.shape[1:], leaf.shape[-2:]} & shapes:
             # Between the layers tokens are split over `tensor`; within them heads and the MLP's width are (`_share`).
             parts = tensor if leaf.shape[-2:] == (seq_len, model.d_model) else 1
-            total += leaf.size * jnp.dtype(leaf.dtype).itemsize // parts
+            of_experts = model.moe and leaf.ndim == 2 and leaf.shape[0] == seq_len * model.moe.experts_per_token
+            total += leaf.size * jnp.dtype(leaf.dtype).itemsize * (crowding if of_experts else 1) // parts
     return total

@@ -84,23 +84,26 @@ def match_rules(specs: Params, rules: tuple[ParamRule, ...]) -> Params:
     return matched
 
 
+EMBED_AXES = ("embed", "expert_embed")
+
+
 def is_hidden_matrix(path: tuple[Any, ...], spec: ParamSpec) -> bool:
     """Whether Muon orthogonalises it: a matrix of a block, that is not an embedding, head, norm or bias."""
-    return "blocks" in path_name(path).split("/")[0] and "embed" in spec.axes and spec.init == "normal"
+    in_block = "blocks" in path_name(path).split("/")[0]
+    return in_block and spec.init == "normal" and any(axis in EMBED_AXES for axis in spec.axes)
 
 
-def _matrix_axes(spec: ParamSpec) -> contrib.MuonDimensionNumbers:
-    """`embed` on one side, all else but the stacked layers on the other."""
-    embed = spec.axes.index("embed")
-    others = [axis for axis, name in enumerate(spec.axes) if name not in ("embed", "layers")]
-    return contrib.MuonDimensionNumbers(reduction_axis=embed, output_axis=others)
+def _matrix_axes(spec: ParamSpec) -> tuple[int, list[int]]:
+    """`embed` on one side, all else but the stacked layers and experts on the other."""
+    (embed,) = (axis for axis, name in enumerate(spec.axes) if name in EMBED_AXES)
+    others = [axis for axis, name in enumerate(spec.axes) if name not in (*EMBED_AXES, "layers", "experts")]
+    return embed, others
 
 
 def _muon_scale(spec: ParamSpec) -> float:
     """An orthogonal matrix has root-mean-square 1 / sqrt(its longer side)."""
-    embed = spec.shape[spec.axes.index("embed")]
-    others = math.prod(size for size, axis in zip(spec.shape, spec.axes, strict=True) if axis not in ("embed", "layers"))
-    return MUON_UPDATE_RMS * math.sqrt(max(embed, others))
+    embed, others = _matrix_axes(spec)
+    return MUON_UPDATE_RMS * math.sqrt(max(spec.shape[embed], math.prod(spec.shape[axis] for axis in others)))
 
 
 def _direction(config: OptimizerConfig, specs: Params) -> optax.GradientTransformation:
@@ -122,7 +125,12 @@ def _direction(config: OptimizerConfig, specs: Params) -> optax.GradientTransfor
     labels = of_matrices(lambda _: "muon", "adam")
     scales = of_matrices(_muon_scale, optax.MaskedNode())
     muon = optax.chain(
-        contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=of_matrices(_matrix_axes, optax.MaskedNode())),
+        contrib.scale_by_muon(
+            beta=config.momentum,
+            weight_dimension_numbers=of_matrices(
+                lambda spec: contrib.MuonDimensionNumbers(*_matrix_axes(spec)), optax.MaskedNode()
+            ),
+        ),
         optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)),
     )
     return optax.partition({"muon": muon, "adam": adam}, labels)
@@ -137,6 +145,8 @@ def make_optimizer(config: OptimizerConfig, specs: Params, schedule: optax.Sched
     rules = match_rules(specs, config.rules)
 
     def scale(path: tuple[Any, ...], spec: ParamSpec, rule: ParamRule) -> float:
+        if not spec.trained:
+            return 0.0
         if config.name == "muon" and not is_hidden_matrix(path, spec):
             return rule.learning_rate_scale * config.adam_learning_rate / config.learning_rate
         return rule.learning_rate_scale

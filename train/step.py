@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.config import AttentionBackend, ModelConfig
 from model.logprobs import token_logprobs
+from model.moe import balance_experts
 from model.params import Params, abstract_params, dimensions, init_params, is_spec, param_shardings, param_specs
 from model.ring_attention import zigzag
 from model.sharding import TRAIN_RULES, Layout, check_mesh, constrain, make_mesh, resolve_sizes
@@ -25,7 +26,7 @@ from train.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, jax.Array]  # all [rows, seq_len]
 BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "segment_ids": "int32", "positions": "int32", "weights": "float32"}
-Metrics = dict[str, jax.Array]  # float32 scalars
+Metrics = dict[str, jax.Array]  # float32 scalars; among sums `expert_load` too, see model.moe.Routing
 
 
 @flax.struct.dataclass
@@ -41,11 +42,15 @@ class TrainState:
 def loss_sums(
     params: Params, model: ModelConfig, loss: LossConfig, batch: Batch, layout: Layout | None = None
 ) -> tuple[jax.Array, Metrics]:
-    """Sums over the weighted tokens: the objective (cross-entropy + z-loss), and what is reported."""
+    """Sums over the weighted tokens: the objective (cross-entropy + z-loss), and what is reported.
+
+    The routers' losses are means over the tokens of this (micro-)batch that are not padding, whatever their weights; they count
+    as if every weighted token had that mean.
+    """
     if layout is not None and layout.shards("sequence") > 1:
         order = zigzag(batch["tokens"].shape[1], layout.shards("sequence"))
         batch = {name: constrain(x[:, order], layout, "batch", "sequence") for name, x in batch.items()}
-    hidden, _ = forward(params, model, batch["tokens"], batch["positions"], batch["segment_ids"], layout=layout)
+    hidden, _, routing = forward(params, model, batch["tokens"], batch["positions"], batch["segment_ids"], layout=layout)
     out = token_logprobs(params, model, hidden, batch["targets"], loss.chunk_tokens, layout)
     weights = batch["weights"]
     nll = -jnp.sum(weights * out.logprobs)
@@ -56,7 +61,16 @@ def loss_sums(
         "entropy": jnp.sum(weights * out.entropy),
         "accuracy": jnp.sum(weights * out.correct),
     }
-    return nll + z_loss, sums
+    total = nll + z_loss
+    if routing is not None:
+        assert model.moe is not None
+        router = {
+            "balance_loss": model.moe.balance_loss * jnp.sum(weights) * jnp.sum(routing.balance_loss),
+            "router_z_loss": model.moe.z_loss * jnp.sum(weights) * jnp.sum(routing.z_loss),
+        }
+        total += sum(router.values())
+        sums |= router | {"expert_load": routing.load}
+    return total, sums
 
 
 def gradient_sums(
@@ -122,10 +136,19 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> tuple[TrainState, Metrics]:
-    """One update. The metrics are those of the parameters before it; only `param_norm` is after it: were they left finite?"""
+    """One update. The metrics are those of the parameters before it; only `param_norm` is after it: were they left finite?
+
+    `load_imbalance` is the busiest expert's load over the mean, in the most uneven layer.
+    """
     gradients, metrics = mean_gradients(sums, state.params, batch)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    model = config.model
+    if model.moe:
+        load = metrics.pop("expert_load")
+        metrics["load_imbalance"] = jnp.max(jnp.max(load, axis=-1) / jnp.mean(load, axis=-1))
+        if model.moe.selection_bias:
+            params = balance_experts(params, model, load)
     ema = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1 - config.optimizer.ema_decay)
@@ -205,7 +228,8 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
     shardings = abstract.replace(params=of_params, opt_state=of_opt_state, ema=of_ema, step=replicated)
     begin = jax.jit(begin, out_shardings=shardings)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    by_replica = on_cpu and 1 < mesh.size == mesh.shape["data"]
+    # Routers are to be balanced over all replicas' tokens together.
+    by_replica = on_cpu and 1 < mesh.size == mesh.shape["data"] and not config.model.moe
     sums = functools.partial(
         gradient_sums,
         model=config.model,

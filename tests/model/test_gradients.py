@@ -149,7 +149,7 @@ def influence(config: ModelConfig, positions, segments) -> np.ndarray:
     params = random_params(config)
 
     def hidden(embedding):
-        out, _ = forward({**params, "embedding": embedding}, config, jnp.arange(T)[None], positions[None], segments[None])
+        out, _, _ = forward({**params, "embedding": embedding}, config, jnp.arange(T)[None], positions[None], segments[None])
         return jnp.sum(jnp.sin(out[0]), axis=-1)
 
     return np.abs(jax.jit(jax.jacrev(hidden))(params["embedding"])).sum(axis=-1)

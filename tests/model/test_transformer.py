@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import ModelConfig, RopeConfig
+from model.config import MlaConfig, ModelConfig, MoeConfig, RopeConfig
 from model.presets import PRESETS, preset
 from model.rope import inverse_frequencies
 from model.transformer import KVCache, forward, unembed
@@ -28,7 +28,7 @@ def ref_norm(x, p, c: ModelConfig):
 
 
 def ref_frequency(pair: int, c: ModelConfig, window: int) -> float:
-    rope, dims = c.rope, round(c.head_dim * c.rope.fraction)
+    rope, dims = c.rope, c.rotary_dim
     if window and rope.local_theta:
         return 1.0 / rope.local_theta ** (2 * pair / dims)
     frequency = 1.0 / rope.theta ** (2 * pair / dims)
@@ -51,7 +51,7 @@ def ref_frequency(pair: int, c: ModelConfig, window: int) -> float:
 def ref_rotate(x, position: int, c: ModelConfig, window: int):
     if c.positions != "rope":
         return x
-    out, half = x.copy(), round(c.head_dim * c.rope.fraction) // 2
+    out, half = x.copy(), c.rotary_dim // 2
     length = 0.1 * math.log(c.rope.factor) + 1 if c.rope.scaling == "yarn" else 1.0
     for i in range(half):
         angle = position * ref_frequency(i, c, window)
@@ -76,28 +76,78 @@ def ref_mlp(x, p, c: ModelConfig):
     return p["down"].T @ up + p.get("down_bias", 0)
 
 
-def ref_attention(xs, p, c: ModelConfig, positions, segments, window: int):
-    def project(x, name):
-        out = np.einsum("d,dhk->hk", x, p[name]) + p.get(name + "_bias", 0)
-        if c.qk_norm != "none" and name != "value":
-            scale = p[name + "_norm"] + (1.0 if c.norm_zero_centered else 0.0)
-            axis = -1 if c.qk_norm == "head" else None
-            out = out / np.sqrt((out * out).mean(axis=axis, keepdims=True) + c.norm_eps) * scale
-        return out
+def ref_moe(x, p, c: ModelConfig):
+    logits, m = p["router"]["kernel"].T @ x, c.moe
+    scores = np.exp(logits) / np.exp(logits).sum() if m.router == "softmax" else 1 / (1 + np.exp(-logits))
+    choice = scores + p["router"].get("bias", 0)
+    if m.num_groups > 1:
+        rank = np.argsort([-np.sort(group)[-2:].sum() for group in choice.reshape(m.num_groups, -1)])
+        choice.reshape(m.num_groups, -1)[rank[m.groups_per_token :]] = -np.inf
+    chosen = np.argsort(-choice)[: m.experts_per_token]
+    weights = scores[chosen] / (scores[chosen].sum() if m.normalize_weights else 1) * m.routed_scale
+    out = ref_mlp(x, p["shared_experts"], c) if m.num_shared_experts else 0
+    for expert, weight in zip(chosen, weights, strict=True):
+        out = out + weight * ref_mlp(x, {name: w[expert] for name, w in p["experts"].items()}, c)
+    return out
 
-    queries, keys, values = ([project(x, name) for x in xs] for name in ("query", "key", "value"))
+
+def ref_latent_projections(x, p, c: ModelConfig):
+    """Queries, keys and values of all heads before rotation; what rotates comes first, as `ref_rotate` has it."""
+    m = c.mla
+    narrow = ref_norm(p["query_down"].T @ x, {"scale": p["query_norm"]}, c) if m.q_lora_rank else x
+    query = np.einsum("r,rhk->hk", narrow, p["query"])
+    down = p["kv_down"].T @ x
+    latent = ref_norm(down[: m.kv_lora_rank], {"scale": p["kv_norm"]}, c)
+    shared = np.tile(down[m.kv_lora_rank :], (c.num_heads, 1))
+    key = np.concatenate([shared, np.einsum("c,chk->hk", latent, p["key"])], axis=1)
+    query = np.concatenate([query[:, m.qk_nope_head_dim :], query[:, : m.qk_nope_head_dim]], axis=1)
+    return query, key, np.einsum("c,chk->hk", latent, p["value"])
+
+
+def ref_latent_scale(c: ModelConfig) -> float:
+    """DeepSeek-V3: (0.1 ln(factor) + 1)^2 / sqrt(head dimensions); its rotation has no factor, so `ref_rotate`'s is undone."""
+    return (0.1 * math.log(c.rope.factor) + 1) ** 2 / math.sqrt(c.mla.qk_nope_head_dim + c.mla.qk_rope_head_dim)
+
+
+def project(x, p, c: ModelConfig, name: str):
+    out = np.einsum("d,dhk->hk", x, p[name]) + p.get(name + "_bias", 0)
+    if c.qk_norm != "none" and name != "value":
+        scale = p[name + "_norm"] + (1.0 if c.norm_zero_centered else 0.0)
+        axis = -1 if c.qk_norm == "head" else None
+        out = out / np.sqrt((out * out).mean(axis=axis, keepdims=True) + c.norm_eps) * scale
+    return out
+
+
+def ref_attention(xs, p, c: ModelConfig, positions, segments, window: int):
+    if c.mla:
+        temperature, scale = 0.1 * math.log(c.rope.factor) + 1, ref_latent_scale(c)
+        of_tokens = [ref_latent_projections(x, p, c) for x in xs]
+        queries, keys, values = zip(*of_tokens, strict=True)
+
+        def rotate(x, position):
+            rotated = ref_rotate(x[: c.mla.qk_rope_head_dim], position, c, window) / temperature
+            return np.concatenate([rotated, x[c.mla.qk_rope_head_dim :]])
+
+    else:
+        scale = c.attention_scale or c.head_dim**-0.5
+        queries, keys, values = ([project(x, p, c, name) for x in xs] for name in ("query", "key", "value"))
+
+        def rotate(x, position):
+            return ref_rotate(x, position, c, window)
+
     outs = []
     for t in range(len(xs)):
         out = np.asarray(p.get("out_bias", np.zeros(c.d_model)), np.float64).copy()
         for head in range(c.num_heads):
             kv_head = head // (c.num_heads // c.num_kv_heads)
-            q = ref_rotate(queries[t][head], positions[t], c, window)
+            q = rotate(queries[t][head], positions[t])
             seen, scores = [], []
+            if segments[t] == 0:  # padding sees nothing
+                continue
             for s in range(len(xs)):
                 back = positions[t] - positions[s]
                 if segments[s] == segments[t] and back >= 0 and (window == 0 or back < window):
-                    score = q @ ref_rotate(keys[s][kv_head], positions[s], c, window)
-                    score *= c.attention_scale or c.head_dim**-0.5
+                    score = q @ rotate(keys[s][kv_head], positions[s]) * scale
                     if c.attention_soft_cap:
                         score = c.attention_soft_cap * math.tanh(score / c.attention_soft_cap)
                     seen.append(values[s][kv_head])
@@ -118,12 +168,14 @@ def ref_logits(params, c: ModelConfig, tokens, positions, segments):
         attend = functools.partial(ref_attention, p=p["attention"], c=c, positions=positions, segments=segments, window=window)
         if c.parallel_block:
             normed = [ref_norm(x, p["attention_norm"], c) for x in xs]
-            xs = [x + a + ref_mlp(n, p["mlp"], c) for x, a, n in zip(xs, attend(normed), normed, strict=True)]
+            mlp = [ref_moe(n, p, c) if "experts" in p else ref_mlp(n, p["mlp"], c) for n in normed]
+            xs = [x + a + m for x, a, m in zip(xs, attend(normed), mlp, strict=True)]
             continue
         before, after = c.norm_placement in ("pre", "sandwich"), c.norm_placement in ("post", "sandwich")
         out = attend([ref_norm(x, p["attention_norm"], c) if before else x for x in xs])
         xs = [x + (ref_norm(o, p["attention_out_norm"], c) if after else o) for x, o in zip(xs, out, strict=True)]
-        out = [ref_mlp(ref_norm(x, p["mlp_norm"], c) if before else x, p["mlp"], c) for x in xs]
+        normed = [ref_norm(x, p["mlp_norm"], c) if before else x for x in xs]
+        out = [ref_moe(x, p, c) if "experts" in p else ref_mlp(x, p["mlp"], c) for x in normed]
         xs = [x + (ref_norm(o, p["mlp_out_norm"], c) if after else o) for x, o in zip(xs, out, strict=True)]
     head = params["embedding"].T if c.tie_embeddings else params["head"]
     logits = np.array([ref_norm(x, params["final_norm"], c) @ head + params.get("head_bias", 0) for x in xs])
@@ -147,6 +199,17 @@ OTHERS = {
         rope=RopeConfig(scaling="yarn", factor=4.0, original_max_len=64, fraction=0.5),
     ),
     "full norm of queries and keys, zero-centred, grouped": dataclasses.replace(SMALL, qk_norm="full", norm_zero_centered=True),
+    "experts beside attention": dataclasses.replace(
+        SMALL, parallel_block=True, moe=MoeConfig(num_experts=4, experts_per_token=2, d_ff=16, num_shared_experts=2)
+    ),
+    "latent attention with queries of full rank, windowed": dataclasses.replace(
+        SMALL,
+        num_kv_heads=4,
+        window_pattern=(4, 0),
+        rope=RopeConfig(local_theta=50.0),
+        head_dim=0,
+        mla=MlaConfig(q_lora_rank=0, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=6, v_head_dim=5),
+    ),
     "layernorm without bias, after the sublayers": dataclasses.replace(SMALL, norm="layernorm", norm_placement="post"),
 }
 
@@ -218,7 +281,7 @@ def test_bfloat16_is_close_to_float32_and_keeps_its_types(name):
 # --- decoding ---
 
 
-@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-gemma3", "tiny-phi"])
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-gemma3", "tiny-phi", "tiny-mixtral", "tiny-deepseek"])
 def test_prefill_and_decode_equal_the_full_forward(name):
     """Prompts of unlike lengths, padded on the right; then one token at a time, each row at its own position."""
     config = preset(name, vocab_size=48)
@@ -231,7 +294,7 @@ def test_prefill_and_decode_equal_the_full_forward(name):
 
     @jax.jit
     def step(tokens, positions, cache):
-        hidden, cache = forward(params, config, tokens, positions, cache=cache)
+        hidden, cache, _ = forward(params, config, tokens, positions, cache=cache)
         return unembed(params, config, hidden), cache
 
     prompt = tokens[:, :prompt_len].copy()

@@ -56,7 +56,7 @@ def gradients_of(params, model, loss, batch, accumulation):
 
 @functools.partial(jax.jit, static_argnums=1)
 def logits_of(params, model, batch):
-    hidden, _ = forward(params, model, batch["tokens"], batch["positions"], batch["segment_ids"])
+    hidden, _, _ = forward(params, model, batch["tokens"], batch["positions"], batch["segment_ids"])
     return unembed(params, model, hidden)
 
 

@@ -1,0 +1,43 @@
+"""Rows that stand in groups, each group times a matrix of its own: what experts are computed with.
+
+On CPUs and GPUs it is `jax.lax.ragged_dot`; on TPUs the grouped kernels of `jax.experimental.pallas.ops.tpu.megablox`
+(arXiv:2211.15841), because the gradient of XLA's ragged dot by the weights does the work of a dense product for every group
+(experiments/LOG.md).
+
+Axes: R rows, G groups, D width, F width of the result.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+# Rows, contracted and resulting width of a tile, at most.
+TILE = (512, 1024, 1024)
+
+
+def grouped_matmul(x_RD: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array, platform: str) -> jax.Array:
+    """The first sizes[0] rows times w[0], the next sizes[1] rows times w[1], and so on.
+
+    Args:
+      sizes_G: int32, together at most R.
+      platform: of the devices, such as "tpu".
+
+    Returns:
+      [R, F] of x's dtype, added up in float32 or wider. Rows after the last group, and the gradient of x there, hold anything;
+      what x and the gradient of the result hold there changes nothing.
+    """
+    if platform != "tpu":
+        return jax.lax.ragged_dot(x_RD, w_GDF, sizes_G, preferred_element_type=x_RD.dtype)
+    rows = x_RD.shape[0]
+    padded = jnp.pad(x_RD, ((0, -rows % tile(rows, 0, 0)[0]), (0, 0)))
+    return gmm(padded, w_GDF, sizes_G, x_RD.dtype, tile)[:rows]
+
+
+def tile(rows: int, width: int, result: int) -> tuple[int, int, int]:
+    """Of a product of that size: a multiple of 128, the width of the chip's matrix unit, where TILE is more than enough."""
+    most_rows, most_width, most_result = (
+        min(most, -(-size // 128) * 128) for most, size in zip(TILE, (rows, width, result), strict=True)
+    )
+    return most_rows, most_width, most_result
