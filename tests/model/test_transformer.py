@@ -223,7 +223,8 @@ def test_forward_equals_numpy_on_packed_rows(name):
     for row in range(2):
         expected = ref_logits(params, config, tokens[row], positions[row], segments[row])
         assert np.abs(expected).max() > 0.5  # the comparison is not between zeros
-        np.testing.assert_allclose(logits[row], expected, rtol=1e-4, atol=1e-4)
+        real = segments[row] > 0  # what becomes of padding is nobody's business
+        np.testing.assert_allclose(logits[row][real], expected[real], rtol=1e-4, atol=1e-4)
 
 
 # Radians per position of each pair, and YaRN's factor, from `ROPE_INIT_FUNCTIONS` of transformers 5.23.
