@@ -103,7 +103,10 @@ def assert_like(run_dir: Path, whole: Path) -> None:
     assert [record.keys() for record in records] == [record.keys() for record in expected]
     for record, other in zip(records, expected, strict=True):
         assert record["step"] == other["step"]
-        np.testing.assert_allclose(list(record.values()), list(other.values()), rtol=TOLERANCE)
+        for key, value in record.items():
+            # A token more or less is predicted right where two are as likely but for rounding.
+            atol = 1e-3 if key == "accuracy" else 0.0
+            np.testing.assert_allclose(value, other[key], rtol=TOLERANCE, atol=atol, err_msg=f"{key} of step {record['step']}")
     states = []
     for path in (run_dir, whole):
         checkpoints = Checkpoints(str(path / "checkpoints"), keep=None)
