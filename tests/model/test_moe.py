@@ -2,10 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
-import os
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -18,9 +14,10 @@ from model import moe
 from model.config import ModelConfig, MoeConfig
 from model.kernels import grouped_matmul as kernel
 from model.moe import balance_experts, moe_block, route
-from model.params import param_shardings, param_specs, unstack_layers
+from model.params import unstack_layers
 from model.presets import preset
 from model.sharding import MESH_AXES, TRAIN_RULES, Layout, make_mesh
+from tests.libtpu import run_with_libtpu
 from tests.networks import random_params
 from tests.train.test_step import CONFIG, assert_close, make_batch
 from train.config import LossConfig, MeshConfig, OptimizerConfig, ParamRule, ScheduleConfig
@@ -280,37 +277,15 @@ def test_the_plan_is_what_ragged_all_to_all_expects():
         assert not returned[device, kept:].any()
 
 
+# --- Losses, metrics and the bias, in training --------------------------------------------------------------------------------
+
+
 def losses(name: str, **changes):
     """A small MoE of that family whose router's losses weigh something, and its parameters."""
     model = preset(name, vocab_size=64, max_seq_len=16, num_layers=2, **changes)
     assert model.moe is not None
     model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, balance_loss=0.1, z_loss=0.05))
     return model, random_params(model)
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes", "accumulation"),
-    [
-        ("tiny-mixtral", {"data": 8}, 1),
-        ("tiny-mixtral", {"expert": 4, "tensor": 2}, 2),
-        ("tiny-deepseek", {"expert": 8}, 1),
-        ("tiny-deepseek", {"fsdp": 2, "expert": 2, "context": 2}, 1),
-        ("tiny-deepseek", {"expert": 2, "context": 2, "tensor": 2}, 2),
-    ],
-    ids=str,
-)
-def test_a_mesh_gives_the_loss_and_gradients_of_one_device(name, sizes, accumulation):
-    model, params = losses(name)
-    batch = {key: np.concatenate([x, x[:, ::-1] if key == "tokens" else x]) for key, x in make_batch().items()}
-    sums = functools.partial(gradient_sums, model=model, loss=LossConfig(z_loss=1e-2), accumulation=accumulation)
-    expected = jax.jit(sums)(params, batch)
-    assert min(float(expected[1][key]) for key in ("balance_loss", "router_z_loss")) > 0.1
-    layout = layout_of(**sizes)
-    shardings = (param_shardings(param_specs(model), layout), layout.sharding("batch"))
-    assert_close(jax.jit(functools.partial(sums, layout=layout), in_shardings=shardings)(params, batch), expected, 1e-5)
-
-
-# --- Losses, metrics and the bias, in training --------------------------------------------------------------------------------
 
 
 def test_scan_equals_loop():
@@ -483,7 +458,7 @@ COMPILE = textwrap.dedent(
     from model.kernels.grouped_matmul import grouped_matmul
     from model.presets import preset
     from train.config import MeshConfig
-    from train.step import make_trainer
+    from train.step import abstract_batch, make_trainer
     from tests.train.test_step import CONFIG
 
     topology = sys.argv[1]
@@ -501,32 +476,18 @@ COMPILE = textwrap.dedent(
     data = dataclasses.replace(CONFIG.data, seq_len=256)
     config = dataclasses.replace(CONFIG, model=model, data=data, mesh=MeshConfig(data=1, fsdp=2, expert=2))
     trainer = make_trainer(config, devices)
-    batch = {
-        name: jax.ShapeDtypeStruct((8, 256), jnp.float32 if name == "weights" else jnp.int32, sharding=trainer.batch_sharding)
-        for name in ("tokens", "targets", "segment_ids", "positions", "weights")
-    }
-    text = trainer.step.lower(trainer.abstract_state, batch).compile().as_text()
+    text = trainer.step.lower(trainer.abstract_state, abstract_batch(config)).compile().as_text()
     assert "ragged-all-to-all" in text
     """
 )
 
 
-def compile_for(topology: str, model: str) -> None:
-    if importlib.util.find_spec("libtpu") is None:
-        if os.environ.get("LOAM_REQUIRE_LIBTPU"):
-            pytest.fail("libtpu is not installed: `make env EXTRAS=tpu` installs it")
-        pytest.skip("libtpu, the TPU compiler, is not installed")
-    environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-    done = subprocess.run([sys.executable, "-c", COMPILE, topology, model], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_grouped_matmul_and_a_sharded_step_compile_for_a_tpu():
-    compile_for("v5e:2x2", "tiny-mixtral")
+    run_with_libtpu(COMPILE, "v5e:2x2", "tiny-mixtral")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 @pytest.mark.parametrize("model", ["tiny-mixtral", "tiny-deepseek"])
 def test_they_compile_for_every_generation(topology, model):
-    compile_for(topology, model)
+    run_with_libtpu(COMPILE, topology, model)
