@@ -8,7 +8,7 @@ COMMA := ,
 WANTED := dev$(if $(EXTRAS),$(COMMA)$(EXTRAS))
 STAMP := $(VENV)/.installed-$(WANTED)
 
-.PHONY: env quickstart test test-slow lint bench clean
+.PHONY: env quickstart test test-slow lint bench pods clean
 
 env: $(STAMP)
 
@@ -43,6 +43,10 @@ bench:
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/loss_memory.py
+
+pods:
+	$(MAKE) env EXTRAS=tpu
+	$(BIN)/python -m experiments.pods
 
 clean:
 	rm -rf $(VENV) runs build .pytest_cache .ruff_cache

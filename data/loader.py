@@ -1,7 +1,7 @@
 """The loader: step -> batch, a pure function of (prepared data, config, seed, skipped windows, step).
 
   step -> data step          skipped windows of data steps are jumped over
-  data step -> global rows   batch_size of them; a host takes its contiguous share
+  data step -> global rows   batch_size of them; a host takes those that its devices hold
   global row -> source, i    the i-th row drawn from that source (`data/mixture.py`)
   i -> epoch, row            in each epoch a source's rows come in a new pseudo-random order (`data/permutation.py`)
 
@@ -23,7 +23,7 @@ from data.storage import Batch
 
 
 class Batches:
-    """`batches[step]` is this host's part of the batch at `step`: a dict of arrays [batch_size / host_count, seq_len].
+    """`batches[step]` is this host's part of the batch at `step`: a dict of arrays [len(rows), seq_len].
 
     tokens, targets, segment_ids and positions are int32, weights float32 (`data/storage.py`, PackedRows.read).
     Picklable; safe to use from several threads.
@@ -36,17 +36,17 @@ class Batches:
         *,
         batch_size: int,
         seed: int,
-        host_index: int = 0,
-        host_count: int = 1,
+        rows: np.ndarray | None = None,
         skipped: tuple[tuple[int, int], ...] = (),
     ):
         """Args:
-        batch_size: rows over all hosts; a multiple of `host_count`.
+        batch_size: rows over all hosts.
         seed: of the order of rows.
+        rows: which of 0..batch_size-1 this host takes, in this order; int64, None is all.
         skipped: (first, last) data steps, both inclusive, that are never served; disjoint.
         """
-        if batch_size < 1 or batch_size % host_count:
-            raise ValueError(f"batch_size={batch_size} must be a positive multiple of the number of hosts, {host_count}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be positive")
         self._names = tuple(prepared.train)
         self._sources = tuple(prepared.train.values())
         mixtures = config.mixtures or (MixtureConfig(0, ((self._names[0], 1),)),)
@@ -54,7 +54,7 @@ class Batches:
         self._attend_across_documents = config.attend_across_documents
         self._seed = seed
         self._batch_size = batch_size
-        self._host_rows = np.arange(batch_size)[host_index * batch_size // host_count :][: batch_size // host_count]
+        self._host_rows = np.arange(batch_size) if rows is None else rows
         self._skipped = tuple(sorted(skipped))
         ends = [-1, *(last for _, last in self._skipped)]
         if any(not end < first <= last for end, (first, last) in zip(ends, self._skipped, strict=False)):
@@ -115,6 +115,11 @@ def load(batches: Batches, first_step: int, stop_step: int, num_threads: int, pr
         yield from iterator
 
 
+def num_held_out_batches(prepared: PreparedData, source: str, batch_size: int) -> int:
+    """How many batches the held-out rows of `source` fill, the last one perhaps in part."""
+    return -(-len(prepared.held_out[source]) // batch_size)
+
+
 def held_out_batches(
     prepared: PreparedData,
     config: DataConfig,
@@ -122,22 +127,22 @@ def held_out_batches(
     batch_size: int,
     max_batches: int = 0,
     *,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """The held-out rows of `source`, each exactly once, in order; the last batch is filled up with padding rows.
 
     Args:
-      batch_size: rows over all hosts; a multiple of `host_count`.
+      batch_size: rows over all hosts.
       max_batches: only so many, spread evenly over all; 0 is all.
+      rows: which of 0..batch_size-1 this host takes, ascending; None is all.
     """
     if source not in prepared.held_out:
         raise ValueError(f"data source {source!r} holds nothing out to evaluate on: set its held_out_fraction above 0")
     packed = prepared.held_out[source]
-    share = batch_size // host_count
-    num_batches = -(-len(packed) // batch_size)
+    rows = np.arange(batch_size) if rows is None else rows
+    num_batches = num_held_out_batches(prepared, source, batch_size)
     chosen = np.linspace(0, num_batches - 1, min(max_batches or num_batches, num_batches)).round().astype(int)
-    for start in (chosen * batch_size + host_index * share).tolist():
-        rows = np.arange(start, min(start + share, len(packed)))
-        batch = packed.read(rows, config.attend_across_documents)
-        yield {key: np.pad(value, ((0, share - rows.size), (0, 0))) for key, value in batch.items()}
+    for start in (chosen * batch_size).tolist():
+        real = (start + rows)[start + rows < len(packed)]
+        batch = packed.read(real, config.attend_across_documents)
+        yield {key: np.pad(value, ((0, rows.size - real.size), (0, 0))) for key, value in batch.items()}

@@ -30,7 +30,7 @@ from data.sources import Document, check_source, identity, read_documents
 from data.storage import PackedRows, Split, write_documents, write_index
 from data.tokenizer import Tokenizer, load_tokenizer, split_text, train_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 _MAX_ENCODE_CHARACTERS = 1 << 20
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
@@ -44,8 +44,8 @@ class PreparedData:
 
     Attributes:
       train, held_out: rows by source name; a source that holds nothing out is missing from `held_out`.
-      manifest: per source its name, kind, path, revision, licence and content hash, and per split its documents, characters,
-        bytes, tokens, rows and fill; the tokenizer; the packing.
+      manifest: per source its name, kind, path, revision, licence, content hash and how many blank documents were skipped, and
+        per split its documents, characters, bytes, tokens, rows and fill; the tokenizer; the packing.
       manifest_hash: of the manifest; two equal ones mean equal training rows.
     """
 
@@ -186,13 +186,16 @@ def _write_texts(directory: Path, source: SourceConfig, seed: int, log: Log) -> 
     log(f"data: reading source {source.name!r} ({source.kind})")
     counts = {split: {"documents": 0, "characters": 0, "bytes": 0} for split in SPLITS}
     hashes = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
-    licences = set()
+    licences, skipped = set(), 0
     with (
         open(directory / "train.jsonl", "w", encoding="utf-8") as train,
         open(directory / "held_out.jsonl", "w", encoding="utf-8") as held_out,
     ):
         files = {"train": train, "held_out": held_out}
         for document in _progress_bar(read_documents(source, seed), source.name):
+            if not document.text.strip():
+                skipped += 1
+                continue
             licences.add(document.licence)
             for split, text in split_held_out(document, source):
                 data = text.encode()
@@ -216,6 +219,7 @@ def _write_texts(directory: Path, source: SourceConfig, seed: int, log: Log) -> 
         "path": source.path,
         "revision": source.hub_revision,
         "licence": ", ".join(sorted(licences)),
+        "skipped": skipped,
         **{split: {**counts[split], "content_hash": hashes[split].hexdigest()} for split in SPLITS},
     }
 

@@ -40,7 +40,7 @@ _FORMATS_HELP = f"readable formats are {', '.join(_FORMATS)}, each also with {' 
 @dataclasses.dataclass(frozen=True)
 class Document:
     """Attributes:
-    text: not blank, encodable as UTF-8.
+    text: encodable as UTF-8; may be blank.
     id: unique and stable within its source.
     """
 
@@ -51,7 +51,7 @@ class Document:
 
 
 def read_documents(config: SourceConfig, seed: int = 0) -> Iterator[Document]:
-    """Documents of one source, in a fixed order; empty ones are left out.
+    """Documents of one source, in a fixed order. Rows whose text is null are empty documents.
 
     With `config.max_bytes`, local sources are read twice: once to draw documents in an order that depends on their text and
     `seed` alone, once to yield those drawn.  A hub stream is shuffled by its own buffer and read until the limit.  Either
@@ -71,8 +71,7 @@ def read_documents(config: SourceConfig, seed: int = 0) -> Iterator[Document]:
     else:
         documents = _sample(config, seed)
     for id, text, licence in documents:
-        if text.strip():
-            yield Document(text, id, config.name, licence or config.licence or "unknown")
+        yield Document(text, id, config.name, licence or config.licence or "unknown")
 
 
 def check_source(config: SourceConfig) -> None:
@@ -289,12 +288,20 @@ def _jsonl_texts(config: SourceConfig, name: str, file: IO[bytes] | gzip.GzipFil
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{name}, line {number}: not valid JSON ({error}); .jsonl holds one JSON object a line") from error
-        if not isinstance(row, dict) or not isinstance(row.get(config.text_field), str):
-            fields = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(
-                f"{name}, line {number}: no text in field {config.text_field!r} (found: {fields}); set the source's text_field"
-            )
-        yield f"{name}:{number}", row[config.text_field]
+        yield f"{name}:{number}", _row_text(row, config, f"{name}, line {number}")
+
+
+def _row_text(row: Any, config: SourceConfig, where: str) -> str:
+    """The text of a row, "" where it is null. Raises ValueError where there is no such field or it holds something else."""
+    if not isinstance(row, dict) or config.text_field not in row:
+        fields = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"{where}: no field {config.text_field!r} (found: {fields}); set the source's text_field")
+    text = row[config.text_field]
+    if not isinstance(text, str | None):
+        raise ValueError(
+            f"{where}: field {config.text_field!r} holds {type(text).__name__}, not text; set the source's text_field"
+        )
+    return text or ""
 
 
 def _parquet_texts(config: SourceConfig, name: str, file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[str, str]]:
@@ -311,7 +318,7 @@ def _parquet_texts(config: SourceConfig, name: str, file: IO[bytes] | gzip.GzipF
             f"{name}: no column {config.text_field!r} (found: {table.schema_arrow.names}); set the source's text_field"
         )
     kind = table.schema_arrow.field(config.text_field).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_null(kind)):
         raise ValueError(f"{name}: column {config.text_field!r} holds {kind}, not text; set the source's text_field")
     number = 0
     for batch in table.iter_batches(columns=[config.text_field]):
@@ -337,12 +344,8 @@ def _hub_texts(config: SourceConfig, seed: int) -> Iterator[tuple[str, str, str]
             rows = rows.shuffle(seed=seed, buffer_size=10_000)
         licence = rows.info.license if rows.info else ""
         for number, row in enumerate(rows):
-            if not isinstance(row.get(config.text_field), str):
-                raise ValueError(
-                    f"data set {config.path!r}, row {number}: no text in field {config.text_field!r} (found: {sorted(row)}); "
-                    "set the source's text_field"
-                )
-            yield f"{config.path}:{number}", row[config.text_field], licence or ""
+            text = _row_text(row, config, f"data set {config.path!r}, row {number}")
+            yield f"{config.path}:{number}", text, licence or ""
     except ValueError:
         raise
     except Exception as error:  # the libraries below raise dozens of unrelated types

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("LOAM_DEBUG"):
             traceback.print_exc()
         print(f"loam: error: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_status", 1)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -71,6 +71,13 @@ def parse(words: list[str]) -> argparse.Namespace:
             command.add_argument("--json", action="store_true", help="print one JSON object")
             command.add_argument("--search", action="store_true", help="try meshes, remat policies and batch sizes")
             command.add_argument("--tries", type=int, default=8, help="compilations of --search; default 8")
+        if name == "run":
+            place = command.add_argument_group(
+                "one of several processes", "not needed on TPU VMs, GKE, Slurm and Open MPI, which tell it; all three elsewhere"
+            )
+            place.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 serves the others")
+            place.add_argument("--processes", type=int, metavar="N", help="how many there are; 1 ignores the environment")
+            place.add_argument("--process-id", type=int, metavar="I", help="which one this is, 0 to N-1")
     sample = commands.add_parser("sample", help="continue a prompt from a run's checkpoint")
     sample.add_argument("run_dir", help="directory of the run, such as runs/quickstart")
     sample.add_argument("--prompt", action="append", help="text to continue; may be given several times")
@@ -85,6 +92,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     ckpt.add_argument("run_dir", help="directory of the run")
     report = commands.add_parser("report", help="write report.html of a run, finished or not")
     report.add_argument("run_dir", help="directory of the run")
+    goodput = commands.add_parser("goodput", help="where the time of a run went, over all its starts")
+    goodput.add_argument("run_dir", help="directory of the run")
 
     # argparse has no options of free name: the overrides are taken out beforehand.
     overrides = [word for word in words if word.startswith("--config.")]
@@ -113,10 +122,10 @@ def load_train_config(path: str, overrides: list[str]) -> Any:
     return build(TrainConfig, apply_overrides(load_config_file(path), overrides, TrainConfig))
 
 
-def configure_jax(config: Any) -> None:
+def configure_jax(config: Any, processes: int = 1) -> None:
     from model.xla import configure, cpu_devices_for
 
-    configure(config.cpu_devices or cpu_devices_for(config.batch_size // config.accumulation))
+    configure(config.cpu_devices or cpu_devices_for(config.batch_size // config.accumulation // processes))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -125,12 +134,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     # Until the loop takes over there is nothing to save, and the same command starts again.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
-    configure_jax(config)
+    from train.distributed import find_place, join
+
+    place = find_place(arguments.coordinator, arguments.processes, arguments.process_id, config.deadlines.start_seconds)
+    configure_jax(config, place.processes)
+    group = join(place, config.deadlines)
     from experiments.report import write_report
     from train.loop import train
 
-    status = train(config, log=functools.partial(print, flush=True))
-    if status == 0:
+    log = functools.partial(print, flush=True) if group.is_first else lambda *_: None
+    status = train(config, log, group)
+    if status == 0 and group.is_first:
         print(summary(config.run_dir, write_report(config.run_dir)))
     return status
 
@@ -236,6 +250,17 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def goodput(arguments: argparse.Namespace) -> int:
+    from experiments import goodput
+    from train.metrics import read_jsonl
+
+    timing = read_jsonl(f"{arguments.run_dir}/timing.jsonl")
+    if not timing:
+        raise FileNotFoundError(f"{arguments.run_dir} has no timing.jsonl: give the directory of a run that has begun")
+    print(goodput.table(goodput.goodput(timing)))
+    return 0
+
+
 COMMANDS = {
     "run": run,
     "inspect": inspect,
@@ -244,6 +269,7 @@ COMMANDS = {
     "sample": sample,
     "ckpt": ckpt,
     "report": report,
+    "goodput": goodput,
 }
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.tpu_schedule import compiler_environment
+from experiments import hlo
+from experiments.tpu_schedule import attention_cycles, causal_tiles, compiler_environment, read_schedule
 from model.chips import Topology, topology_of
 from model.config import check
 from model.xla import TPU_FLAGS, with_flags
@@ -92,14 +93,15 @@ def analyse(
     text: str, config: TrainConfig, topology: Topology, mesh: Mapping[str, int], places: Sequence[Sequence[int]], dump: Path
 ) -> Report:
     """What the text of the compiled program tells."""
-    from experiments import hlo
-
     module = hlo.parse(text)
     done = hlo.work(module)
     found = hlo.collectives(module)
     rows = hlo.traffic(found, mesh, topology, places)
-    kernels = [kernel_report(kernel, config, topology, dump) for kernel in done.kernels]
-    cycles = done.cycles | {"kernel": sum(kernel["cycles"] or 0 for kernel in kernels)}
+    dumped = {kernel.code: kernel.name for kernel in done.kernels if has_schedule(dump, kernel.name)}
+    kernels = [
+        kernel_report(kernel, dumped.get(kernel.code), config, topology, mesh["context"], dump) for kernel in done.kernels
+    ]
+    cycles = done.cycles | {"kernel": sum(kernel["cycles"] for kernel in kernels)}
     exposed = sum(row.exposed_seconds for row in rows)
     return {
         "estimated_cycles": cycles,
@@ -116,32 +118,44 @@ def analyse(
     }
 
 
-def kernel_report(kernel: Any, config: TrainConfig, topology: Topology, dump: Path) -> Report:
-    """Calls of a Pallas kernel and the cycles of all of them: None where its schedule cannot be multiplied out."""
+def has_schedule(dump: Path, instruction: str) -> bool:
+    return any(dump.glob(f"*-{instruction}-*final_bundles.txt"))
+
+
+def kernel_report(
+    kernel: hlo.Kernel, schedule: str | None, config: TrainConfig, topology: Topology, context: int, dump: Path
+) -> Report:
+    """Calls of a Pallas kernel, and cycles of all of them: of our attention from its schedule, of others from their FLOPs.
+
+    Args:
+      schedule: the instruction under whose name the kernel's schedule was dumped.
+      context: parts of a row, between which attention goes round.
+    """
     attention = re.search(r"flash_(forward|backward)", kernel.name)  # An instruction is named after scopes around it, too.
-    cycles = None
-    if attention:
-        cycles = kernel.times * attention_call_cycles(attention[1], kernel, config, topology, dump)
-    return {"instruction": kernel.name, "times": kernel.times, "cycles": cycles}
+    if attention and schedule:
+        each = attention_call_cycles(attention[1], kernel, f"-{schedule}-", config, topology, context, dump)
+        source = "its schedule"
+    else:
+        each, source = kernel.flops / topology.chip.flops_per_cycle, "its FLOPs at peak"
+    return {"instruction": kernel.name, "times": kernel.times, "cycles": kernel.times * each, "by": source}
 
 
-def attention_call_cycles(pass_: str, kernel: Any, config: TrainConfig, topology: Topology, dump: Path) -> float:
+def attention_call_cycles(
+    pass_: str, kernel: hlo.Kernel, schedule: str, config: TrainConfig, topology: Topology, context: int, dump: Path
+) -> float:
     """Cycles of one call for a document as long as a row: the mean over the layers' windows and over parts of the context."""
-    from experiments.hlo import first_shape
-    from experiments.tpu_schedule import attention_cycles, causal_tiles, read_schedule
     from model.kernels.tiles import BlockSizes
 
     # Queries and keys, [B, H, T, D] and [B, K, S, D]: two of the operands, in another order in each pass.
-    wide = [shape for shape in map(first_shape, kernel.operands) if len(shape) == 4]
+    wide = [shape for shape in map(hlo.first_shape, kernel.operands) if len(shape) == 4]
     queries, keys = (wide[0], wide[1]) if pass_ == "forward" else (wide[2], wide[0])
     block = getattr(BlockSizes.of_chip(topology.chip.name), pass_)
     block = (min(block[0], queries[2]), min(block[1], keys[2]))
     length = config.data.seq_len
-    parts = max(1, length // queries[2]) * max(1, length // keys[2])
     layers = [config.model.window(layer) for layer in range(config.model.num_layers)]
     tiles = [causal_tiles(length, window, block) for window in layers]
     heads = queries[0] * queries[1]
-    masked, full = (heads * sum(counts) / len(layers) / parts for counts in zip(*tiles, strict=True))
+    masked, full = (heads * sum(counts) / len(layers) / context**2 for counts in zip(*tiles, strict=True))
     chip = topology.chip
     if pass_ == "forward":
         rows, products = queries[0] * queries[1] * queries[2] / block[0], 2
@@ -149,7 +163,7 @@ def attention_call_cycles(pass_: str, kernel: Any, config: TrainConfig, topology
         rows, products = keys[0] * keys[1] * keys[2] / block[1], 5
     # The cores of a device share the steps of the grid; each has its part of the MXUs.
     least = products * 2 * block[0] * block[1] * queries[3] / (chip.flops_per_cycle / chip.cores)
-    return attention_cycles(read_schedule(dump, f"-{kernel.name}-"), (masked, full), rows, least) / chip.cores
+    return attention_cycles(read_schedule(dump, schedule), (masked, full), rows, least) / chip.cores
 
 
 def worker(directory: Path) -> None:
@@ -324,11 +338,13 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
     Meshes over data, fsdp and tensor; 1, 2, 4 or 8 rows for each of data x fsdp x expert; the policy that recomputes least.
     More rows and less tensor parallelism come first: they are what usually wins.
     """
-    from model.sharding import factorizations
+    from model.params import dimensions, param_specs
+    from model.sharding import TRAIN_RULES, factorizations, mesh_problem, resolve_sizes
+    from model.transformer import activations
     from train.memory import plan_memory
-    from train.step import mesh_sizes
 
-    given = mesh_sizes(config, topology.num_devices)
+    given = resolve_sizes(dataclasses.asdict(config.mesh), topology.num_devices)
+    weights = dimensions(param_specs(config.model))
     found = []
     for mesh in factorizations(topology.num_devices):
         if any(mesh[axis] != given[axis] for axis in ("context", "expert")):
@@ -337,11 +353,11 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
             for remat in REMAT_ORDER:
                 changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
                 changes |= {"model.remat": remat, "batch_size": rows * shards(mesh) * config.accumulation}
-                try:
-                    changed = changed_config(config, changes)
-                    planned = sum(plan_memory(changed, mesh_sizes(changed, topology.num_devices)).values())
-                except ValueError:
-                    break  # The mesh is not possible.
+                changed = changed_config(config, changes)
+                arrays = weights + activations(changed.batch_size // changed.accumulation, changed.data.seq_len)
+                if mesh_problem(arrays, TRAIN_RULES, mesh):
+                    break
+                planned = sum(plan_memory(changed, mesh).values())
                 if planned <= topology.chip.hbm_bytes:
                     found.append((mesh["tensor"], -rows, mesh["data"], changes))
                     break
@@ -400,7 +416,7 @@ def describe(report: Report) -> str:
     lines += ["", "the compiler's estimate of cycles per device and step"]
     lines += [f"  {name:<36}{count:>16,.0f}{100 * count / whole:>7.1f} %" for name, count in cycles.items() if count]
     for kernel in report["kernels"]:
-        told = "not in the estimate" if kernel["cycles"] is None else f"{kernel['cycles']:,.0f} cycles"
+        told = f"{kernel['cycles']:,.0f} cycles by {kernel['by']}"
         lines.append(f"  kernel {kernel['instruction']:<29}{kernel['times']:>10,.0f} calls, {told}")
     if report["loops_of_unknown_length"]:
         lines.append(f"  loops counted once, their length is not known: {', '.join(report['loops_of_unknown_length'])}")

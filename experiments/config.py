@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import math
 import traceback
 import types
 import typing
@@ -163,10 +164,12 @@ def build(cls: type[T], value: Any, path: tuple[str, ...] = ()) -> T:
         return typing.cast(T, tuple(build(kind, item, (*path, str(i))) for i, (kind, item) in items))
     if origin in (typing.Union, types.UnionType):
         raise TypeError(f"{where}: config dataclasses hold no unions but with None")
-    if cls is float and isinstance(value, int) and not isinstance(value, bool):
-        return typing.cast(T, float(value))
+    if cls is float and type(value) is int:
+        value = float(value)
     if type(value) is not cls:
         raise ConfigError(f"{where}={value!r} must be of type {cls.__name__}, not {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}={value!r} must be a finite number")
     return value
 
 

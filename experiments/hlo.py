@@ -317,11 +317,21 @@ def class_of(instruction: Instruction, content: Mapping[str, Content]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One call of a Pallas kernel: its instruction, by whose name the compiler dumps its schedule, and how often it runs."""
+    """One call of a Pallas kernel.
+
+    Attributes:
+      name: of its instruction, by which the compiler dumps its schedule.
+      times: how often it runs.
+      operands: their types.
+      code: the kernel itself; of calls of equal code only one is compiled, and dumped.
+      flops: that its author says one call does; 0 if nothing.
+    """
 
     name: str
     times: float
-    operands: tuple[str, ...]  # their types
+    operands: tuple[str, ...]
+    code: str = ""
+    flops: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,7 +364,8 @@ def work(module: Module) -> Work:
                 flops += count * sum(content[called].flops for called in instruction.called if called in content)
             if instruction.opcode == "custom-call" and instruction.attribute("custom_call_target").strip('"') == KERNEL:
                 types = tuple(computation[operand].shape for operand in instruction.operands if operand in computation)
-                kernels.append(Kernel(instruction.name, count, types))
+                code, said = (re.search(rf'"{key}":"([^"]*)"', instruction.attributes) for key in ("body", "flops"))
+                kernels.append(Kernel(instruction.name, count, types, code[1] if code else "", float(said[1]) if said else 0.0))
     return Work(cycles, flops, tuple(kernels), tuple(unknown))
 
 

@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+from experiments.goodput import goodput
 from train.files import write_atomic
 from train.metrics import read_jsonl
 
@@ -45,6 +46,7 @@ class Run:
     metrics: dict[int, dict[str, Any]]
     timing: dict[int, dict[str, Any]]
     events: list[dict[str, Any]]
+    goodput: dict[str, float]
     samples: list[dict[str, Any]]
     incidents: list[dict[str, Any]]
     config: dict[str, Any]
@@ -71,6 +73,7 @@ def read_run(run_dir: pathlib.Path) -> Run:
         metrics=by_step(read_jsonl(run_dir / "metrics.jsonl")),
         timing=by_step([record for record in timing if "step" in record]),
         events=[record for record in timing if "event" in record],
+        goodput=goodput(timing),
         samples=read_jsonl(run_dir / "samples.jsonl"),
         incidents=read_jsonl(run_dir / "incidents.jsonl"),
         config=config,
@@ -154,11 +157,12 @@ def thin(points: Points, limit: int = MAX_POINTS) -> Points:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One line of a chart. `raw` is thin and pale, `main` strong, `marked` has a dot at each value, `reference` is dashed."""
+    """One line of a chart. `raw` is thin and pale, `main` strong, `marked` has a dot at each value, `complete` is a ring,
+    `reference` is dashed."""
 
     name: str
     points: Points
-    style: Literal["raw", "main", "marked", "reference"] = "main"
+    style: Literal["raw", "main", "marked", "complete", "reference"] = "main"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +218,7 @@ def chart(
             dots = "".join(f'<circle cx="{x:.2f}" cy="{y:.2f}" r="3"/>' for x, y in shown)
             parts.append(f'<g class="{line.style}">{dots}</g>')
     for line in series:
-        if line.style in ("main", "marked"):
+        if line.style in ("main", "marked", "complete"):
             every = math.ceil(len(line.points) / HOVER_POINTS)
             for x, y in line.points[::-1][::every]:
                 hint = text(f"{line.name}: {show(y)} at {short(x)} {x_label}")
@@ -257,6 +261,10 @@ def charts(run: Run) -> str:
             if name in record and step in run.timing
         ]
 
+    def complete(name: str, curve: Points, final: Points) -> list[Series]:
+        """The evaluation of all held-out rows after the last step, where the curve is of some of them."""
+        return [Series(name, final, "complete")] if final != curve[-1:] else []
+
     def losses(against: Callable[[str], Points]) -> list[Series]:
         train = against("loss")
         smoothed = [Series("training, smoothed", smooth(train))] if len(train) >= 20 else []
@@ -264,19 +272,24 @@ def charts(run: Run) -> str:
             Series("training", train, "raw" if smoothed else "main"),
             *smoothed,
             Series("held out", against("val_loss"), "marked"),
+            *complete("all held-out text", against("val_loss"), against("final_val_loss")),
         ]
 
     def with_median(records: dict[int, dict[str, Any]], name: str) -> list[Series]:
         points = against_tokens(records, name)
         return [Series("each step", points, "raw"), Series("median of 15 steps", running_median(points))]
 
-    bits = against_tokens(run.metrics, "bits_per_byte")
+    bits, final_bits = (against_tokens(run.metrics, name) for name in ("bits_per_byte", "final_bits_per_byte"))
     baseline = run.result.get("baseline_xz_bits_per_byte")
     xz = [Series("xz -9e", [(0.0, baseline), (max(x for x, _ in bits), baseline)], "reference")] if bits and baseline else []
     drawn = [
         chart("Loss by tokens", "tokens", losses(lambda name: against_tokens(run.metrics, name)), log=True),
         chart("Loss by time", unit, losses(against_time), log=True),
-        chart("Bits per byte on held-out data", "tokens", [Series("model", bits, "marked"), *xz]),
+        chart(
+            "Bits per byte on held-out data",
+            "tokens",
+            [Series("model", bits, "marked"), *complete("model, all text", bits, final_bits), *xz],
+        ),
         chart(
             "Learning rate", "tokens", [Series("learning rate", against_tokens(run.metrics, "learning_rate"))], from_zero=True
         ),
@@ -358,14 +371,10 @@ def header(run: Run) -> str:
 
 def time_section(run: Run) -> str:
     """Where the seconds went, over all starts of the run."""
-    spent = {"steps": sum(record["step_seconds"] for record in run.timing.values())}
-    for event in run.events:
-        spent[event["event"]] = spent.get(event["event"], 0.0) + event["event_seconds"]
-    total = max([sum(spent.values()), *(record["seconds"] for record in [*run.timing.values(), *run.events])])
+    total = sum(run.goodput.values())
     if not total:
         return ""
-    spent["other"] = max(0.0, total - sum(spent.values()))
-    parts = [(name, seconds) for name, seconds in spent.items() if seconds > 0.001 * total]
+    parts = [(name, seconds) for name, seconds in run.goodput.items() if seconds > 0.001 * total]
     bar = "".join(
         f'<span class="part{i % 6}" style="flex-grow: {1000 * seconds / total:.1f}" title="{text(name)}"></span>'
         for i, (name, seconds) in enumerate(parts)
@@ -458,6 +467,7 @@ figcaption b { font-weight: 600; }
 .key i { width: 14px; height: 0; border-top: 2.5px solid var(--one); border-radius: 2px; }
 .key.raw i { border-top-width: 1.5px; opacity: 0.6; }
 .key.marked i { border-color: var(--two); }
+.key.complete i { width: 8px; height: 8px; border: 2px solid var(--two); border-radius: 50%; }
 .key.reference i { border-top: 2px dashed var(--three); }
 svg { display: block; width: 100%; height: auto; font-size: 11.5px; }
 .grid { stroke: var(--line); stroke-width: 1; }
@@ -470,6 +480,7 @@ polyline.marked { stroke: var(--two); stroke-width: 1.5; }
 polyline.reference { stroke: var(--three); stroke-width: 1.5; stroke-dasharray: 5 4; }
 g circle { fill: var(--one); }
 g.marked circle { fill: var(--two); }
+g.complete circle { fill: var(--card); stroke: var(--two); stroke-width: 2; }
 .hover { fill: transparent; }
 .hover:hover { fill: var(--ink); fill-opacity: 0.25; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 10px 0; padding: 14px 16px; background: var(--card);

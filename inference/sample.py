@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from model.config import ModelConfig, check
 from model.kernels.tiles import MASKED
@@ -137,4 +138,6 @@ def generate(
         row[: len(prompt)] = prompt
     key = jax.random.key(seed)
     tokens = _generate(params, config, padded, np.asarray(lengths), key, sampling, max_new_tokens, vocab_size, eos_id)
+    if not tokens.is_fully_replicated:  # As on several processes, which all make this call.
+        tokens = multihost_utils.process_allgather(tokens, tiled=True)
     return [[int(token) for token in row if token >= 0] for row in np.asarray(tokens)]

@@ -244,7 +244,8 @@ class ModelConfig:
                 "change one of them, or set model.head_dim",
             )
             object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
-        check(self.init_std > 0, f"model.init_std={self.init_std} must be positive")
+        for name in ("init_std", "norm_eps"):
+            check(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
         for name in ("num_kv_heads", "head_dim", "attention_scale", "attention_soft_cap", "logit_soft_cap"):
             check(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} must not be negative")
         check(

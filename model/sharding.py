@@ -127,8 +127,11 @@ def _words(sizes: dict[str, int]) -> str:
     return " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "of one device"
 
 
-def resolve_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
+def resolve_sizes(sizes: dict[str, int], num_devices: int, hosts_of_cpus: int = 0) -> dict[str, int]:
     """The size of every mesh axis; one of them may be -1 and takes what remains.
+
+    Args:
+      hosts_of_cpus: how many split their CPU into the devices, which the error then proposes to do otherwise.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -136,9 +139,10 @@ def resolve_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
     known = math.prod(size for size in sizes.values() if size != -1)
     resolved = {name: num_devices // known if sizes[name] == -1 else sizes[name] for name in MESH_AXES}
     if math.prod(resolved.values()) != num_devices:
+        otherwise = f", or set cpu_devices to {known // hosts_of_cpus}" if hosts_of_cpus and known % hosts_of_cpus == 0 else ""
         raise ValueError(
             f"mesh {_words({name: abs(size) for name, size in sizes.items()})} does not fit {num_devices} devices: its sizes "
-            f"must multiply to {num_devices}; for example data={num_devices} and 1 for the others"
+            f"must multiply to {num_devices}; for example data={num_devices} and 1 for the others{otherwise}"
         )
     return resolved
 
@@ -153,7 +157,8 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
       ValueError: the sizes do not multiply to the number of devices.
     """
     devices = list(devices) if devices is not None else jax.devices()
-    shape = tuple(resolve_sizes(sizes, len(devices)).values())
+    hosts_of_cpus = jax.process_count() if devices[0].platform == "cpu" else 0
+    shape = tuple(resolve_sizes(sizes, len(devices), hosts_of_cpus).values())
     if devices[0].platform == "tpu":
         laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:

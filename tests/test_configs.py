@@ -12,7 +12,7 @@ from model.params import abstract_params, num_parameters, param_specs
 from train.optimizer import make_optimizer, make_schedule
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
 DOCUMENTS = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.exists()]
 # A command in a code span, in a code block, or after `Command:`; a comment or a mark outside of quotes ends it.
 COMMAND = re.compile(r'(?:^|[`(]|Command: +|or: |\$ )((?:loam|make) (?:"[^"\n]*"|[^`#()"\n])+)', re.MULTILINE)
@@ -42,7 +42,7 @@ def test_a_config_builds_with_its_model_and_optimizer(path):
 def test_a_config_says_how_it_is_run_and_what_comes_out(path):
     for heading in ("Command:", "Hardware:", "Expected:"):
         assert re.search(rf"^{heading} +\S", path.read_text().split('"""')[1], re.MULTILINE), heading
-    assert any(f"configs/{path.name}" in command for _, command in commands(path))
+    assert any(str(path.relative_to(ROOT)) in command for _, command in commands(path))
 
 
 def commands(path):

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import itertools
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,7 +33,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from train.distributed import ALONE, Group
 
 PyTree = Any
 
@@ -40,6 +44,16 @@ SUMMED_BYTES = 1 << 20  # Larger files are array data, which the digests cover; 
 
 # Orbax warns about every option that differs from its defaults, at every save, and logs pages of what it then raises.
 absl.logging.set_verbosity(absl.logging.FATAL)
+
+
+def _print_unraisable(raised: sys.UnraisableHookArgs, print_it: Callable[..., Any] = sys.unraisablehook) -> None:
+    """Drops what other reads and writes print, pages of it, at whatever time, when Orbax abandons them because one failed."""
+    coroutine = getattr(raised.object, "cr_code", None)
+    if str(raised.exc_value) != "Event loop is closed" and not (coroutine and "orbax" in coroutine.co_filename):
+        print_it(raised)
+
+
+sys.unraisablehook = _print_unraisable
 
 
 class CheckpointError(RuntimeError):
@@ -71,7 +85,6 @@ def _words(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, narrow).astype(jnp.uint32)
 
 
-@jax.jit
 def digest(x: jax.Array) -> jax.Array:
     """64-bit digest of an array's bits, uint32 [2], computed where the array lives.
 
@@ -97,13 +110,20 @@ def digest(x: jax.Array) -> jax.Array:
     return jnp.stack(sums)
 
 
+@functools.cache
+def _digest_on(sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    """`digest`, with a result that every process of the mesh can read."""
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    return jax.jit(digest, out_shardings=everywhere)
+
+
 def digests(leaves: dict[str, jax.Array]) -> dict[str, str]:
     """The digest of each leaf as 16 hexadecimal digits.
 
     One at a time: XLA's CPU client runs independent programs at once, and the collectives of two wait for each other for ever
     where there is a thread for each device and no more.
     """
-    values = {path: jax.device_get(digest(leaf)) for path, leaf in leaves.items()}
+    values = {path: jax.device_get(_digest_on(leaf.sharding)(leaf)) for path, leaf in leaves.items()}
     return {path: f"{value[0]:08x}{value[1]:08x}" for path, value in values.items()}
 
 
@@ -119,17 +139,19 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
 class Checkpoints:
     """The checkpoints of one run, by step.
 
-    A state is any pytree of jax arrays with at least one level, over any mesh; metadata is a small JSON object. Every host of
-    a job makes the same calls. Errors of a background save surface as CheckpointError at the next call.
+    A state is any pytree of jax arrays with at least one level, over any mesh; metadata is a small JSON object. Every process
+    of a job makes the same calls and is told the same: what is there is process 0's word, damage that one finds is damage for
+    all. Errors of a background save surface as CheckpointError at the next call.
     """
 
-    def __init__(self, directory: str, keep: int | None):
+    def __init__(self, directory: str, keep: int | None, group: Group = ALONE):
         """Opens `directory`, creating it if need be.
 
         Args:
           directory: a local path, or one of a mounted or supported remote file system (`gs://`).
           keep: how many of the newest checkpoints stay. None opens for reading only: nothing is created, deleted or renamed,
             so that sampling and verifying never disturb a running job.
+          group: the processes that all open it.
 
         Raises:
           OSError: the directory cannot be created or written to; or, for reading, does not exist.
@@ -139,15 +161,22 @@ class Checkpoints:
         if self._read_only:
             if not self._directory.is_dir():
                 raise FileNotFoundError(f"{directory} is not a directory of checkpoints: give the run that was trained")
-        elif jax.process_index() == 0:
+        elif group.is_first:
             _check_writable(self._directory)
+        self._group = group
+        group.barrier("directory of checkpoints")
+        # Named processes meet at the coordination service, where a deadline holds; all of them would at a collective.
+        processes = ocp.options.MultiprocessingOptions(active_processes=set(range(group.count)) if group.count > 1 else None)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             read_only=self._read_only,
+            create=False,
             cleanup_tmp_directories=not self._read_only,
             save_interval_steps=1,
+            multiprocessing_options=processes,
+            async_options=ocp.options.AsyncOptions(timeout_secs=int(group.deadlines.phase_seconds)),
         )
-        handlers = {
+        self._handlers = {
             "state": ocp.PyTreeCheckpointHandler(
                 use_ocdbt=False,
                 # Compressing float32 weights would save 7 % of the space for twice the time.
@@ -156,10 +185,11 @@ class Checkpoints:
                 type_handler_registry=ocp.type_handlers.create_type_handler_registry(
                     (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 22))
                 ),
+                multiprocessing_options=processes,
             ),
-            "manifest": ocp.JsonCheckpointHandler(),
+            "manifest": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
         }
-        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=self._handlers)
         self._saving: int | None = None
 
     def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> None:
@@ -205,7 +235,7 @@ class Checkpoints:
 
     def _finish_save(self) -> None:
         self._manager.wait_until_finished()
-        if self._saving is not None and jax.process_index() == 0:
+        if self._saving is not None and self._group.is_first:
             directory = self._directory / str(self._saving)
             files = (parent / name for parent, _, names in directory.walk() for name in names)
             files = (path for path in files if path.stat().length < SUMMED_BYTES)
@@ -224,7 +254,7 @@ class Checkpoints:
         """Steps that have a complete checkpoint, oldest first; whether they are sound shows when they are read."""
         self.wait()
         self._manager.reload()
-        return sorted(self._manager.all_steps())
+        return self._group.from_first("steps", lambda: sorted(self._manager.all_steps()))
 
     def restore(self, step: int, abstract: PyTree, partial: bool = False) -> tuple[PyTree, dict[str, Any]]:
         """Reads one checkpoint.
@@ -240,11 +270,19 @@ class Checkpoints:
           TreeMismatch: the checkpoint is of another state; every path that is missing, left over or different is named.
           DamagedCheckpoint: it is incomplete or not what was saved.
         """
-        self._check_files(step)
-        manifest = self._read_manifest(step)
         wanted, structure = flatten(abstract)
-        _check_tree(f"{self._directory}/{step}", manifest["leaves"], wanted, partial)
-        leaves = self._read_leaves(step, wanted)
+        manifest, leaves = {}, {}
+        problem = ""
+        try:
+            self._check_files(step)
+            manifest = self._read_manifest(step)
+            _check_tree(f"{self._directory}/{step}", manifest["leaves"], wanted, partial)
+            leaves = self._read_leaves(step, wanted)
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        problem = next(filter(None, self._group.gather("restore", problem)), "")
+        if problem:
+            raise DamagedCheckpoint(problem)
         found = digests(leaves)
         wrong = [path for path in wanted if found[path] != manifest["leaves"][path]["digest"]]
         if wrong:
@@ -253,7 +291,17 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What the caller saved beside the state. Raises DamagedCheckpoint if it cannot be read."""
-        return self._read_manifest(step)["metadata"]
+
+        def read() -> tuple[dict[str, Any], str]:
+            try:
+                return self._read_manifest(step)["metadata"], ""
+            except DamagedCheckpoint as error:
+                return {}, str(error)
+
+        metadata, problem = self._group.from_first("metadata", read)
+        if problem:
+            raise DamagedCheckpoint(problem)
+        return metadata
 
     def restore_newest(
         self, abstract: PyTree, log: Callable[[str], None], partial: bool = False, among: list[int] | None = None
@@ -314,7 +362,7 @@ class Checkpoints:
             raise DamagedCheckpoint(f"{_listed(sorted(wrong)) or SUMS} is not what was saved")
 
     def _read_manifest(self, step: int) -> dict[str, Any]:
-        manifest = self._read(step, manifest=ocp.args.JsonRestore())["manifest"]
+        manifest = self._read(step, "manifest", ocp.args.JsonRestore())
         seal = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
         if seal != _seal(manifest) or manifest["step"] != step:
             raise DamagedCheckpoint("its manifest is not what was saved")
@@ -333,31 +381,34 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,  # The trees have been compared already, against the sealed manifest.
         )
-        return self._read(step, state=arguments)["state"]
+        return self._read(step, "state", arguments)
 
-    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
-        """Orbax's restore; whatever it stumbles over is reported as damage of the step."""
+    def _read(self, step: int, item: str, arguments: ocp.args.CheckpointArgs) -> Any:
+        """Orbax's restore; whatever it stumbles over is reported as damage of the step.
+
+        That of the handler: the manager's would wait for processes that have stumbled.
+        """
+        self.wait()
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            return self._handlers[item].restore(self._directory / str(step) / item, args=arguments)
         except Exception as error:
             problem = _one_line(error)
-        # The other reads that it leaves behind would each print a page of settings whenever they are collected.
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-        gc.collect()
-        sys.unraisablehook = hook
+        gc.collect()  # The reads that it leaves behind hold what they have read.
         raise DamagedCheckpoint(problem)
 
     def _set_aside(self, step: int) -> str:
         """Renames a damaged step (unless read-only), and says what was done."""
         if self._read_only:
             return "left where it is"
+
         # A step that is written again, after an older one was restored, can be damaged again.
-        names = (f"damaged-{step}" + (f"-{again}" if again else "") for again in itertools.count())
-        name = next(name for name in names if not (self._directory / name).exists())
-        if jax.process_index() == 0:
+        def rename() -> str:
+            names = (f"damaged-{step}" + (f"-{again}" if again else "") for again in itertools.count())
+            name = next(name for name in names if not (self._directory / name).exists())
             (self._directory / str(step)).rename(self._directory / name)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint set aside: {step}")
+            return name
+
+        name = self._group.from_first("setting aside", rename)
         self._manager.reload()
         return f"set aside as {name}"
 
@@ -403,6 +454,22 @@ def _check_writable(directory: epath.Path) -> None:
             f"checkpoints cannot be written to {directory}: {_one_line(error)}. Choose another --config.run_dir, or change its "
             "permissions."
         ) from error
+
+
+def check_room(directory: str, abstract: PyTree, copies: int) -> None:
+    """Raises OSError unless the disk of a local `directory` has room for so many more states; all bytes of a state count."""
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    free = shutil.disk_usage(directory).free
+    if size * copies > free:
+        raise OSError(
+            f"{directory} will need room for {copies} more checkpoints of {_mebibytes(size)}, {_mebibytes(size * copies)} in "
+            f"all, and its disk has {_mebibytes(free)} free: make room, choose another --config.run_dir, or lower "
+            "checkpoint.keep (one more exists while it is written)"
+        )
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def _check_tree(name: str, saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct], partial: bool) -> None:

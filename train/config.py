@@ -163,12 +163,15 @@ class RollbackConfig:
     """When a loss is not finite, or above `spike_factor` x the median of the last `window` losses, the run goes back to the
     last checkpoint and skips the data between it and the incident.
 
+    The first `window` losses, of a run and of each of its mixtures, need only be finite. A median below 1 nat counts as 1: the
+    losses of a model that knows its data by heart are small, and far apart (experiments/LOG.md).
+
     Attributes:
       spike_factor: 0 looks at non-finite losses only.
       max_incidents: the run gives up after so many.
     """
 
-    spike_factor: float = 0.0
+    spike_factor: float = 2.0
     window: int = 50
     max_incidents: int = 3
 
@@ -181,7 +184,8 @@ class RollbackConfig:
 class EvalConfig:
     """Attributes:
     every: steps between evaluations on held-out data; the last step is always evaluated.
-    max_batches: held-out (micro-)batches per evaluation during training; 0 is all. The final evaluation always takes all.
+    max_batches: held-out (micro-)batches of each source per evaluation, always the same; 0 is all. After the last step all are
+      evaluated as well (`final_val_loss`, `final_bits_per_byte`, and those of result.json).
     sample_prompts, sample_tokens: text continued at every evaluation, for the report.
     """
 
@@ -195,6 +199,28 @@ class EvalConfig:
         check(self.every > 0 and self.max_batches >= 0, "eval.every must be positive and eval.max_batches >= 0")
         check(self.sample_tokens > 0, f"eval.sample_tokens={self.sample_tokens} must be positive")
         check(self.sample_temperature >= 0, f"eval.sample_temperature={self.sample_temperature} must be >= 0 (0 is greedy)")
+
+
+@dataclasses.dataclass(frozen=True)
+class DeadlineConfig:
+    """After how many seconds a run ends, with a status that asks for a restart, instead of waiting on.
+
+    Attributes:
+      start_seconds: for all processes to come together.
+      data_seconds: for preparing the data.
+      phase_seconds: for compiling, reading or writing a checkpoint, evaluating; and for other processes at a barrier.
+      step_seconds: for the batch of one step, and for the step.
+    """
+
+    start_seconds: float = 300.0
+    data_seconds: float = 86_400.0
+    phase_seconds: float = 3600.0
+    step_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            seconds = getattr(self, field.name)
+            check(seconds > 0, f"deadlines.{field.name}={seconds} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +274,7 @@ class TrainConfig:
     rollback: RollbackConfig = RollbackConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
     writers: tuple[WriterName, ...] = ("tensorboard",)
     log_every: int = 1
     cpu_devices: int = 1
@@ -261,6 +288,7 @@ class TrainConfig:
         for field in ("steps", "batch_size", "accumulation", "log_every"):
             check(getattr(self, field) > 0, f"{field}={getattr(self, field)} must be positive")
         check(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
+        check(self.cpu_devices >= 0, f"cpu_devices={self.cpu_devices} must be >= 0 (0: as many as there are cores)")
         check(
             self.batch_size % self.accumulation == 0,
             f"batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}",

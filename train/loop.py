@@ -4,6 +4,8 @@ Everything is a function of (config, seed, step), so a run that is killed at any
   - a checkpoint of step s is written only after the metrics up to s are on disk and were found good;
   - a start drops the metrics after the checkpoint it restores, and the batch of step s depends on nothing but s;
   - data that led to a bad loss is skipped from a record on disk (`incidents.jsonl`).
+Of several processes each does all of this, on its rows of a batch; what they decide on is the same everywhere (the metrics), or
+told by process 0 (what is on disk), which alone writes.
 Step t+1 is dispatched before the metrics of step t are read, so the devices never wait for the host.
 """
 
@@ -12,28 +14,33 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
 import re
+import secrets
 import signal
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterator
+from importlib import metadata
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from data.loader import Batches, held_out_batches, load
+from data.loader import Batches, held_out_batches, load, num_held_out_batches
 from data.prepare import PreparedData, prepare
 from inference.sample import SamplingConfig, generate
 from model.flops import train_flops_per_token
 from train.baseline import xz_bits_per_byte
-from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, check_room
 from train.config import PREEMPTED, TrainConfig, check
-from train.files import only_process_in, write_json_atomic
-from train.metrics import JsonlWriter, Writer, check_writers, make_writers, read_jsonl, truncate_jsonl
+from train.distributed import ALONE, Group, global_batch, local_rows
+from train.files import only_process_in, write_atomic, write_json_atomic
+from train.metrics import JsonlWriter, NoWriter, Writer, check_writers, make_writers, read_jsonl, truncate_jsonl
 from train.peak import matmul_peak
 from train.progress import Progress
 from train.provenance import provenance
@@ -42,7 +49,7 @@ from train.step import Trainer, TrainState, abstract_batch, make_trainer
 Log = Callable[[str], None]
 
 # Fields of a config that may differ when a run is continued: none of them changes an update by more than rounding.
-FREE_FIELDS = ("run_dir", "mesh", "cpu_devices", "writers", "log_every", "checkpoint", "eval", "data.cache_dir",
+FREE_FIELDS = ("run_dir", "mesh", "cpu_devices", "deadlines", "writers", "log_every", "checkpoint", "eval", "data.cache_dir",
                "data.loader_threads", "data.prefetch_batches", "rollback.max_incidents", "xz_baseline")  # fmt: skip
 
 
@@ -58,24 +65,34 @@ class Incident(Exception):
         self.step, self.reason = step, reason
 
 
-def train(config: TrainConfig, log: Log = print) -> int:
+def train(config: TrainConfig, log: Log = print, group: Group | None = None) -> int:
     """Runs, or continues, the job to its end. Returns the exit status: 0, or PREEMPTED after SIGTERM or Ctrl-C.
+
+    Args:
+      group: the processes that all make this call, with the same config; by default this one is alone. Of several, any that
+        raises ends them all.
 
     Raises:
       ValueError, OSError: bad input, told before anything expensive; see the message.
       RuntimeError: the loss went bad more than `rollback.max_incidents` times.
     """
-    check(jax.process_count() == 1, "training on several hosts is not implemented: run one process")
-    check_writers(config.writers)
+    began = time.perf_counter()
     run_dir = pathlib.Path(config.run_dir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(only_process_in(run_dir))
+        group = stack.enter_context(group or Group(deadlines=config.deadlines))
+        check_writers(config.writers)
+        if group.is_first:
+            stack.enter_context(only_process_in(run_dir))
+        share_directory(run_dir, group)
         # Whatever ends the loop, a checkpoint that is being written is completed first.
-        checkpoints = Checkpoints(str(run_dir / "checkpoints"), config.checkpoint.keep)
+        checkpoints = Checkpoints(str(run_dir / "checkpoints"), config.checkpoint.keep, group)
         stack.enter_context(contextlib.closing(checkpoints))
         compare_config(run_dir, config, checkpoints)
         trainer = make_trainer(config)
-        data = prepare(config.data, config.seed, log=log)
+        # One more than are kept exists while it is written; a short run makes fewer, and perhaps one on SIGTERM.
+        copies = min(config.checkpoint.keep, math.ceil(config.steps / config.checkpoint.every)) + 1
+        check_room(str(run_dir), trainer.abstract_state, copies - len(checkpoints.steps()))
+        data = prepare_together(config, group, log)
         check(
             data.tokenizer.vocab_size <= config.model.vocab_size,
             f"the tokenizer has {data.tokenizer.vocab_size} tokens, but model.vocab_size={config.model.vocab_size}: "
@@ -83,9 +100,36 @@ def train(config: TrainConfig, log: Log = print) -> int:
         )
         compare_data(run_dir, data, checkpoints)
         check_prompts(config, data)
-        loop = Loop(config, data, trainer, checkpoints, log)
+        loop = Loop(config, data, trainer, checkpoints, log, group, began)
         stack.enter_context(contextlib.closing(loop))
         return loop.run(stack.enter_context(stop_on_signal()))
+
+
+def share_directory(run_dir: pathlib.Path, group: Group) -> None:
+    """Raises ValueError, naming the process, where the run's directory is not the same one for all processes."""
+    group.watch_into(run_dir)
+    if group.count == 1:
+        return
+    mark = run_dir / ".shared"
+    said = group.from_first("shared", lambda: secrets.token_hex(8))
+    if group.is_first:
+        write_atomic(mark, said.encode())
+    group.barrier("shared directory")
+    seen = mark.read_text() if mark.exists() else "nothing"
+    group.compare({f"the content of {mark}": said if seen == said else f"not {said}"})
+
+
+def prepare_together(config: TrainConfig, group: Group, log: Log) -> PreparedData:
+    """Process 0 first; the others find its work, or do it again where they share no cache directory."""
+    seconds = config.deadlines.data_seconds
+    with group.phase("preparing data", seconds):
+        if not group.is_first:
+            group.barrier("data of process 0", seconds)
+        data = prepare(config.data, config.seed, log=log)
+        if group.is_first:
+            group.barrier("data of process 0", seconds)
+        group.barrier("data", seconds)
+    return data
 
 
 def compare_config(run_dir: pathlib.Path, config: TrainConfig, checkpoints: Checkpoints) -> None:
@@ -192,20 +236,34 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 class Loop:
     """The effects of a run, around the pure functions of its `Trainer`."""
 
-    def __init__(self, config: TrainConfig, data: PreparedData, trainer: Trainer, checkpoints: Checkpoints, log: Log):
-        self.config, self.data, self.trainer, self.checkpoints, self.log = config, data, trainer, checkpoints, log
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: PreparedData,
+        trainer: Trainer,
+        checkpoints: Checkpoints,
+        log: Log,
+        group: Group,
+        began: float,
+    ):
+        self.config, self.data, self.trainer, self.checkpoints = config, data, trainer, checkpoints
+        self.log, self.group = log, group
         self.run_dir = pathlib.Path(config.run_dir)
-        self.incidents = rolled_back(self.run_dir)
+        self.incidents = group.from_first("incidents", lambda: rolled_back(self.run_dir))
         timing = read_jsonl(self.run_dir / "timing.jsonl")
         self.started = time.perf_counter() - max((record["seconds"] for record in timing), default=0.0)
-        self.timing = JsonlWriter(self.run_dir / "timing.jsonl")
-        self.peak = matmul_peak(trainer.mesh, config.model.dtype)
+        self.timing = self._writer("timing.jsonl")
+        self._record("start", time.perf_counter() - began, unix_time=time.time())
+        self.data_seconds = 0.0  # waited for batches since the last step that was recorded
+        self.rows = local_rows(trainer.batch_sharding, (config.batch_size, config.data.seq_len))
+        self.peak = group.count * matmul_peak(Mesh(np.array(jax.local_devices()), ("local",)), config.model.dtype)
         self.flops_per_step = train_flops_per_token(config.model, config.data.seq_len) * config.tokens_per_step
-        self._write_provenance()
-        write_json_atomic(self.run_dir / "config.json", dataclasses.asdict(config))
-        write_json_atomic(self.run_dir / "data_manifest.json", data.manifest)
-        data.tokenizer.save(self.run_dir / "tokenizer")
         self.step_function = self._compile()
+        if group.is_first:
+            self._write_provenance()
+            write_json_atomic(self.run_dir / "config.json", dataclasses.asdict(config))
+            write_json_atomic(self.run_dir / "data_manifest.json", data.manifest)
+            data.tokenizer.save(self.run_dir / "tokenizer")
         self.state, self.step, self.losses = self._restore()
         self.metrics, self.samples = self._open_writers()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -218,14 +276,22 @@ class Loop:
         return time.perf_counter() - self.started
 
     @contextlib.contextmanager
-    def timed(self, event: str) -> Iterator[None]:
+    def timed(self, event: str) -> Iterator[dict[str, Any]]:
+        """Records the seconds of what interrupts the steps; the yielded dict takes what else is to be recorded."""
         begin = time.perf_counter()
-        yield
-        took = time.perf_counter() - begin
-        self.timing.write({"event": event, "seconds": self.seconds(), "event_seconds": took})
+        more: dict[str, Any] = {}
+        with self.group.phase(f"{event} at step {getattr(self, 'step', 0)}"):
+            yield more
+        self._record(event, time.perf_counter() - begin, **more)
         self.last_settled = time.perf_counter()
 
+    def _record(self, event: str, seconds: float, **more: Any) -> None:
+        self.timing.write({"event": event, "seconds": self.seconds(), "event_seconds": seconds, **more})
+
     # --- Setting up -----------------------------------------------------------------------------------------------
+
+    def _writer(self, name: str) -> JsonlWriter | NoWriter:
+        return JsonlWriter(self.run_dir / name) if self.group.is_first else NoWriter()
 
     def _write_provenance(self) -> None:
         """That of this start, with those of earlier starts, which may have been of other code or on another machine."""
@@ -238,25 +304,33 @@ class Loop:
 
     def _compile(self) -> Any:
         with self.timed("compile"):
-            return self.trainer.step.lower(self.trainer.abstract_state, abstract_batch(self.config)).compile()
+            lowered = self.trainer.step.lower(self.trainer.abstract_state, abstract_batch(self.config))
+            self.group.compare(facts(self.config, self.data, lowered.as_text() if self.group.count > 1 else ""))
+            return lowered.compile()
 
     def _restore(self, among: list[int] | None = None) -> tuple[TrainState, int, collections.deque[float]]:
         """The newest sound checkpoint (`among` these steps), or the initial state; metrics that came after it are dropped."""
-        with self.timed("restore"):
+        with self.timed("restore") as record:
             restored = self.checkpoints.restore_newest(self.trainer.abstract_state, self.log, among=among)
             if restored is None:
                 state, step, losses = self.trainer.init(jax.random.key(self.config.seed)), 0, []
             else:
-                state, metadata, step = restored
-                losses = metadata["recent_losses"]
+                state, saved, step = restored
+                losses = saved["recent_losses"]
                 self.log(f"continuing from the checkpoint of step {step}")
-        truncate_jsonl(self.run_dir / "metrics.jsonl", step + 1)
-        truncate_jsonl(self.run_dir / "samples.jsonl", step + 1)
+            record["restored_step"] = step
+            # Gloo connects at the first collective, within 30 s; compiling may take one process longer than another.
+            self.group.barrier("the state is there")
+        if self.group.is_first:
+            truncate_jsonl(self.run_dir / "metrics.jsonl", step + 1)
+            truncate_jsonl(self.run_dir / "samples.jsonl", step + 1)
         return state, step, collections.deque(losses, maxlen=self.config.rollback.window)
 
-    def _open_writers(self) -> tuple[Writer, JsonlWriter]:
+    def _open_writers(self) -> tuple[Writer | NoWriter, JsonlWriter | NoWriter]:
+        if not self.group.is_first:
+            return NoWriter(), NoWriter()
         metrics = make_writers(self.config.writers, self.run_dir, self.config.name, first_step=self.step + 1)
-        return metrics, JsonlWriter(self.run_dir / "samples.jsonl")
+        return metrics, self._writer("samples.jsonl")
 
     def _batches(self) -> Generator[dict[str, np.ndarray]]:
         batches = Batches(
@@ -264,15 +338,18 @@ class Loop:
             self.config.data,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
+            rows=self.rows,
             skipped=skipped_windows(self.incidents),
         )
         data = self.config.data
         self.data_step = batches.data_step
         return load(batches, self.step, self.config.steps, data.loader_threads, data.prefetch_batches)
 
-    def _on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        rows = self.trainer.batch_sharding
-        return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
+    def _next(self, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
+        begin = time.perf_counter()
+        batch = next(batches)
+        self.data_seconds += time.perf_counter() - begin
+        return global_batch(batch, self.rows, self.trainer.batch_sharding, self.config.batch_size)
 
     # --- Running --------------------------------------------------------------------------------------------------
 
@@ -283,8 +360,9 @@ class Loop:
             except Incident as incident:
                 self._roll_back(incident)
                 continue
-            if status == 0:
-                self._write_result()
+            if status == 0 and self.group.is_first:
+                with self.timed("result"):
+                    self._write_result()
             return status
 
     def _advance(self, stop_requested: Callable[[], bool]) -> int:
@@ -296,7 +374,9 @@ class Loop:
         config = self.config
         self.last_settled = time.perf_counter()
         while self.step < config.steps:
-            batch = self._on_devices(next(batches))
+            self.group.watchdog.begin(f"reading the batch of step {self.step + 1}", config.deadlines.step_seconds)
+            batch = self._next(batches)
+            self.group.watchdog.begin(f"step {self.step + 1}", config.deadlines.step_seconds)
             with jax.transfer_guard("disallow"):
                 self.state, metrics = self.step_function(self.state, batch)
             self._settle()
@@ -304,13 +384,13 @@ class Loop:
             self.pending = (self.step, metrics)
 
             last = self.step == config.steps
-            stop = stop_requested() and not last
+            stop = self.group.stops_after(self.step, stop_requested()) and not last
             evaluate = last or self.step % config.eval.every == 0
             save = last or stop or self.step % config.checkpoint.every == 0
             if evaluate or save:
                 self._settle()
             if evaluate:
-                self._evaluate(all_batches=last)
+                self._evaluate(last)
             if save:
                 self._save()
             if stop:
@@ -334,8 +414,16 @@ class Loop:
         if step % self.config.log_every == 0 or step == self.config.steps:
             self.metrics.write(step, {"tokens": step * self.config.tokens_per_step, **metrics})
             self.timing.write(
-                {"step": step, "seconds": self.seconds(), "step_seconds": step_seconds, "tokens_per_second": rate, "mfu": mfu}
+                {
+                    "step": step,
+                    "seconds": self.seconds(),
+                    "step_seconds": step_seconds,
+                    "data_seconds": self.data_seconds,
+                    "tokens_per_second": rate,
+                    "mfu": mfu,
+                }
             )
+            self.data_seconds = 0.0
         self.progress.update(step, metrics["loss"], rate, mfu)
 
     def _check_loss(self, step: int, metrics: dict[str, float]) -> None:
@@ -343,17 +431,22 @@ class Loop:
         for name in ("loss", "grad_norm", "param_norm"):
             if not math.isfinite(metrics[name]):
                 raise Incident(step, f"{name} is {metrics[name]}")
+        if self._mixtures_begun(step) > self._mixtures_begun(step - 1):
+            self.losses.clear()  # Those of other data are no measure.
         if rollback.spike_factor and len(self.losses) == rollback.window:
             median = statistics.median(self.losses)
-            if loss > rollback.spike_factor * median:
+            if loss > rollback.spike_factor * max(median, 1.0):
                 raise Incident(step, f"loss {loss:.4g} is above {rollback.spike_factor} x the recent median {median:.4g}")
         self.losses.append(loss)
+
+    def _mixtures_begun(self, step: int) -> int:
+        return sum(mixture.start_step <= self.data_step(step - 1) for mixture in self.config.data.mixtures)
 
     def _roll_back(self, incident: Incident) -> None:
         """Records the incident, then goes back to the last checkpoint; the data since then will not be seen again."""
         self.log(str(incident))
         record = {"step": incident.step, "reason": incident.reason, "seconds": self.seconds()}
-        incidents = JsonlWriter(self.run_dir / "incidents.jsonl")
+        incidents = self._writer("incidents.jsonl")
         if len(self.incidents) >= self.config.rollback.max_incidents:
             incidents.write_and_close({**record, "gave_up": True})
             raise RuntimeError(
@@ -411,16 +504,27 @@ class Loop:
     def _eval_params(self) -> Any:
         return self.state.ema if self.state.ema is not None else self.state.params
 
-    def _evaluate(self, all_batches: bool) -> None:
+    def _evaluate(self, last: bool) -> None:
+        """On the same held-out rows at every step, so that the scores are a curve; after the last step on all of them too."""
         with self.timed("eval"):
-            limit = 0 if all_batches else self.config.eval.max_batches
-            scores = evaluate(self.trainer, self._eval_params(), self.data, limit)
-            if not math.isfinite(scores["val_loss"]):
-                raise Incident(self.step, f"val_loss is {scores['val_loss']}")
+            limit = self.config.eval.max_batches
+            scores = evaluate(self.trainer, self._eval_params(), self.data, limit, self.group)
+            if last:
+                final = scores
+                if self._leaves_rows_out():
+                    final = evaluate(self.trainer, self._eval_params(), self.data, group=self.group)
+                scores |= {f"final_{name}": value for name, value in final.items()}
+            for name, value in scores.items():
+                if not math.isfinite(value):
+                    raise Incident(self.step, f"{name} is {value}")
             self.metrics.write(self.step, scores)
             self.progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             for prompt, text in self._sample():
                 self.samples.write({"step": self.step, "prompt": prompt, "text": text})
+
+    def _leaves_rows_out(self) -> bool:
+        rows, limit = self.config.batch_size // self.config.accumulation, self.config.eval.max_batches
+        return any(0 < limit < num_held_out_batches(self.data, source, rows) for source in self.data.held_out)
 
     def _sample(self) -> Iterator[tuple[str, str]]:
         settings, tokenizer = self.config.eval, self.data.tokenizer
@@ -440,13 +544,24 @@ class Loop:
             yield prompt, tokenizer.decode(tokens)
 
     def _write_result(self) -> None:
-        """`result.json`, from the files of the run: the same however often it was interrupted."""
+        """`result.json`, from the files of the run: the same however often it was interrupted.
+
+        Raises:
+          RuntimeError: they lack what it is made of.
+        """
         self.metrics.flush()
-        final = read_jsonl(self.run_dir / "metrics.jsonl")
-        scores = {name: value for record in final if "val_loss" in record for name, value in record.items()}
+        last = [record for record in read_jsonl(self.run_dir / "metrics.jsonl") if record["step"] == self.step]
+        scores = {name[len("final_") :]: x for record in last for name, x in record.items() if name.startswith("final_")}
         rates = [record["tokens_per_second"] for record in read_jsonl(self.run_dir / "timing.jsonl") if "step" in record]
+        for name, found in (("metrics.jsonl", scores), ("timing.jsonl", rates)):
+            if not found:
+                raise RuntimeError(
+                    f"the run is finished, but {self.run_dir / name} lacks what its last step wrote, and result.json was left "
+                    f"as it is: bring the file back, or move {self.run_dir}/checkpoints/{self.step} away and start the same "
+                    "command again, which repeats the steps since the checkpoint before it"
+                )
         result = {
-            **{name: scores[name] for name in scores if name.startswith(("val_loss", "bits_per_byte"))},
+            **scores,
             "tokens_per_second": statistics.median(rates),
             "steps": self.step,
             "tokens": self.step * self.config.tokens_per_step,
@@ -464,29 +579,55 @@ class Loop:
                 stack.callback(part.close)
 
 
-def evaluate(trainer: Trainer, params: Any, data: PreparedData, max_batches: int = 0) -> dict[str, float]:
+def facts(config: TrainConfig, data: PreparedData, program: str) -> dict[str, str]:
+    """What must be the same on all processes; where a path lies need not be."""
+    tree = {key: value for key, value in dataclasses.asdict(config).items() if key != "run_dir"}
+    tree["data"] = {key: value for key, value in tree["data"].items() if key not in ("cache_dir", "sources", "tokenizer")}
+    return {
+        "jax": jax.__version__,
+        "jaxlib": metadata.version("jaxlib"),
+        "config": hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16],
+        "data": data.manifest_hash,
+        "program of a step": hashlib.sha256(program.encode()).hexdigest()[:16],
+    }
+
+
+def evaluate(trainer: Trainer, params: Any, data: PreparedData, max_batches: int = 0, group: Group = ALONE) -> dict[str, float]:
     """Loss per token (nats) and bits per byte on held-out data, over all sources and for each where there are several.
 
-    The bytes are those of the predicted tokens; a document's first token is context only.
+    The bytes are those of the predicted tokens; a document's first token is context only. Over all sources, each weighs by all
+    of its held-out tokens, however many of its batches were taken.
+
+    Args:
+      max_batches: of each source; 0 is all.
     """
     config = trainer.config
+    batch_size = config.batch_size // config.accumulation
+    rows = local_rows(trainer.batch_sharding, (batch_size, config.data.seq_len))
     totals: dict[str, list[float]] = {}
     for source in data.held_out:
         sums = []
-        for batch in held_out_batches(data, config.data, source, config.batch_size // config.accumulation, max_batches):
-            num_bytes = float(np.sum(data.tokenizer.byte_lengths[batch["targets"]] * batch["weights"]))
-            on_devices = {k: jax.make_array_from_process_local_data(trainer.batch_sharding, v) for k, v in batch.items()}
+        counts = np.zeros((2, rows.size))  # predicted tokens, and their bytes, of each row of a batch
+        for batch in held_out_batches(data, config.data, source, batch_size, max_batches, rows=rows):
+            counts += [(lengths * batch["weights"]).sum(1) for lengths in (1, data.tokenizer.byte_lengths[batch["targets"]])]
+            on_devices = global_batch(batch, rows, trainer.batch_sharding, batch_size)
             if sums:  # One at a time: see `train.checkpoint.digests`.
-                jax.block_until_ready(sums[-1][0])
-            sums.append((trainer.evaluate(params, on_devices), float(batch["weights"].sum()), num_bytes))
-        loss = sum(float(jax.device_get(metrics["loss"])) for metrics, _, _ in sums)
-        totals[source] = [loss, sum(tokens for _, tokens, _ in sums), sum(num_bytes for _, _, num_bytes in sums)]
+                jax.block_until_ready(sums[-1])
+            sums.append(trainer.evaluate(params, on_devices))
+        # Several processes may hold the same row.
+        by_row: dict[str, list[float]] = {}
+        for told in group.gather("held-out counts", json.dumps(dict(zip(rows.tolist(), counts.T.tolist(), strict=True)))):
+            by_row |= json.loads(told)
+        loss = sum(float(jax.device_get(metrics["loss"])) for metrics in sums)
+        totals[source] = [loss, *(sum(column) for column in zip(*by_row.values(), strict=True))]
 
     def scores(sums: list[float], suffix: str) -> dict[str, float]:
         loss, tokens, num_bytes = sums
         return {f"val_loss{suffix}": loss / tokens, f"bits_per_byte{suffix}": loss / math.log(2) / num_bytes}
 
-    result = scores([sum(column) for column in zip(*totals.values(), strict=True)], "")
+    targets = {source: data.manifest["sources"][source]["held_out"]["targets"] for source in totals}
+    weighted = [[targets[source] / sums[1] * x for x in sums] for source, sums in totals.items()]
+    result = scores([sum(column) for column in zip(*weighted, strict=True)], "")
     if len(totals) > 1:
         for source, sums in totals.items():
             result |= scores(sums, f"/{source}")

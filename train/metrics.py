@@ -70,6 +70,18 @@ class JsonlWriter:
         self.close()
 
 
+class NoWriter:
+    """That of a process which is not the first: nothing is written."""
+
+    def write(self, *_: Any) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def write_and_close(self, _: dict[str, Any]) -> None: ...
+
+
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a file, without a torn last line; a file that does not exist has none."""
     path = pathlib.Path(path)

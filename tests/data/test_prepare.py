@@ -139,7 +139,7 @@ def test_held_out_batches_cover_the_set_once_over_hosts(tmp_path, corpus):
     prepared = prepare(config, log=quiet)
     expected = all_rows(prepared.held_out["c"])
     for hosts in (1, 2):
-        parts = [list(held_out_batches(prepared, config, "c", 4, host_index=h, host_count=hosts)) for h in range(hosts)]
+        parts = [list(held_out_batches(prepared, config, "c", 4, rows=rows)) for rows in np.split(np.arange(4), hosts)]
         assert len({len(part) for part in parts}) == 1
         for key, value in expected.items():
             served = np.concatenate([np.concatenate([b[key] for b in step]) for step in zip(*parts, strict=True)])
@@ -163,6 +163,15 @@ def test_the_manifest_tells_what_the_data_is(tmp_path, corpus):
     assert source["train"]["rows"] == len(prepared.train["c"])
     on_disk = json.loads((prepared.directory / "manifest.json").read_text())["manifest"]
     assert on_disk == prepared.manifest
+
+
+def test_blank_documents_are_skipped_and_counted(tmp_path, corpus):
+    plain = prepare(config_for(tmp_path), log=quiet).manifest["sources"]["c"]
+    with open(tmp_path / "corpus.jsonl", "a") as file:
+        file.write('{"text": null}\n{"text": ""}\n{"text": " \\n"}\n')
+    with_blanks = prepare(config_for(tmp_path), log=quiet).manifest["sources"]["c"]
+    assert (plain["skipped"], with_blanks["skipped"]) == (0, 3)
+    assert with_blanks == {**plain, "skipped": 3}
 
 
 def test_prepared_data_is_reused_and_each_stage_only_redone_when_its_inputs_change(tmp_path, corpus, monkeypatch):

@@ -42,11 +42,21 @@ def test_every_format_gives_the_same_text(tmp_path):
         # Two frames, as `cat a.zst b.zst` makes.
         frames = [zstandard.ZstdCompressor().compress(part) for part in (data.encode()[:7], data.encode()[7:])]
         (tmp_path / f"{name}.zst").write_bytes(b"".join(frames))
-    pyarrow.parquet.write_table(pyarrow.table({"text": [text, None, ""]}), tmp_path / "d.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [text, ""]}), tmp_path / "d.parquet")
     (tmp_path / "ignored.bin").write_bytes(b"\xff")
-    assert texts(tmp_path) == [text] * 10
+    assert texts(tmp_path) == [*[text] * 6, *[text, ""] * 4]
     assert texts(tmp_path / "*.txt*") == [text] * 3
-    assert texts(tmp_path / "d.parquet") == [text]
+
+
+def test_null_is_an_empty_document_in_every_reader(tmp_path, monkeypatch):
+    rows = [{"text": "one"}, {"text": None}, {"text": "two"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [None]}), tmp_path / "c.parquet")
+    hub(monkeypatch, lambda path, **options: Rows(rows))
+    streamed = [document.text for document in read_documents(SourceConfig("h", "huggingface", path="a/b", hub_revision="abc"))]
+    assert texts(tmp_path / "a.jsonl") == texts(tmp_path / "b.parquet") == streamed == ["one", "", "two"]
+    assert texts(tmp_path / "c.parquet") == [""]
 
 
 def test_order_and_ids_do_not_depend_on_where_a_directory_lies(tmp_path):
@@ -93,8 +103,9 @@ def corrupt_zst(path):
         ("a.txt.zst", corrupt_zst, r"a\.txt\.zst is a damaged or incomplete zst"),
         ("a.txt.zst", b"not zst", r"a\.txt\.zst is a damaged or incomplete zst"),
         ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"a\.jsonl, line 2: not valid JSON"),
-        ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl, line 1: no text in field 'text' \(found: \['body'\]\)"),
-        ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: no text in field 'text' \(found: list\)"),
+        ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl, line 1: no field 'text' \(found: \['body'\]\)"),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: no field 'text' \(found: list\)"),
+        ("a.jsonl", b'{"text": null}\n{"text": 3}\n', r"a\.jsonl, line 2: field 'text' holds int, not text; set the source's"),
         ("a.parquet", b"PAR0", r"a\.parquet is not a readable parquet"),
     ],
 )
@@ -182,7 +193,10 @@ def test_hub_errors_say_what_to_do(monkeypatch):
     with pytest.raises(ConnectionError, match=r"'a/b'.*Name or service not known.*--local-dir DIR.*kind='files'"):
         list(read_documents(config))
     hub(monkeypatch, lambda path, **options: Rows([{"content": "x"}]))
-    with pytest.raises(ValueError, match=r"row 0: no text in field 'text' \(found: \['content'\]\)"):
+    with pytest.raises(ValueError, match=r"row 0: no field 'text' \(found: \['content'\]\)"):
+        list(read_documents(config))
+    hub(monkeypatch, lambda path, **options: Rows([{"text": ["x"]}]))
+    with pytest.raises(ValueError, match=r"row 0: field 'text' holds list, not text"):
         list(read_documents(config))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"'datasets', which is not installed: pip install 'loam\[data\]'"):

@@ -55,6 +55,8 @@ def write_run(directory: pathlib.Path, last_step: int = STEPS) -> None:
         if step % 100 == 0 or step == last_step:
             value = loss(step) + 0.05
             metrics.append({"step": step, "val_loss": value, "bits_per_byte": value / math.log(2) / 2.9})
+            if step == STEPS:
+                metrics[-1] |= {"final_val_loss": value - 0.2, "final_bits_per_byte": (value - 0.2) / math.log(2) / 2.8}
             seconds += 2.5
             timing.append({"event": "eval", "seconds": seconds, "event_seconds": 2.5})
             if step % 400 == 0 or step == last_step:
@@ -89,8 +91,8 @@ def write_run(directory: pathlib.Path, last_step: int = STEPS) -> None:
     if last_step == STEPS:
         final = metrics[-1]
         files["result.json"] = {
-            "val_loss": final["val_loss"],
-            "bits_per_byte": final["bits_per_byte"],
+            "val_loss": final["final_val_loss"],
+            "bits_per_byte": final["final_bits_per_byte"],
             "tokens_per_second": 26000.0,
             "baseline_xz_bits_per_byte": 2.15,
             "parameters": 9_830_400,

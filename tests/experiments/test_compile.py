@@ -1,9 +1,7 @@
 """`loam compile`: what it refuses, what it proposes, and one small step compiled by libtpu, end to end."""
 
-import importlib.util
 import json
 import math
-import os
 
 import pytest
 
@@ -11,7 +9,9 @@ import experiments.compile as loam_compile
 from experiments.cli import load_train_config, main
 from experiments.compile import GIB, as_overrides, candidates, changed_config, check_fits, exhausted_bytes, proposals
 from model.chips import topology_of
-from train.memory import mesh_sizes, plan_memory
+from tests.libtpu import require_libtpu
+from train.memory import plan_memory
+from train.step import mesh_sizes
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -36,21 +36,14 @@ def get_config():
 
 def write_config(directory, model="tiny-llama", seq_len=64, batch_size=8, mesh=None):
     path = directory / "job.py"
-    mesh = mesh or {"data": 2, "fsdp": 2, "tensor": 1}
+    mesh = mesh or {"data": 2, "fsdp": 2}
     fields = {"model": model, "seq_len": seq_len, "batch_size": batch_size, "mesh": mesh, "run_dir": str(directory / "run")}
     path.write_text(CONFIG.format(**fields))
     return str(path)
 
 
-def need_libtpu():
-    if importlib.util.find_spec("libtpu") is None:
-        if os.environ.get("LOAM_REQUIRE_LIBTPU"):
-            pytest.fail("libtpu is not installed: `make env EXTRAS=tpu` installs it")
-        pytest.skip("libtpu, the TPU compiler, is not installed")
-
-
 def test_a_small_sharded_step_compiles_and_is_reported(tmp_path, capsys):
-    need_libtpu()
+    require_libtpu()
     path = write_config(tmp_path)
     assert main(["compile", f"--config={path}", "--topology=v5e:2x2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -81,9 +74,25 @@ def test_a_small_sharded_step_compiles_and_is_reported(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_every_call_of_a_kernel_finds_its_schedule(tmp_path, capsys):
+    """On a ring one kernel is called several times with equal code, of which the compiler leaves one schedule."""
+    require_libtpu()
+    path = write_config(tmp_path, seq_len=128, mesh={"data": 1, "fsdp": 2, "context": 2})
+    words = ["--config.model.attention_backend=flash", "--config.model.head_dim=128", "--config.model.remat=full"]
+    assert main(["compile", f"--config={path}", "--topology=v5e:2x2", "--json", *words]) == 0
+    report = json.loads(capsys.readouterr().out)
+    passes = [name for name in ("forward", "backward") for kernel in report["kernels"] if name in kernel["instruction"]]
+    assert len(passes) == len(report["kernels"]) > 2
+    assert set(passes) == {"forward", "backward"}
+    assert all(kernel["by"] == "its schedule" and kernel["cycles"] > 0 for kernel in report["kernels"])
+    assert report["estimated_cycles"]["kernel"] == pytest.approx(sum(kernel["cycles"] for kernel in report["kernels"]))
+    assert any(row["axes"] == "context" and row["kind"] == "collective-permute" for row in report["collectives"])
+
+
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_an_error_with_proposals(tmp_path, capsys):
-    need_libtpu()
-    path = write_config(tmp_path, "llama3.2-1b", seq_len=8192, batch_size=16, mesh={"data": 4, "fsdp": 1, "tensor": 1})
+    require_libtpu()
+    path = write_config(tmp_path, "llama3.2-1b", seq_len=8192, batch_size=16, mesh={"data": 4, "fsdp": 1})
     assert main(["compile", f"--config={path}", "--topology=v5e:2x2", "--json"]) == 1
     out, error = capsys.readouterr()
     report = json.loads(out)
@@ -102,7 +111,7 @@ def test_a_step_that_does_not_fit_is_an_error_with_proposals(tmp_path, capsys):
         (["--topology=v5e:5x5"], "topology 'v5e:5x5' does not exist"),
         (["--topology=v9:2x2"], "'v9' is no TPU generation"),
         (["--topology=v5e:2x2", "--config.mesh.data=3"], "must multiply to 4"),
-        (["--topology=v5e:2x2", "--config.batch_size=6"], "batch = 6 does not divide over"),
+        (["--topology=v5e:2x2", "--config.batch_size=6"], "does not fit. the rows of a micro-batch"),
         (["--topology=v5e:2x4", "--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=8"], "does not divide"),
     ],
 )
@@ -145,7 +154,7 @@ def test_the_compilers_refusal_becomes_a_number(message, size):
 
 
 def llama(tmp_path, **changes):
-    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=64, mesh={"data": 16, "fsdp": 1, "tensor": 1})
+    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=64, mesh={"data": 16, "fsdp": 1})
     return changed_config(load_train_config(path, []), changes)
 
 
@@ -230,7 +239,7 @@ def test_a_table_has_a_row_for_each_report():
 
 
 def test_inspect_plans_a_slice(tmp_path, capsys):
-    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=256, mesh={"data": 1, "fsdp": -1, "tensor": 1})
+    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=256, mesh={"data": 1, "fsdp": -1})
     assert main(["inspect", f"--config={path}", "--topology=v5e:16x16", "--config.model.remat=full"]) == 0
     text = capsys.readouterr().out
     assert "v5e:16x16 (256 devices), mesh data 1, fsdp 256" in text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from ml_collections import ConfigDict
@@ -84,6 +85,16 @@ def test_an_int_is_a_float_and_nothing_else_is_converted():
     assert build(OptimizerConfig, {"learning_rate": 1e-3}).learning_rate == 1e-3
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_float_is_finite(value):
+    """A comparison with NaN is false whichever way a dataclass asks."""
+    with pytest.raises(ConfigError, match=r"config\.optimizer\.clip_norm=.* must be a finite number"):
+        build(TrainConfig, {**TREE, "optimizer": {"clip_norm": value}})
+    rope = dataclasses.replace(RopeConfig(), beta_fast=value)
+    with pytest.raises(ConfigError, match=r"config\.model\.rope\.beta_fast=.* must be a finite number"):
+        build(TrainConfig, {**TREE, "model": dataclasses.replace(MODEL, rope=rope)})
+
+
 @pytest.mark.parametrize("value", [True, "10", 10.0, None, (10,)])
 def test_an_int_takes_only_an_int(value):
     with pytest.raises(ConfigError, match=rf"config\.steps=.* must be of type int, not {type(value).__name__}"):
@@ -152,6 +163,9 @@ def test_a_missing_key_is_named():
             r"config\.optimizer\.schedule: optimizer\.schedule\.warmup='soon' is not a duration",
         ),
         ("data.seq_len=64", r"config: data\.seq_len=64 is longer than model\.max_seq_len=32"),
+        ("model.norm_eps=0.0", r"config\.model: model\.norm_eps=0\.0 must be positive"),
+        ("optimizer.learning_rate=1e999", r"config\.optimizer\.learning_rate=inf must be a finite number"),
+        ("cpu_devices=-1", r"config: cpu_devices=-1 must be >= 0"),
         ("data.mixtures.0.proportions.1=('c', 1)", r"config\.data: data\.mixtures names 'c'"),
     ],
 )

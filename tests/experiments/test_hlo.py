@@ -1,11 +1,7 @@
 """What a compiled step costs: snippets of HLO with known answers, and small programs compiled by libtpu."""
 
-import importlib.util
 import itertools
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -13,6 +9,7 @@ import pytest
 
 from experiments import hlo
 from model.chips import topology_of
+from tests.libtpu import run_with_libtpu
 
 # Two nested loops, of 4 and 3 times: the inner one multiplies matrices, the outer one adds up over devices and gathers.
 NESTED = """\
@@ -66,7 +63,7 @@ HloModule step, is_scheduled=true
   %f = f32[8,128]{1,0} constant({...})
   %gradient = f32[8,128]{1,0} all-reduce(%f), channel_id=1, replica_groups={{0,2},{1,3}}, to_apply=%add
   %sums = f32[8]{0} fusion(%f), kind=kLoop, calls=%fused_sum, backend_config={"window_config":{"estimated_cycles":"10"}}
-  %kernel.3 = bf16[64,32]{1,0} custom-call(%y), custom_call_target="tpu_custom_call"
+  %kernel.3 = bf16[64,32]{1,0} custom-call(%y), custom_call_target="tpu_custom_call", config={"body":"QQ==","flops":"500"}
   %start = (s32[], bf16[64,32]{1,0}) tuple(%one, %y)
   %inner = (s32[], bf16[64,32]{1,0}) while(%start), condition=%inner_condition, body=%inner_body
   %m = s32[] get-tuple-element(%inner), index=0
@@ -92,7 +89,7 @@ def test_cycles_and_flops_are_multiplied_by_the_trips_of_nested_loops():
     expected = {"matmul": 4 * 3 * 100, "reduction": 4 * 10, "copy": 4 * 7, "other": 4 * 3}
     assert {name: cycles for name, cycles in work.cycles.items() if cycles} == expected
     assert work.flops == 4 * 3 * 2 * 64 * 32 * 16
-    assert work.kernels == (hlo.Kernel("kernel.3", 4.0, ("bf16[64,32]{1,0}",)),)
+    assert work.kernels == (hlo.Kernel("kernel.3", 4.0, ("bf16[64,32]{1,0}",), "QQ==", 500.0),)
     assert work.unknown_loops == ()
 
 
@@ -311,14 +308,7 @@ print(json.dumps({
 
 
 def test_a_compiled_scan_counts_every_layer():
-    if importlib.util.find_spec("libtpu") is None:
-        if os.environ.get("LOAM_REQUIRE_LIBTPU"):
-            pytest.fail("libtpu is not installed: `make env EXTRAS=tpu` installs it")
-        pytest.skip("libtpu, the TPU compiler, is not installed")
-    environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(COMPILED)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(run_with_libtpu(textwrap.dedent(COMPILED)).splitlines()[-1])
     # A matmul of [256, 512] x [512, 512], and one of 4 heads of [256, 128] x [128, 256], in each of 5 layers.
     assert result["flops"] == 5 * (2 * 256 * 512 * 512 + 4 * 2 * 256 * 128 * 256)
     assert result["unknown"] == []

@@ -101,6 +101,31 @@ def test_loss_by_time_is_against_the_clock_of_the_run(run_dir, page):
         assert y == pytest.approx(value, rel=0.005)
 
 
+@pytest.mark.parametrize(
+    ("title", "line", "key", "log"),
+    [
+        ("Loss by tokens", "all held-out text", "final_val_loss", True),
+        ("Bits per byte on held-out data", "model, all text", "final_bits_per_byte", False),
+    ],
+)
+def test_the_complete_evaluation_stands_apart_from_the_curve(run_dir, page, title, line, key, log):
+    figure = figures(page)[title]
+    ((x, y),) = polyline(figure, line)
+    final = records(run_dir, "metrics.jsonl")[-1]
+    assert axis_map(figure, "x", False)(x) == pytest.approx(STEPS * TOKENS_PER_STEP, rel=0.001)
+    assert axis_map(figure, "y", log)(y) == pytest.approx(final[key], rel=0.002)
+    assert final[key] != final[key.removeprefix("final_")]
+
+
+def test_where_the_curve_is_complete_nothing_is_drawn_twice(run_dir, tmp_path):
+    *before, final = records(run_dir, "metrics.jsonl")
+    final |= {"final_val_loss": final["val_loss"], "final_bits_per_byte": final["bits_per_byte"]}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (*before, final)))
+    page = parse(report.write_report(tmp_path))
+    assert not [line for line in page.iter("polyline") if line.get("class") == "complete"]
+    assert len(polyline(figures(page)["Loss by tokens"], "held out")) == STEPS // 100
+
+
 def test_nothing_is_loaded_and_nothing_runs(run_dir):
     class Parser(html.parser.HTMLParser):
         tags, names = set(), set()

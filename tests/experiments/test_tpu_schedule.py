@@ -1,9 +1,5 @@
 """Tiles and cycles of the attention kernels, counted from their schedules."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -22,6 +18,7 @@ from experiments.tpu_schedule import (
     read_schedule,
 )
 from model.chips import topology_of
+from tests.libtpu import run_with_libtpu
 from tests.tiny import write_tiny_job
 
 
@@ -63,7 +60,6 @@ def test_a_kernel_that_has_changed_is_not_counted_wrongly():
 
 
 COMPILED = """
-import sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from model.kernels.flash_attention import flash_attention
@@ -83,22 +79,17 @@ print(jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile().as_tex
 
 
 @pytest.mark.slow
-def test_a_compiled_kernel_has_the_cycles_of_its_tiles(tmp_path):
-    if importlib.util.find_spec("libtpu") is None:
-        if os.environ.get("LOAM_REQUIRE_LIBTPU"):
-            pytest.fail("libtpu is not installed: `make env EXTRAS=tpu` installs it")
-        pytest.skip("libtpu, the TPU compiler, is not installed")
+def test_a_compiled_kernel_has_the_cycles_of_its_tiles(tmp_path, monkeypatch):
     dump = tmp_path / "schedules"
     dump.mkdir()
-    command = [sys.executable, "-c", textwrap.dedent(COMPILED)]
-    done = subprocess.run(command, env=compiler_environment(dump), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels = hlo.work(hlo.parse(done.stdout)).kernels
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", compiler_environment(dump)["LIBTPU_INIT_ARGS"])
+    text = run_with_libtpu(textwrap.dedent(COMPILED))
+    kernels = hlo.work(hlo.parse(text)).kernels
     assert len(kernels) == 2
     overrides = ["--config.data.seq_len=2048", "--config.model.max_seq_len=2048", "--config.model.window_pattern=(0,)"]
     config = load_train_config(str(write_tiny_job(tmp_path)), overrides)
     for kernel in kernels:
-        report = kernel_report(kernel, config, topology_of("v5e:2x2"), dump)
+        report = kernel_report(kernel, kernel.name, config, topology_of("v5e:2x2"), 1, dump)
         # Rows, heads; tiles of 1,024 x 1,024: two on the diagonal, one below. The MXUs do 131,072 FLOPs in a cycle.
         products = 2 if "flash_forward" in kernel.name else 5
         least = products * 2 * 1024 * 1024 * 128 / 131_072
@@ -106,3 +97,11 @@ def test_a_compiled_kernel_has_the_cycles_of_its_tiles(tmp_path):
         masked, full, _ = (max(least, len(loop)) for loop in loops)
         tiles = 2 * 4 * (2 * masked + full)
         assert tiles < report["cycles"] < 1.2 * tiles
+
+
+def test_a_kernel_without_a_schedule_takes_its_flops_at_peak(tmp_path):
+    kernel = hlo.Kernel("gmm.1", 6.0, (), flops=131_072e3)
+    config = load_train_config(str(write_tiny_job(tmp_path)), [])
+    report = kernel_report(kernel, None, config, topology_of("v5e:2x2"), 1, tmp_path)
+    assert report["cycles"] == 6 * 1000
+    assert report["by"] == "its FLOPs at peak"

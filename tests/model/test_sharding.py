@@ -19,6 +19,7 @@ from model.sharding import (
     mesh_problem,
     partition,
     propose_mesh,
+    resolve_sizes,
 )
 from model.transformer import activations
 
@@ -45,6 +46,25 @@ def test_mesh_takes_all_devices(sizes, expected):
 def test_mesh_of_another_number_of_devices_is_an_error(sizes):
     with pytest.raises(ValueError, match=r"does not fit 8 devices.*for example data=8"):
         make_mesh(sizes, jax.devices()[:8])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "hosts_of_cpus", "proposal"),
+    [
+        (ONE | {"tensor": 2}, 1, r", or set cpu_devices to 2$"),
+        (ONE | {"data": -1, "tensor": 6}, 2, r", or set cpu_devices to 3$"),
+        (ONE | {"tensor": 5}, 2, r"1 for the others$"),  # two hosts cannot have five devices
+        (ONE | {"tensor": 2}, 0, r"1 for the others$"),  # nobody can buy a chip with an option
+    ],
+)
+def test_a_cpu_may_be_split_into_as_many_devices_as_the_mesh_has(sizes, hosts_of_cpus, proposal):
+    with pytest.raises(ValueError, match=proposal):
+        resolve_sizes(sizes, 1, hosts_of_cpus)
+
+
+def test_the_mesh_of_a_run_on_a_cpu_names_the_option():
+    with pytest.raises(ValueError, match="or set cpu_devices to 2"):
+        make_mesh(ONE | {"tensor": 2}, jax.devices()[:1])
 
 
 def test_a_logical_axis_without_a_rule_is_an_error():

@@ -30,6 +30,15 @@ def test_flags_are_added_and_those_of_the_user_win():
     assert flags == [other, f"{name}=256", *xla.CPU_FLAGS[1:]]
 
 
+def test_the_users_flags_for_libtpu_win_too():
+    name, value = xla.TPU_FLAGS[0].split("=")
+    code = "import os; from model.xla import configure; configure(1); print(os.environ['LIBTPU_INIT_ARGS'])"
+    environment = {**os.environ, "LIBTPU_INIT_ARGS": f"{name}=false --xla_other=1"}
+    flags = subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True).split()
+    assert value != "false"
+    assert flags == [f"{name}=false", "--xla_other=1", *xla.TPU_FLAGS[1:]]
+
+
 def test_devices_flags_and_the_cache_of_programs_take_effect(tmp_path):
     code = (
         "import json, os; from model.xla import configure; configure(3)\n"

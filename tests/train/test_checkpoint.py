@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ import pytest
 from train import checkpoint
 from train.checkpoint import CheckpointError, Checkpoints, TreeMismatch
 
-# A read of a damaged step may finish after Orbax has closed its event loop.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+# What Orbax leaves behind of a failed call is not heard of.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
 REPOSITORY = pathlib.Path(checkpoint.__file__).parents[1]
 METADATA = {"data_step": 7, "skipped": [[3, 4]], "seconds": 0.1, "config": "abc"}
@@ -383,19 +384,27 @@ def test_a_full_disk_is_told_at_the_next_call_and_the_older_checkpoints_stay(tmp
         checkpoints.wait()
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        checkpoints.save(3, make_state(3) | {{"big": jnp.ones((1024, 1024))}}, {{}})
+        checkpoints.save(3, make_state(3) | {{str(i): jnp.ones((1024, 1024)) for i in range(8)}}, {{}})
         try:
             checkpoints.save(4, make_state(4), {{}})
         except CheckpointError as error:
             print(error)
         """
     )
+    assert "Traceback" not in result.stderr
     assert "the checkpoint of step 3 could not be written" in result.stdout, result.stderr
     assert "File too large" in result.stdout
     assert "older ones there are intact" in result.stdout
     assert [report.problem for report in checkpoint.verify(str(tmp_path))] == ["", ""]
     (_, _, step), _ = restore_newest(tmp_path)
     assert step == 2
+
+
+def test_only_what_orbax_leaves_behind_goes_unheard():
+    heard = []
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("something else")):
+        checkpoint._print_unraisable(types.SimpleNamespace(exc_value=error, object=None), heard.append)
+    assert [str(raised.exc_value) for raised in heard] == ["something else"]
 
 
 def test_digest_and_restore_do_not_depend_on_the_sharding(written):

@@ -1,13 +1,16 @@
 """The loop: exact continuation after an end at any moment, roll-back, and the errors that come before any work."""
 
+import collections
 import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -136,22 +139,29 @@ def test_a_torn_record_and_records_after_the_checkpoint_are_dropped(job, tmp_pat
     assert_same(job, config)
 
 
-def poison(monkeypatch, bad_data_step, value):
-    """Weights of one data step's batch become `value`, as a bad record would make the loss."""
+def not_a_number(batch):
+    return {**batch, "weights": batch["weights"] * np.float32(np.nan)}
+
+
+def in_disorder(batch):
+    """What follows a token has nothing to do with it, as in a corrupted shard."""
+    return {**batch, "targets": np.random.default_rng(0).permutation(batch["targets"], axis=1)}
+
+
+def poison(monkeypatch, bad_data_step, spoil=not_a_number):
+    """Spoils one data step's batch, as bad records would."""
     real = loop.Batches.__getitem__
 
     def getitem(self, step):
         batch = real(self, step)
-        if self.data_step(step) == bad_data_step:
-            batch["weights"] = batch["weights"] * np.float32(value)
-        return batch
+        return spoil(batch) if self.data_step(step) == bad_data_step else batch
 
     monkeypatch.setattr(loop.Batches, "__getitem__", getitem)
 
 
 def test_a_bad_loss_rolls_back_skips_the_data_and_is_logged(job, tmp_path, monkeypatch):
     config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
-    poison(monkeypatch, bad_data_step=12, value=np.nan)
+    poison(monkeypatch, bad_data_step=12)
     assert train(config, log=lambda _: None) == 0
     (incident,) = read_jsonl(f"{config.run_dir}/incidents.jsonl")
     # Step 13 read data step 12; the checkpoint of step 10 had seen data steps 0 to 9.
@@ -167,7 +177,7 @@ def test_a_bad_loss_rolls_back_skips_the_data_and_is_logged(job, tmp_path, monke
 
 def test_an_incident_after_a_stop_skips_what_it_skips_without_one(job, tmp_path, monkeypatch):
     """SIGTERM saves steps 11 and 12; the bad loss of step 13 still goes back to the scheduled checkpoint of step 10."""
-    poison(monkeypatch, bad_data_step=12, value=np.nan)
+    poison(monkeypatch, bad_data_step=12)
     straight = dataclasses.replace(job, run_dir=str(tmp_path / "straight"))
     assert train(straight, log=lambda _: None) == 0
     stopped = dataclasses.replace(job, run_dir=str(tmp_path / "stopped"))
@@ -195,7 +205,7 @@ def test_an_incident_after_the_schedule_changed_does_not_begin_anew(job, tmp_pat
     config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
     assert train(config, log=terminate_at("step 8:")) == PREEMPTED
     assert Checkpoints(f"{config.run_dir}/checkpoints", keep=None).steps()[-1] in (8, 9)
-    poison(monkeypatch, bad_data_step=12, value=np.nan)
+    poison(monkeypatch, bad_data_step=12)
     changed = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=every))
     assert train(changed, log=lambda _: None) == 0
     (incident,) = read_jsonl(f"{config.run_dir}/incidents.jsonl")
@@ -215,7 +225,7 @@ def test_an_incident_behind_a_damaged_scheduled_checkpoint_takes_the_newest_soun
     assert stopped in (11, 12)
     array = directory / "10/state/params/embedding/0.0"
     array.write_bytes(bytes([array.read_bytes()[0] ^ 1]) + array.read_bytes()[1:])
-    poison(monkeypatch, bad_data_step=12, value=np.nan)
+    poison(monkeypatch, bad_data_step=12)
     assert train(config, log=lambda _: None) == 0
     (incident,) = read_jsonl(f"{config.run_dir}/incidents.jsonl")
     assert (incident["first_skipped"], incident["last_skipped"]) == (stopped, 12)
@@ -236,18 +246,68 @@ def test_it_gives_up_after_the_set_number_of_incidents(job, tmp_path, monkeypatc
     assert [record.get("gave_up", False) for record in records] == [False, True]
 
 
-def test_a_spike_is_an_incident(job):
-    class Quiet(loop.Loop):
-        def __init__(self, config):
-            self.config = config
-            self.losses = loop.collections.deque(maxlen=config.rollback.window)
+def test_a_spike_rolls_back_and_a_healthy_run_does_not(job, tmp_path, monkeypatch):
+    """By default, and at three times the usual learning rate."""
+    optimizer = dataclasses.replace(job.optimizer, learning_rate=1e-2)
+    checkpoints = dataclasses.replace(job.checkpoint, every=40)
+    settings = dataclasses.replace(job.eval, every=1000, sample_prompts=())
+    config = dataclasses.replace(job, steps=120, optimizer=optimizer, checkpoint=checkpoints, eval=settings, writers=())
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "healthy"))
+    assert train(config, log=lambda _: None) == 0
+    assert read_jsonl(f"{config.run_dir}/incidents.jsonl") == []
+    healthy = [record["loss"] for record in read_jsonl(f"{config.run_dir}/metrics.jsonl") if "loss" in record]
 
-    rollback = dataclasses.replace(job.rollback, spike_factor=2.0, window=3)
-    quiet = Quiet(dataclasses.replace(job, rollback=rollback))
-    for step, loss in enumerate((9.0, 1.0, 1.1, 1.9)):
-        quiet._check_loss(step, {"loss": loss, "grad_norm": 1.0, "param_norm": 1.0})
-    with pytest.raises(loop.Incident, match="median"):
-        quiet._check_loss(4, {"loss": 2.3, "grad_norm": 1.0, "param_norm": 1.0})
+    poison(monkeypatch, bad_data_step=99, spoil=in_disorder)
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "spoilt"))
+    assert train(config, log=lambda _: None) == 0
+    (incident,) = read_jsonl(f"{config.run_dir}/incidents.jsonl")
+    assert (incident["step"], incident["first_skipped"], incident["last_skipped"]) == (100, 80, 99)
+    loss, median = map(float, re.fullmatch(r"loss (.*) is above 2.0 x the recent median (.*)", incident["reason"]).groups())
+    assert median == pytest.approx(np.median(healthy[49:99]), rel=1e-3)
+    assert loss > 2 * median
+    spoilt = [record["loss"] for record in read_jsonl(f"{config.run_dir}/metrics.jsonl") if "loss" in record]
+    assert spoilt[:80] == healthy[:80]
+    assert max(spoilt[80:]) < median * 1.2
+
+
+class Losses(loop.Loop):
+    """What a loop knows of the losses so far; data steps 5 and 6 were skipped."""
+
+    def __init__(self, config, **rollback):
+        self.config = dataclasses.replace(config, rollback=dataclasses.replace(config.rollback, **rollback))
+        self.losses = collections.deque(maxlen=self.config.rollback.window)
+
+    def data_step(self, step):
+        return step if step < 5 else step + 2
+
+    def check(self, *losses, first_step):
+        for step, loss in enumerate(losses, start=first_step):
+            self._check_loss(step, {"loss": loss, "grad_norm": 1.0, "param_norm": 1.0})
+
+
+def test_a_spike_is_measured_by_the_median_of_the_window(job):
+    losses = Losses(job, spike_factor=2.0, window=3)
+    losses.check(1.0, 9.0, 1.0, 1.1, 1.9, first_step=10)  # the first three are no measure yet, whatever they are
+    with pytest.raises(loop.Incident, match="step 15: loss 2.3 is above 2.0 x the recent median 1.1"):
+        losses.check(2.3, first_step=15)
+    Losses(job, spike_factor=0.0, window=3).check(1.0, 1.0, 1.0, 99.0, first_step=10)
+
+
+def test_losses_below_a_nat_are_no_spikes(job):
+    losses = Losses(job, window=3)
+    losses.check(0.1, 0.1, 0.1, 0.3, 0.02, 1.9, first_step=10)
+    with pytest.raises(loop.Incident, match="step 16: loss 2.1 is above 2.0 x the recent median 0.3"):
+        losses.check(2.1, first_step=16)
+
+
+def test_another_mixture_has_other_losses(job):
+    """That of the tiny job's second one, from data step 7 on, which is that of step 6."""
+    losses = Losses(job, window=3)
+    losses.check(1.0, 1.0, 1.0, 1.0, 1.0, 4.0, 4.1, 4.2, first_step=1)
+    with pytest.raises(loop.Incident, match="step 9: loss 9 is above 2.0 x the recent median 4.1"):
+        losses.check(9.0, first_step=9)
+    with pytest.raises(loop.Incident, match="step 5: loss 4 "):
+        Losses(job, window=3).check(1.0, 1.0, 1.0, 1.0, 4.0, first_step=1)
 
 
 def test_the_directory_of_another_config_is_refused_before_any_work(job, monkeypatch):
@@ -272,6 +332,33 @@ def test_a_mixture_may_change_at_a_step_that_is_still_to_come(job, tmp_path):
     changed, unchanged = (read_jsonl(f"{run_dir}/metrics.jsonl") for run_dir in (config.run_dir, job.run_dir))
     assert [a == b for a, b in zip(changed, unchanged, strict=True) if a["step"] <= 12] == [True] * 13
     assert changed[13]["loss"] != unchanged[13]["loss"]
+
+
+def test_skipped_data_counts_where_a_mixture_may_change(job, tmp_path, monkeypatch):
+    """Rolled back from step 13 to 10 and stopped after step 15, a run has seen data steps 0 to 17."""
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
+    poison(monkeypatch, bad_data_step=12)
+    settle = loop.Loop._settle
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            loop.Loop, "_settle", lambda self: (settle(self), self.step == 14 and os.kill(os.getpid(), signal.SIGTERM))[0]
+        )
+        assert train(config, log=lambda _: None) == PREEMPTED
+    (incident,) = read_jsonl(f"{config.run_dir}/incidents.jsonl")
+    seen = Checkpoints(f"{config.run_dir}/checkpoints", keep=None).steps()[-1] + 3
+    assert (incident["first_skipped"], incident["last_skipped"]) == (10, 12)
+    assert seen in (17, 18)
+
+    def with_mixture(start_step):
+        mixtures = (*job.data.mixtures, MixtureConfig(start_step, (("a", 1),)))
+        return dataclasses.replace(config, data=dataclasses.replace(job.data, mixtures=mixtures))
+
+    monkeypatch.setattr(loop, "prepare", lambda *_, **__: pytest.fail("the config was accepted"))
+    for start_step in (seen - 3, seen - 1):
+        with pytest.raises(ValueError, match="data.mixtures"):
+            train(with_mixture(start_step), log=lambda _: None)
+    with pytest.raises(pytest.fail.Exception, match="the config was accepted"):
+        train(with_mixture(seen), log=lambda _: None)
 
 
 def test_a_refused_start_does_not_claim_the_directory(job, tmp_path):
@@ -325,12 +412,12 @@ def test_windows_of_incidents_that_overlap_are_one(job):
 def test_an_incident_behind_a_damaged_checkpoint_and_a_kill(job, tmp_path, monkeypatch):
     """Incident after checkpoint 15; then checkpoint 15 is damaged, and an incident at the same data comes again."""
     config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
-    poison(monkeypatch, bad_data_step=16, value=np.nan)
+    poison(monkeypatch, bad_data_step=16)
     assert train(config, log=terminate_at("went back to step 15")) == PREEMPTED
     for path in (tmp_path / "run" / "checkpoints").glob("1[5-9]/state/**/*"):
         if path.is_file():
             path.write_bytes(b"")
-    poison(monkeypatch, bad_data_step=12, value=np.nan)
+    poison(monkeypatch, bad_data_step=12)
     assert train(config, log=lambda _: None) == 0
     assert loop.skipped_windows(read_jsonl(f"{config.run_dir}/incidents.jsonl")) == ((10, 12), (15, 16))
     records = [record for record in read_jsonl(f"{config.run_dir}/metrics.jsonl") if "loss" in record]
@@ -346,6 +433,29 @@ def test_a_directory_that_cannot_be_written_is_refused(job, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"choose another --config.run_dir"):
         train(dataclasses.replace(job, run_dir=str(tmp_path / "file" / "run")), log=lambda _: None)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(job, tmp_path, monkeypatch):
+    """The parameters, their moving average and Adam's two moments, for the three kept and one that is being written."""
+    sizes = [path.stat().st_size for path in pathlib.Path(job.run_dir, "checkpoints/20/state").rglob("0*") if path.is_file()]
+    state_bytes = sum(sizes)
+    disk = {"free": 4 * state_bytes - 1}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(**disk))
+    monkeypatch.setattr(loop, "prepare", lambda *_, **__: pytest.fail("data was prepared"))
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
+    mebibytes = [f"{size / 2**20:.1f} MiB" for size in (state_bytes, disk["free"])]
+    message = rf"for 4 more checkpoints of {mebibytes[0]}, .*disk has {mebibytes[1]} free.* lower checkpoint\.keep"
+    with pytest.raises(OSError, match=message):
+        train(config, log=lambda _: None)
+    # A run that saves once, at its end, and perhaps once more on SIGTERM.
+    short = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=20))
+    disk["free"] = 2 * state_bytes - 1
+    with pytest.raises(OSError, match="need room for 2 more checkpoints"):
+        train(short, log=lambda _: None)
+    for enough, of in ((2, short), (4, config), (1, job)):  # three of the job's are there
+        disk["free"] = enough * state_bytes
+        with pytest.raises(pytest.fail.Exception, match="data was prepared"):
+            train(of, log=lambda _: None)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(job, tmp_path, monkeypatch):

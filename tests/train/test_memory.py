@@ -5,14 +5,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from model.presets import preset
 from train.config import LossConfig, MeshConfig, OptimizerConfig, TrainConfig
-from train.memory import mesh_sizes, plan_memory
-from train.step import make_trainer
+from train.memory import plan_memory
+from train.step import make_trainer, mesh_sizes
 
 DATA = DataConfig(
     sources=(SourceConfig(name="stdlib", kind="stdlib", held_out_fraction=0.1),),
@@ -50,9 +49,9 @@ def kept(plan):
 
 def test_full_remat_keeps_the_input_of_every_layer():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=6))
-    rows, seq_len, d_model = 2, 64, 64  # 8 rows over data 2 x fsdp 2
+    rows, tokens, d_model = 2, 32, 64  # 8 rows over data 2 x fsdp 2; 64 tokens, split over tensor 2 between the layers
     planned = kept(plan_memory(config, mesh_sizes(config, 8)))
-    assert planned == pytest.approx(6 * rows * seq_len * d_model * 4, rel=0.02)  # and a few vectors
+    assert planned == pytest.approx(6 * rows * tokens * d_model * 4, rel=0.04)  # and a few vectors
 
 
 def test_less_remat_keeps_more():
@@ -68,7 +67,7 @@ def test_chunks_of_the_loss_need_less():
     chunked = dataclasses.replace(whole, loss=LossConfig(chunk_tokens=64))
     plans = [plan_memory(config, mesh_sizes(config, 8))["the loss"] for config in (whole, chunked)]
     logits = 2 * 64 * 50_000 * 4  # of a device's 2 rows of 64 tokens, over tensor 2
-    assert plans[0] - plans[1] == 2 * (logits - logits // 8)  # 64 tokens at once, over data 2 x fsdp 2, are 16 of 128
+    assert plans[0] - plans[1] == 2 * (logits - logits // 2)  # 64 tokens at once of 128
 
 
 def test_the_plan_of_a_wide_step_is_near_what_xla_takes():
@@ -90,7 +89,8 @@ def test_the_plan_of_a_wide_step_is_near_what_xla_takes():
     [
         (MeshConfig(data=3), "must multiply to 8"),
         (MeshConfig(data=1, fsdp=2), "must multiply to 8"),
-        (MeshConfig(data=-1, tensor=8), "does not divide"),  # 4 heads
+        (MeshConfig(data=-1, tensor=8), "does not divide over tensor=8"),  # 2 key-value heads
+        (MeshConfig(data=4, expert=2), "nothing to split"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
@@ -101,11 +101,10 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
 
 def test_rows_that_do_not_divide_are_refused():
     config = dataclasses.replace(CONFIG, batch_size=6)
-    with pytest.raises(ValueError, match="choose a multiple of 4"):
+    with pytest.raises(ValueError, match="rows of a micro-batch"):
         mesh_sizes(config, 8)
 
 
 def test_a_negative_size_takes_the_rest():
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=-1, fsdp=2, tensor=1))
-    assert mesh_sizes(config, 8) == {"data": 4, "fsdp": 2, "tensor": 1}
-    assert np.prod(list(mesh_sizes(config, 8).values())) == 8
+    assert mesh_sizes(config, 8) == {"data": 4, "fsdp": 2, "expert": 1, "context": 1, "tensor": 1}
