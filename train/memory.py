@@ -65,12 +65,12 @@ def _activations(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]
     rows = config.batch_size // config.accumulation // math.prod(mesh[axis] for axis in TRAIN_RULES["batch"])
     seq_len = config.data.seq_len // mesh["context"]
     model = _share(config.model, tensor)
-    crowding = _crowding(model, mesh["expert"])
+    room = expert_room(model, mesh["expert"])
     width = jnp.dtype(model.dtype).itemsize
     chunk = min(rows * seq_len, config.loss.chunk_tokens or rows * seq_len)
     _, period, _ = block_layout(model)
-    kept = rows * _period_bytes(model, seq_len, tensor, crowding)
-    one = rows * _period_bytes(dataclasses.replace(model, remat="none"), seq_len, tensor, crowding)
+    kept = rows * _period_bytes(model, seq_len, tensor, room)
+    one = rows * _period_bytes(dataclasses.replace(model, remat="none"), seq_len, tensor, room)
     groups = parameter_groups(param_specs(dataclasses.replace(model, num_layers=1)))
     # An expert's matrices are gathered where it lives, everything else everywhere.
     groups["blocks/experts"] = groups.get("blocks/experts", 0) // mesh["expert"]
@@ -99,23 +99,24 @@ def _share(model: ModelConfig, tensor: int) -> ModelConfig:
     )
 
 
-def _crowding(model: ModelConfig, devices: int) -> int:
-    """Rows that a device has room for per copy of a token that it sends to experts on `devices`, see `model/moe.py`."""
+def expert_room(model: ModelConfig, devices: int) -> float:
+    """Rows that a device has for its experts, over those that an even router fills, with experts on so many devices; see
+    `model/moe.py`."""
     if not model.moe or devices == 1:
-        return 1
+        return 1.0
     copies = model.moe.experts_per_token
-    return -(-devices * min(copies, model.moe.num_experts // devices) // copies)
+    return devices * min(copies, model.moe.num_experts // devices) / copies
 
 
 @functools.cache
-def _period_bytes(model: ModelConfig, seq_len: int, tensor: int, crowding: int) -> int:
+def _period_bytes(model: ModelConfig, seq_len: int, tensor: int, room: float) -> float:
     """Bytes that one period of layers leaves for the backward pass, for one row: what two leave more than one."""
     _, period, _ = block_layout(model)
-    one, two = (_residual_bytes(dataclasses.replace(model, num_layers=n * period), seq_len, tensor, crowding) for n in (1, 2))
+    one, two = (_residual_bytes(dataclasses.replace(model, num_layers=n * period), seq_len, tensor, room) for n in (1, 2))
     return two - one
 
 
-def _residual_bytes(model: ModelConfig, seq_len: int, tensor: int, crowding: int) -> int:
+def _residual_bytes(model: ModelConfig, seq_len: int, tensor: int, room: float) -> float:
     """Bytes of all that the forward pass of a row leaves for the backward one, except parameters and what has their shapes."""
     params = abstract_params(param_specs(model))
     row = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
@@ -124,11 +125,11 @@ def _residual_bytes(model: ModelConfig, seq_len: int, tensor: int, crowding: int
         return jax.vjp(lambda params: forward(params, model, tokens, positions, segment_ids)[0], params)[1]
 
     shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
-    total = 0
+    total = 0.0
     for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, row, row, row)):
         if not {leaf.shape, leaf.shape[1:], leaf.shape[-2:]} & shapes:
             # Between the layers tokens are split over `tensor`; within them heads and the MLP's width are (`_share`).
             parts = tensor if leaf.shape[-2:] == (seq_len, model.d_model) else 1
             of_experts = model.moe and leaf.ndim == 2 and leaf.shape[0] == seq_len * model.moe.experts_per_token
-            total += leaf.size * jnp.dtype(leaf.dtype).itemsize * (crowding if of_experts else 1) // parts
+            total += leaf.size * jnp.dtype(leaf.dtype).itemsize * (room if of_experts else 1) / parts
     return total

@@ -7,6 +7,7 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
@@ -14,13 +15,14 @@ from model import moe
 from model.config import ModelConfig, MoeConfig
 from model.kernels import grouped_matmul as kernel
 from model.moe import balance_experts, moe_block, route
-from model.params import unstack_layers
+from model.params import param_specs, unstack_layers
 from model.presets import preset
 from model.sharding import MESH_AXES, TRAIN_RULES, Layout, make_mesh
 from tests.libtpu import run_with_libtpu
 from tests.networks import random_params
 from tests.train.test_step import CONFIG, assert_close, make_batch
 from train.config import LossConfig, MeshConfig, OptimizerConfig, ParamRule, ScheduleConfig
+from train.optimizer import make_optimizer
 from train.step import gradient_sums, make_trainer, mean_gradients
 
 D, F = 8, 6
@@ -182,7 +184,10 @@ def test_grouped_matmul_equals_a_loop_over_groups(name, platform, monkeypatch):
     with pltpu.force_tpu_interpret_mode():
         out, pull = jax.vjp(lambda x, w: kernel.grouped_matmul(x, w, sizes, platform), jnp.float32(x), jnp.float32(w))
         d_x, d_w = pull(jnp.float32(d_out))
-    assert_close((out[:filled], d_x[:filled], d_w), (expected[:filled], expected_d_x[:filled], expected_d_w), 1e-5)
+    in_a_group = (np.arange(300) < filled)[:, None]
+    out, d_x = (np.where(in_a_group, rows, 0) for rows in (out, d_x))
+    expected_d_x = np.where(in_a_group, expected_d_x, 0)
+    assert_close((out, d_x, d_w), (expected, expected_d_x, expected_d_w), 1e-5)
 
 
 def test_the_kernels_of_tpus_leave_nothing_unwritten_in_a_layer(monkeypatch):
@@ -194,10 +199,11 @@ def test_the_kernels_of_tpus_leave_nothing_unwritten_in_a_layer(monkeypatch):
         out, routing = moe_block(x, params, MODEL, MOE, real, None)
         return jnp.sum(jnp.sin(out)) + routing.balance_loss
 
-    expected = jax.value_and_grad(objective, argnums=(0, 1))(params, x)
+    gradient = jax.value_and_grad(objective, argnums=(0, 1))
+    expected = jax.jit(gradient)(params, x)
     monkeypatch.setattr(moe, "grouped_matmul", lambda x, w, sizes, platform: kernel.grouped_matmul(x, w, sizes, "tpu"))
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-        assert_close(jax.value_and_grad(objective, argnums=(0, 1))(params, x), expected, 1e-5)
+        assert_close(jax.jit(lambda *arguments: gradient(*arguments))(params, x), expected, 1e-5)
 
 
 # --- Experts on several devices -----------------------------------------------------------------------------------------------
@@ -348,7 +354,7 @@ def test_each_router_coefficient_changes_the_loss_that_is_minimised():
 def test_an_uneven_router_is_balanced_by_its_bias_alone():
     """From 2.5 times the mean to 1.2 in 60 steps, though decay and a rule for all would move the bias, were it trained."""
     model = preset("tiny-deepseek", vocab_size=64, max_seq_len=16, num_layers=2)
-    moe_config = dataclasses.replace(model.moe, balance_loss=0.0, bias_update_rate=0.02, num_groups=1, groups_per_token=1)
+    moe_config = dataclasses.replace(model.moe, balance_loss=0.0, bias_update_rate=0.004, num_groups=1, groups_per_token=1)
     optimizer = OptimizerConfig(
         learning_rate=1e-6,
         weight_decay=0.5,
@@ -358,53 +364,56 @@ def test_an_uneven_router_is_balanced_by_its_bias_alone():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(model, moe=moe_config), optimizer=optimizer, steps=60)
     trainer = make_trainer(config, jax.devices()[:1])
     state = trainer.init(jax.random.key(0))
-    uneven = np.linspace(-0.3, 0.3, 8).astype(np.float32)
+    uneven = np.linspace(-0.1, 0.1, 8).astype(np.float32)
     blocks = state.params["blocks"]
     router = {**blocks[1]["router"], "bias": jnp.asarray(uneven)}
     state = state.replace(params={**state.params, "blocks": (blocks[0], {**blocks[1], "router": router})})
     imbalance, before = [], uneven
-    for step in range(60):
-        state, metrics = trainer.step(state, jax.device_put(make_batch(step), trainer.batch_sharding))
+    for _ in range(60):
+        state, metrics = trainer.step(state, jax.device_put(make_batch(), trainer.batch_sharding))
         imbalance.append(float(metrics["load_imbalance"]))
         after = np.asarray(state.params["blocks"][1]["router"]["bias"])
-        steps = np.abs(after - before) / 0.02
-        assert np.all(np.isclose(steps, 1, atol=1e-4) | (steps == 0))
+        steps = np.abs(after - before) / 0.004
+        assert np.all(np.isclose(steps, 1, atol=1e-3) | (steps == 0))
         before = after
     assert imbalance[0] > 2.5
     assert np.mean(imbalance[-10:]) < 1.3
     assert {"balance_loss", "router_z_loss", "load_imbalance"} <= set(metrics)
 
 
+def one_update(optimizer: OptimizerConfig):
+    """Of a scanned layer with experts, whose gradients are random everywhere: what is added to it, and its parameters."""
+    model = preset("tiny-deepseek", num_layers=2, scan_layers=True)
+    specs = param_specs(model)
+    params, gradients = random_params(model), random_params(model, seed=1)
+    transformation = make_optimizer(optimizer, specs, optax.constant_schedule(optimizer.learning_rate))
+
+    @jax.jit
+    def update(params, gradients):
+        return transformation.update(gradients, transformation.init(params), params)[0]
+
+    return update(params, gradients)["scanned_blocks"][0], params["scanned_blocks"][0]
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor", "sgd"])
 def test_no_optimizer_moves_the_bias_and_all_move_the_experts(name):
-    model = preset("tiny-deepseek", vocab_size=64, max_seq_len=16, num_layers=2, scan_layers=True)
-    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, bias_update_rate=0.0))
-    optimizer = OptimizerConfig(name=name, adam_learning_rate=1e-3, rules=(ParamRule(".*"),))
-    trainer = make_trainer(dataclasses.replace(CONFIG, model=model, optimizer=optimizer), jax.devices()[:1])
-    state = trainer.init(jax.random.key(0))
-    state = state.replace(params=random_params(model))
-    before = jax.tree.map(np.array, state.params["scanned_blocks"][0])
-    state, _ = trainer.step(state, jax.device_put(make_batch(), trainer.batch_sharding))
-    after = jax.tree.map(np.array, state.params["scanned_blocks"][0])
-    np.testing.assert_array_equal(after["router"]["bias"], before["router"]["bias"])
+    """Neither by a gradient nor by decay, though the rules decay everything."""
+    updates, _ = one_update(OptimizerConfig(name=name, adam_learning_rate=1e-3, rules=(ParamRule(".*"),)))
+    assert not updates["router"]["bias"].any()
     for kind in ("experts", "shared_experts", "router"):
-        for leaf in set(before[kind]) - {"bias"}:
-            assert np.all(np.any(after[kind][leaf] != before[kind][leaf], axis=(-2, -1))), (kind, leaf)
+        for leaf in set(updates[kind]) - {"bias"}:
+            assert np.all(np.any(np.asarray(updates[kind][leaf]), axis=(-2, -1))), (kind, leaf)
 
 
 def test_muon_orthogonalises_each_expert_by_itself():
-    model = preset("tiny-mixtral", vocab_size=64, max_seq_len=16, num_layers=1)
-    optimizer = OptimizerConfig(
-        name="muon", adam_learning_rate=1e-3, weight_decay=0.0, schedule=ScheduleConfig(name="constant", warmup="0 steps")
-    )
-    trainer = make_trainer(dataclasses.replace(CONFIG, model=model, optimizer=optimizer), jax.devices()[:1])
-    state = trainer.init(jax.random.key(0))
-    before = np.array(state.params["blocks"][0]["experts"]["up"])
-    state, _ = trainer.step(state, jax.device_put(make_batch(), trainer.batch_sharding))
-    update = np.array(state.params["blocks"][0]["experts"]["up"]) - before
-    # Newton-Schulz brings singular values near 1; then they are scaled by 0.2 sqrt(longest side) and the learning rate.
-    singular = np.linalg.svd(update, compute_uv=False) / (0.2 * np.sqrt(96) * optimizer.learning_rate)
-    assert np.all((singular[:, :40] > 0.5) & (singular[:, :40] < 1.5))
+    """Newton-Schulz brings singular values near 1; then 0.2 sqrt(longest side) and the learning rate scale them."""
+    optimizer = OptimizerConfig(name="muon", adam_learning_rate=1e-3, weight_decay=0.0)
+    updates, params = one_update(optimizer)
+    for name in ("up", "down"):
+        assert params["experts"][name].shape[:2] == (1, 8)
+        singular = np.linalg.svd(updates["experts"][name][0], compute_uv=False) / optimizer.learning_rate
+        longest = max(params["experts"][name].shape[2:])
+        assert np.all(np.abs(singular / (0.2 * np.sqrt(longest)) - 0.9) < 0.4)
 
 
 # --- What is refused ----------------------------------------------------------------------------------------------------------
@@ -458,7 +467,8 @@ COMPILE = textwrap.dedent(
     from model.kernels.grouped_matmul import grouped_matmul
     from model.presets import preset
     from train.config import MeshConfig
-    from train.step import abstract_batch, make_trainer
+    from train.optimizer import make_optimizer
+from train.step import abstract_batch, make_trainer
     from tests.train.test_step import CONFIG
 
     topology = sys.argv[1]
