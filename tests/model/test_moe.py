@@ -182,7 +182,10 @@ def test_grouped_matmul_equals_a_loop_over_groups(name, platform, monkeypatch):
     with pltpu.force_tpu_interpret_mode():
         out, pull = jax.vjp(lambda x, w: kernel.grouped_matmul(x, w, sizes, platform), jnp.float32(x), jnp.float32(w))
         d_x, d_w = pull(jnp.float32(d_out))
-    assert_close((out[:filled], d_x[:filled], d_w), (expected[:filled], expected_d_x[:filled], expected_d_w), 1e-5)
+    in_a_group = (np.arange(300) < filled)[:, None]
+    out, d_x = (np.where(in_a_group, rows, 0) for rows in (out, d_x))
+    expected_d_x = np.where(in_a_group, expected_d_x, 0)
+    assert_close((out, d_x, d_w), (expected, expected_d_x, expected_d_w), 1e-5)
 
 
 def test_the_kernels_of_tpus_leave_nothing_unwritten_in_a_layer(monkeypatch):
@@ -194,10 +197,11 @@ def test_the_kernels_of_tpus_leave_nothing_unwritten_in_a_layer(monkeypatch):
         out, routing = moe_block(x, params, MODEL, MOE, real, None)
         return jnp.sum(jnp.sin(out)) + routing.balance_loss
 
-    expected = jax.value_and_grad(objective, argnums=(0, 1))(params, x)
+    gradient = jax.value_and_grad(objective, argnums=(0, 1))
+    expected = jax.jit(gradient)(params, x)
     monkeypatch.setattr(moe, "grouped_matmul", lambda x, w, sizes, platform: kernel.grouped_matmul(x, w, sizes, "tpu"))
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-        assert_close(jax.value_and_grad(objective, argnums=(0, 1))(params, x), expected, 1e-5)
+        assert_close(jax.jit(lambda *arguments: gradient(*arguments))(params, x), expected, 1e-5)
 
 
 # --- Experts on several devices -----------------------------------------------------------------------------------------------
@@ -348,7 +352,7 @@ def test_each_router_coefficient_changes_the_loss_that_is_minimised():
 def test_an_uneven_router_is_balanced_by_its_bias_alone():
     """From 2.5 times the mean to 1.2 in 60 steps, though decay and a rule for all would move the bias, were it trained."""
     model = preset("tiny-deepseek", vocab_size=64, max_seq_len=16, num_layers=2)
-    moe_config = dataclasses.replace(model.moe, balance_loss=0.0, bias_update_rate=0.02, num_groups=1, groups_per_token=1)
+    moe_config = dataclasses.replace(model.moe, balance_loss=0.0, bias_update_rate=0.004, num_groups=1, groups_per_token=1)
     optimizer = OptimizerConfig(
         learning_rate=1e-6,
         weight_decay=0.5,
@@ -358,17 +362,17 @@ def test_an_uneven_router_is_balanced_by_its_bias_alone():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(model, moe=moe_config), optimizer=optimizer, steps=60)
     trainer = make_trainer(config, jax.devices()[:1])
     state = trainer.init(jax.random.key(0))
-    uneven = np.linspace(-0.3, 0.3, 8).astype(np.float32)
+    uneven = np.linspace(-0.1, 0.1, 8).astype(np.float32)
     blocks = state.params["blocks"]
     router = {**blocks[1]["router"], "bias": jnp.asarray(uneven)}
     state = state.replace(params={**state.params, "blocks": (blocks[0], {**blocks[1], "router": router})})
     imbalance, before = [], uneven
-    for step in range(60):
-        state, metrics = trainer.step(state, jax.device_put(make_batch(step), trainer.batch_sharding))
+    for _ in range(60):
+        state, metrics = trainer.step(state, jax.device_put(make_batch(), trainer.batch_sharding))
         imbalance.append(float(metrics["load_imbalance"]))
         after = np.asarray(state.params["blocks"][1]["router"]["bias"])
-        steps = np.abs(after - before) / 0.02
-        assert np.all(np.isclose(steps, 1, atol=1e-4) | (steps == 0))
+        steps = np.abs(after - before) / 0.004
+        assert np.all(np.isclose(steps, 1, atol=1e-3) | (steps == 0))
         before = after
     assert imbalance[0] > 2.5
     assert np.mean(imbalance[-10:]) < 1.3

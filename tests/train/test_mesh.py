@@ -71,10 +71,12 @@ TABLE = [
     *(("dense", mesh, 1) for mesh in MESHES if mesh != "fsdp-context-tensor"),
     *(("dense", mesh, 2) for mesh in ("data", "fsdp-context-tensor")),
     *(("grouped", mesh, 1) for mesh in ("fsdp-tensor", "fsdp-context-tensor")),
-    *(("experts", mesh, 1) for mesh in ("data", "expert", "fsdp-expert-context")),
+    ("experts", "expert", 1),
     ("experts", "expert-tensor", 2),
-    *(("latent", mesh, 1) for mesh in ("expert-tensor", "fsdp-expert-context")),
-    ("latent", "expert-context-tensor", 2),
+    ("latent", "fsdp-expert-context", 1),
+    *(pytest.param("experts", mesh, 1, marks=pytest.mark.slow) for mesh in ("data", "fsdp-expert-context")),
+    pytest.param("latent", "expert-tensor", 1, marks=pytest.mark.slow),
+    pytest.param("latent", "expert-context-tensor", 2, marks=pytest.mark.slow),
 ]
 
 
