@@ -321,22 +321,6 @@ class Group:
             raise MissingProcesses(f"waited {seconds:g} s at {name!r} for {self._described(missing)}")
         return json.loads(told)
 
-    def _key(self, name: str) -> tuple[str, str]:
-        """Where the next and the last call of this name keep their values."""
-        self._calls[name] += 1
-        return f"loam/{name}/{self._calls[name]}", f"loam/{name}/{self._calls[name] - 1}"
-
-    def _wait_for(self, key: str, deadline: float) -> str | None:
-        """The value of a key, None if there is none at the deadline."""
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                # A short while at a time, so that signals are heard.
-                return self._client.blocking_key_value_get(key, int(1000 * min(max(left, 0.1), BEAT_SECONDS)))
-            except jax.errors.JaxRuntimeError:
-                if left <= 0:
-                    return None
-
     def barrier(self, name: str, seconds: float = 0.0) -> None:
         """Returns when all have called it. Raises as `gather` does."""
         self.gather(name, "", seconds)
@@ -364,6 +348,29 @@ class Group:
                 f"{problem}: that is not what process 0 has. Give all processes the same code, packages, config and data, and "
                 "a run_dir that they share"
             )
+
+    def _key(self, name: str) -> tuple[str, str]:
+        """Where the next and the last call of this name keep their values."""
+        self._calls[name] += 1
+        return f"loam/{name}/{self._calls[name]}", f"loam/{name}/{self._calls[name] - 1}"
+
+    def _wait_for(self, key: str, deadline: float) -> str | None:
+        """The value of a key, None if there is none at the deadline."""
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                # A short while at a time, so that signals are heard.
+                return self._client.blocking_key_value_get(key, int(1000 * min(max(left, 0.1), BEAT_SECONDS)))
+            except jax.errors.JaxRuntimeError:
+                if left <= 0:
+                    return None
+
+    def _read(self, directory: str) -> dict[int, str]:
+        return {int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(f"{directory}/")}
+
+    def _described(self, processes: list[int]) -> str:
+        beats = self._read("loam/beat")
+        return "; ".join(beats[i].partition(" ")[2] if i in beats else f"process {i}" for i in processes)
 
     # --- Stopping -------------------------------------------------------------------------------------------------
 
@@ -418,7 +425,7 @@ class Group:
         self._client.key_value_set(f"loam/beat/{self.index}", beat, allow_overwrite=True)
 
     def _hear(self) -> None:
-        # The one call that can be told how long to wait: process 0 may live, and not answer.
+        # A call that can be told how long to wait: process 0 may live, and not answer.
         self._client.blocking_key_value_get("loam/beat/0", int(1000 * SILENT_SECONDS))
         self._beat()
         news = {key.rpartition("/")[2]: value for key, value in self._client.key_value_dir_get("loam/news/")}
@@ -440,13 +447,6 @@ class Group:
                 self._beats[i] = beat
             gone = [i for i in self._silence if self._silence[i] >= SILENT_SECONDS / BEAT_SECONDS]
             self._client.key_value_set("loam/news/gone", self._described(gone), allow_overwrite=True)
-
-    def _read(self, directory: str) -> dict[int, str]:
-        return {int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(f"{directory}/")}
-
-    def _described(self, processes: list[int]) -> str:
-        beats = self._read("loam/beat")
-        return "; ".join(beats[i].partition(" ")[2] if i in beats else f"process {i}" for i in processes)
 
     def _fail(self, error: BaseException) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # This process is leaving already, and says why.

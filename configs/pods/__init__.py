@@ -1,6 +1,6 @@
 """Pretraining jobs for TPU pods, one file each, and what they share.
 
-`loam compile` compiles each of them here, without a pod; docs/pods.md has what it says about all of them.
+`loam compile` compiles each of them here, without a pod; `make pods` writes what it says about all of them into docs/pods.md.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
 Command:   loam compile --config=configs/pods/llama3_8b_v6e.py --topology=v6e:8x8
 Hardware:  v6e:8x8; compiling takes a laptop
-Expected:  fits into the chips' memory; docs/pods.md has bytes, collectives and the compiler's estimate of the step
+Expected:  to be said by the compiler: `make pods` has not been run to its end yet
 """
 
 from ml_collections import ConfigDict

@@ -67,17 +67,24 @@ EXPERT_MESHES = {
     "fsdp-expert-context": {"fsdp": 2, "expert": 2, "context": 2},
     "expert-context-tensor": {"expert": 2, "context": 2, "tensor": 2},
 }
-TABLE = [
-    *(("dense", mesh, 1) for mesh in MESHES if mesh != "fsdp-context-tensor"),
-    *(("dense", mesh, 2) for mesh in ("data", "fsdp-context-tensor")),
-    *(("grouped", mesh, 1) for mesh in ("fsdp-tensor", "fsdp-context-tensor")),
-    ("experts", "expert", 1),
+QUICK = [
+    ("dense", "tensor", 1),
+    ("dense", "context", 1),
+    ("dense", "data-fsdp", 1),
+    ("dense", "fsdp-context-tensor", 2),
+    ("grouped", "fsdp-tensor", 1),
     ("experts", "expert-tensor", 2),
     ("latent", "fsdp-expert-context", 1),
-    *(pytest.param("experts", mesh, 1, marks=pytest.mark.slow) for mesh in ("data", "fsdp-expert-context")),
-    pytest.param("latent", "expert-tensor", 1, marks=pytest.mark.slow),
-    pytest.param("latent", "expert-context-tensor", 2, marks=pytest.mark.slow),
 ]
+TABLE = [
+    *(("dense", mesh, 1) for mesh in MESHES),
+    ("dense", "data", 2),
+    ("grouped", "fsdp-context-tensor", 1),
+    *(("experts", mesh, 1) for mesh in ("data", "expert", "fsdp-expert-context")),
+    ("latent", "expert-tensor", 1),
+    ("latent", "expert-context-tensor", 2),
+]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in TABLE if case not in QUICK)]
 
 
 def packed_batch(vocab_size):
@@ -120,7 +127,7 @@ def compiled(name, mesh, accumulation):
     return function.lower(params, batch).compile(), jax.device_put((params, batch), shardings)
 
 
-@pytest.mark.parametrize(("name", "mesh", "accumulation"), TABLE)
+@pytest.mark.parametrize(("name", "mesh", "accumulation"), CASES)
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(name, mesh, accumulation):
     step, (params, batch) = compiled(name, mesh, accumulation)
     result = step(params, batch)
