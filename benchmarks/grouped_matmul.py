@@ -1,16 +1,17 @@
 """Grouped matmuls of experts on TPUs, XLA's own against jax's megablox kernels: python benchmarks/grouped_matmul.py
 
-No TPU is needed: each is compiled by libtpu (the extra `tpu`) for each chip generation. Counted are the bundles of a kernel's
-loop over tiles times the tiles that groups of equal size visit, a tile that two groups share twice; of what is no kernel, the
-cycles that the compiler estimates. bfloat16; printed are multiples of the cycles that the MXUs need at their peak, for
+No TPU is needed: each is compiled by libtpu (the extra `tpu`) for each chip generation. Counted are the bundles of a tile (the
+longer of the branches that use the MXUs, of which each step runs one, and all that does not) times the tiles that groups visit,
+a tile that two groups share twice; of what is no kernel, the cycles that the compiler estimates. bfloat16; printed are
+multiples of the cycles that the MXUs need at their peak, for
 
   forward     rows x matrices
   d_rows      the gradient by the rows
   d_weights   the gradient by the matrices
 
-  --chips=v5e,v6e    some generations only
+  --chips=v5e,v6e    some generations only; on v4 XLA has no kernel
 
-The last line is JSON: for every chip and shape, the best tile of megablox and cycles over XLA's, all three together.
+The last line is JSON: for every chip and shape, cycles of megablox over XLA's, all three together.
 """
 
 from __future__ import annotations
@@ -25,34 +26,31 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from experiments.tpu_schedule import TOPOLOGIES, compiler_environment, read_schedule
+from experiments.tpu_schedule import TOPOLOGIES, compiler_environment, read_schedule, used
 from model.chips import CHIPS
 
 # Rows, groups, width and result of the first product of experts, on one device.
 SHAPES = {"mixtral-8x7b, 1 expert": (16384, 1, 4096, 14336), "qwen3-30b-a3b, 16 experts": (16384, 16, 2048, 768)}
-TILES = ((128, 1024, 1024), (256, 1024, 1024), (512, 1024, 1024), (512, 2048, 1024))
 PASSES = ("forward", "d_rows", "d_weights")
 
 
-def compile_both(topology: str, shape: tuple[int, ...], tile: tuple[int, ...]) -> None:
-    """In a process of its own: megablox with that tile, or XLA's where it is empty. Prints the program of XLA's."""
+def compile_for(topology: str, shape: tuple[int, ...], kind: str) -> None:
+    """In a process of its own, "megablox" or "XLA"; prints the program."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     from jax.experimental import topologies
 
-    from model.kernels import grouped_matmul as kernel
+    from model.kernels.grouped_matmul import grouped_matmul
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = jax.sharding.Mesh(np.array(devices[:1]), ("one",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     rows, groups, width, result = shape
-    if tile:
-        kernel.TILE = tile
 
     def run(x: jax.Array, w: jax.Array, d_out: jax.Array, sizes: jax.Array) -> Any:
-        product = lambda x, w: kernel.grouped_matmul(x, w, sizes, "tpu" if tile else "xla")  # noqa: E731
-        out, pull = jax.vjp(product, x, w)
+        platform = "tpu" if kind == "megablox" else "cpu"
+        out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, platform), x, w)
         return out, pull(d_out)
 
     shapes = ((rows, width), (groups, width, result), (rows, result))
@@ -62,66 +60,63 @@ def compile_both(topology: str, shape: tuple[int, ...], tile: tuple[int, ...]) -
 
 
 def tiles_visited(shape: tuple[int, ...], pass_: str, tile: tuple[int, ...]) -> int:
-    """Steps of a kernel's grid, for groups whose borders are not those of tiles."""
+    """Steps of a kernel's grid, where groups do not end with tiles."""
     rows, groups, width, result = shape
     inner, outer = (result, width) if pass_ == "d_rows" else (width, result)
     return (math.ceil(rows / tile[0]) + groups - 1) * math.ceil(inner / tile[1]) * math.ceil(outer / tile[2])
 
 
-def cycles(chip: str, shape: tuple[int, ...], tile: tuple[int, ...]) -> dict[str, float]:
+def cycles(chip: str, shape: tuple[int, ...], kind: str) -> dict[str, float]:
     """Of each pass, in multiples of what the MXUs need."""
+    from model.kernels.grouped_matmul import tiling
+
+    rows, _, width, result = shape
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, __file__, "--worker", TOPOLOGIES[chip], json.dumps(shape), json.dumps(tile)]
+        command = [sys.executable, __file__, "--worker", TOPOLOGIES[chip], json.dumps(shape), kind]
         done = subprocess.run(command, env=compiler_environment(Path(directory)), capture_output=True, text=True)
         if done.returncode:
-            print(f"{chip} {shape} {tile}: {done.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
-            return {}
+            raise RuntimeError(f"{kind} for {chip} and {shape}: {done.stderr[-2000:]}")
         found = {}
         for pass_, name in zip(PASSES, ("-jvp_jit_gmm", "transpose_jvp_jit_gmm", "transpose_jvp_jit_tgmm"), strict=True):
-            if not tile and pass_ == "d_weights":
+            inner, outer = (result, width) if pass_ == "d_rows" else (width, result)
+            tile = tiling(2)(rows, inner, outer)
+            if kind == "XLA" and pass_ == "d_weights":
                 found[pass_] = max(float(n) for n in re.findall(r'"estimated_cycles":"(\d+)"', done.stdout))
                 continue
-            used = tile
-            if not tile:
-                inner, outer = (shape[3], shape[2]) if pass_ == "d_rows" else (shape[2], shape[3])
-                call = rf"%(ragged-dot-none[.\d]*) = bf16\[{shape[0]},{outer}\].*?ragged_dot_tiling=\"([\d,]+)\""
+            if kind == "XLA":
+                call = rf"%(ragged-dot-none[.\d]*) = bf16\[{rows},{outer}\].*?ragged_dot_tiling=\"(\d+),(\d+),(\d+)\""
                 match = re.search(call, done.stdout)
                 assert match is not None, f"XLA's ragged dot of {shape} is no kernel any more"
-                name, used = f"-{match[1]}-", tuple(map(int, match[2].split(",")))
-                assert used[1] <= inner
-            loop = max(read_schedule(Path(directory), name).loops(), key=len)
-            found[pass_] = len(loop) * tiles_visited(shape, pass_, used)
-    rows, _, width, result = shape
-    return {pass_: n * CHIPS[chip].cores / CHIPS[chip].cores for pass_, n in found.items()} | {
-        "ideal": 2 * rows * width * result / CHIPS[chip].flops_per_cycle * CHIPS[chip].cores
-    }
+                name, tile = f"-{match[1]}-", (int(match[2]), int(match[3]), int(match[4]))
+            blocks = [block for block in read_schedule(Path(directory), name).blocks() if block[0].depth]
+            work = [len(block) for block in blocks if used(block, "MXU")]
+            bundles = max(work) + sum(map(len, blocks)) - sum(work)
+            found[pass_] = bundles * tiles_visited(shape, pass_, tile)
+    # A kernel runs on one core, or on each with its share of the tiles.
+    ideal = 2 * rows * width * result / (CHIPS[chip].flops_per_cycle / CHIPS[chip].cores)
+    return {pass_: n / ideal for pass_, n in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", default=",".join(TOPOLOGIES))
+    parser.add_argument("--chips", default="v5e,v5p,v6e,tpu7x")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        topology, shape, tile = arguments.worker
-        compile_both(topology, json.loads(shape), tuple(json.loads(tile)))
+        topology, shape, kind = arguments.worker
+        compile_for(topology, json.loads(shape), kind)
         return
-    best: dict[str, dict[str, Any]] = {}
+    ratios: dict[str, float] = {}
     for chip in arguments.chips.split(","):
         for name, shape in SHAPES.items():
-            totals = {}
-            for tile in ((), *TILES):
-                found = cycles(chip, shape, tile)
-                if not found:
-                    continue
-                ideal = found.pop("ideal")
-                totals[tile] = sum(found.values())
-                words = ", ".join(f"{pass_} {n / ideal:.2f}" for pass_, n in found.items())
-                print(f"{chip:<6} {name:<26} {'XLA' if not tile else 'x'.join(map(str, tile)):<15} {words}", flush=True)
-            xla = totals.pop(())
-            tile = min(totals, key=lambda tile: totals[tile])
-            best[f"{chip}, {name}"] = {"tile": tile, "megablox_vs_xla": totals[tile] / xla}
-    print(json.dumps(best))
+            totals = []
+            for kind in ("XLA", "megablox"):
+                found = cycles(chip, shape, kind)
+                totals.append(sum(found.values()))
+                words = ", ".join(f"{pass_} {times:.2f}" for pass_, times in found.items())
+                print(f"{chip:<6} {name:<26} {kind:<9} {words}", flush=True)
+            ratios[f"{chip}, {name}"] = totals[1] / totals[0]
+    print(json.dumps(ratios))
 
 
 if __name__ == "__main__":

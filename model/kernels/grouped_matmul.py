@@ -9,12 +9,15 @@ Axes: R rows, G groups, D width, F width of the result.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
-# Rows, contracted and resulting width of a tile, at most.
-TILE = (512, 1024, 1024)
+# Rows, contracted and resulting width of a tile, at most, in bfloat16: what fits into the memory of every chip's core.
+LARGEST = (512, 2048, 512)
 
 
 def grouped_matmul(x_RD: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array, platform: str) -> jax.Array:
@@ -31,13 +34,24 @@ def grouped_matmul(x_RD: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array, platfo
     if platform != "tpu":
         return jax.lax.ragged_dot(x_RD, w_GDF, sizes_G, preferred_element_type=x_RD.dtype)
     rows = x_RD.shape[0]
-    padded = jnp.pad(x_RD, ((0, -rows % tile(rows, 0, 0)[0]), (0, 0)))
+    tile = tiling(x_RD.dtype.itemsize)
+    padded = jnp.pad(x_RD, ((0, -rows % tile(rows, 1, 1)[0]), (0, 0)))
     return gmm(padded, w_GDF, sizes_G, x_RD.dtype, tile)[:rows]
 
 
-def tile(rows: int, width: int, result: int) -> tuple[int, int, int]:
-    """Of a product of that size: a multiple of 128, the width of the chip's matrix unit, where TILE is more than enough."""
-    most_rows, most_width, most_result = (
-        min(most, -(-size // 128) * 128) for most, size in zip(TILE, (rows, width, result), strict=True)
-    )
-    return most_rows, most_width, most_result
+@functools.cache
+def tiling(itemsize: int) -> Callable[[int, int, int], tuple[int, int, int]]:
+    """(rows, contracted width, resulting width) of a product -> those of its tiles, for elements of so many bytes.
+
+    Widths are the multiples of 128, the width of a matrix unit, that leave the least of the last tile empty.
+    """
+
+    def fitting(size: int, most: int) -> int:
+        return min(range(128, most + 1, 128), key=lambda tile: (-size % tile, -tile))
+
+    def tile(rows: int, width: int, result: int) -> tuple[int, int, int]:
+        most_rows, most_width, most_result = LARGEST
+        most_rows, most_width = 2 * most_rows // itemsize, 2 * most_width // itemsize
+        return min(most_rows, -(-rows // 128) * 128), fitting(width, most_width), fitting(result, most_result)
+
+    return tile
