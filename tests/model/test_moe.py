@@ -376,7 +376,7 @@ def test_an_uneven_router_is_balanced_by_its_bias_alone():
         steps = np.abs(after - before) / 0.004
         assert np.all(np.isclose(steps, 1, atol=1e-3) | (steps == 0))
         before = after
-    assert imbalance[0] > 2.5
+    assert imbalance[0] > 2.2
     assert np.mean(imbalance[-10:]) < 1.3
     assert {"balance_loss", "router_z_loss", "load_imbalance"} <= set(metrics)
 

@@ -32,6 +32,9 @@ FAMILY = {
     "tiny-falcon": "falcon-7b",
     "tiny-phi": "phi-2",
     "tiny-olmo2": "olmo2-1b",
+    "tiny-mixtral": "mixtral-8x7b",
+    "tiny-qwen3-moe": "qwen3-30b-a3b",
+    "tiny-deepseek": "deepseek-v3",
 }
 
 
@@ -41,13 +44,26 @@ def closed_form_parameters(c: ModelConfig) -> int:
     attention = c.d_model * (2 * q_width + 2 * kv_width)
     attention += c.qkv_bias * (q_width + 2 * kv_width) + c.attention_out_bias * c.d_model
     attention += {"none": 0, "head": 2 * c.head_dim, "full": q_width + kv_width}[c.qk_norm]
+    if c.mla:
+        m, H = c.mla, c.num_heads
+        q_in = m.q_lora_rank or c.d_model
+        attention = (c.d_model * m.q_lora_rank + m.q_lora_rank) if m.q_lora_rank else 0
+        attention += q_in * H * (m.qk_nope_head_dim + m.qk_rope_head_dim)
+        attention += c.d_model * (m.kv_lora_rank + m.qk_rope_head_dim) + m.kv_lora_rank
+        attention += m.kv_lora_rank * H * (m.qk_nope_head_dim + m.v_head_dim) + H * m.v_head_dim * c.d_model
     up_projections = 2 if c.mlp in ("swiglu", "geglu") else 1
     mlp = (up_projections + 1) * c.d_model * c.d_ff + c.mlp_bias * (up_projections * c.d_ff + c.d_model)
     norm = c.d_model * (1 + c.norm_bias)
     norms_per_layer = 1 if c.parallel_block else {"pre": 2, "post": 2, "sandwich": 4}[c.norm_placement]
     tables = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2) + c.head_bias * c.vocab_size
     tables += c.max_seq_len * c.d_model if c.positions == "learned" else 0
-    return tables + c.num_layers * (attention + mlp + norms_per_layer * norm) + norm
+    sparse = 0
+    if c.moe:
+        expert = (up_projections + 1) * c.d_model * c.moe.d_ff
+        router = c.d_model * c.moe.num_experts + c.moe.selection_bias * c.moe.num_experts
+        of_layer = (c.moe.num_experts + c.moe.num_shared_experts) * expert + router
+        sparse = (c.num_layers - c.moe.num_dense_layers) * (of_layer - mlp)
+    return tables + c.num_layers * (attention + mlp + norms_per_layer * norm) + sparse + norm
 
 
 def mechanisms(c: ModelConfig) -> dict[str, bool | str]:
@@ -101,7 +117,9 @@ def test_gemma3_text_model_is_the_multimodal_checkpoint_without_vision(name, mul
 @pytest.mark.parametrize(("tiny", "family"), sorted(FAMILY.items()))
 def test_tiny_presets_differ_from_their_family_in_size_only(tiny, family):
     small, large = dataclasses.asdict(PRESETS[tiny]), dataclasses.asdict(PRESETS[family])
-    assert {field for field in small if small[field] != large[field]} <= SIZES
+    assert {field for field in small if small[field] != large[field]} <= SIZES | {"moe", "mla"}
+    for part in ("moe", "mla"):
+        assert bool(small[part]) == bool(large[part])
     assert mechanisms(PRESETS[tiny]) == mechanisms(PRESETS[family])
 
 
