@@ -468,8 +468,7 @@ COMPILE = textwrap.dedent(
     from model.kernels.grouped_matmul import grouped_matmul
     from model.presets import preset
     from train.config import MeshConfig
-    from train.optimizer import make_optimizer
-from train.step import abstract_batch, make_trainer
+    from train.step import abstract_batch, make_trainer
     from tests.train.test_step import CONFIG
 
     topology = sys.argv[1]
