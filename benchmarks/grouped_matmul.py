@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import subprocess
 import sys
@@ -26,7 +25,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from experiments.tpu_schedule import TOPOLOGIES, compiler_environment, read_schedule, used
+from experiments.tpu_schedule import (
+    TOPOLOGIES,
+    compiler_environment,
+    grouped_matmul_cycles,
+    grouped_matmul_steps,
+    read_schedule,
+)
 from model.chips import CHIPS
 
 # Rows, groups, width and result of the first product of experts, on one device.
@@ -59,18 +64,11 @@ def compile_for(topology: str, shape: tuple[int, ...], kind: str) -> None:
     print(jax.jit(run).lower(*arguments, sizes).compile().as_text())
 
 
-def tiles_visited(shape: tuple[int, ...], pass_: str, tile: tuple[int, ...]) -> int:
-    """Steps of a kernel's grid, where groups do not end with tiles."""
-    rows, groups, width, result = shape
-    inner, outer = (result, width) if pass_ == "d_rows" else (width, result)
-    return (math.ceil(rows / tile[0]) + groups - 1) * math.ceil(inner / tile[1]) * math.ceil(outer / tile[2])
-
-
 def cycles(chip: str, shape: tuple[int, ...], kind: str) -> dict[str, float]:
     """Of each pass, in multiples of what the MXUs need."""
     from model.kernels.grouped_matmul import tiling
 
-    rows, _, width, result = shape
+    rows, groups, width, result = shape
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, __file__, "--worker", TOPOLOGIES[chip], json.dumps(shape), kind]
         done = subprocess.run(command, env=compiler_environment(Path(directory)), capture_output=True, text=True)
@@ -88,10 +86,8 @@ def cycles(chip: str, shape: tuple[int, ...], kind: str) -> dict[str, float]:
                 match = re.search(call, done.stdout)
                 assert match is not None, f"XLA's ragged dot of {shape} is no kernel any more"
                 name, tile = f"-{match[1]}-", (int(match[2]), int(match[3]), int(match[4]))
-            blocks = [block for block in read_schedule(Path(directory), name).blocks() if block[0].depth]
-            work = [len(block) for block in blocks if used(block, "MXU")]
-            bundles = max(work) + sum(map(len, blocks)) - sum(work)
-            found[pass_] = bundles * tiles_visited(shape, pass_, tile)
+            steps = grouped_matmul_steps(rows, groups, inner, outer, tile)
+            found[pass_] = grouped_matmul_cycles(read_schedule(Path(directory), name), steps, least=0)
     # A kernel runs on one core, or on each with its share of the tiles.
     ideal = 2 * rows * width * result / (CHIPS[chip].flops_per_cycle / CHIPS[chip].cores)
     return {pass_: n / ideal for pass_, n in found.items()}

@@ -25,7 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments import hlo
-from experiments.tpu_schedule import attention_cycles, causal_tiles, compiler_environment, read_schedule
+from experiments.tpu_schedule import (
+    attention_cycles,
+    causal_tiles,
+    compiler_environment,
+    grouped_matmul_cycles,
+    grouped_matmul_steps,
+    read_schedule,
+)
 from model.chips import Topology, topology_of
 from model.config import check
 from model.xla import TPU_FLAGS, with_flags
@@ -93,14 +100,12 @@ def analyse(
     text: str, config: TrainConfig, topology: Topology, mesh: Mapping[str, int], places: Sequence[Sequence[int]], dump: Path
 ) -> Report:
     """What the text of the compiled program tells."""
-    module = hlo.parse(text)
+    module = hlo.parse(text, chunks_of_experts(config, mesh["expert"]))
     done = hlo.work(module)
     found = hlo.collectives(module)
     rows = hlo.traffic(found, mesh, topology, places)
     dumped = {kernel.code: kernel.name for kernel in done.kernels if has_schedule(dump, kernel.name)}
-    kernels = [
-        kernel_report(kernel, dumped.get(kernel.code), config, topology, mesh["context"], dump) for kernel in done.kernels
-    ]
+    kernels = [kernel_report(kernel, dumped.get(kernel.code), config, topology, mesh, dump) for kernel in done.kernels]
     cycles = done.cycles | {"kernel": sum(kernel["cycles"] for kernel in kernels)}
     exposed = sum(row.exposed_seconds for row in rows)
     return {
@@ -118,23 +123,33 @@ def analyse(
     }
 
 
+def chunks_of_experts(config: TrainConfig, devices: int) -> float:
+    """How often the loops over a device's rows for experts run (`model/moe.py`) if the router is even; no other loop's length
+    is open."""
+    moe = config.model.moe
+    return moe.experts_per_token / min(moe.experts_per_token, moe.num_experts // devices) if moe else 1.0
+
+
 def has_schedule(dump: Path, instruction: str) -> bool:
     return any(dump.glob(f"*-{instruction}-*final_bundles.txt"))
 
 
 def kernel_report(
-    kernel: hlo.Kernel, schedule: str | None, config: TrainConfig, topology: Topology, context: int, dump: Path
+    kernel: hlo.Kernel, schedule: str | None, config: TrainConfig, topology: Topology, mesh: Mapping[str, int], dump: Path
 ) -> Report:
-    """Calls of a Pallas kernel, and cycles of all of them: of our attention from its schedule, of others from their FLOPs.
+    """Calls of a Pallas kernel, and cycles of all of them: of attention and experts from their schedules, of others from their
+    FLOPs.
 
     Args:
       schedule: the instruction under whose name the kernel's schedule was dumped.
-      context: parts of a row, between which attention goes round.
     """
     attention = re.search(r"flash_(forward|backward)", kernel.name)  # An instruction is named after scopes around it, too.
+    moe = config.model.moe
+    source = "its schedule"
     if attention and schedule:
-        each = attention_call_cycles(attention[1], kernel, f"-{schedule}-", config, topology, context, dump)
-        source = "its schedule"
+        each = attention_call_cycles(attention[1], kernel, f"-{schedule}-", config, topology, mesh["context"], dump)
+    elif moe and schedule and "gmm" in kernel.name:
+        each = grouped_matmul_call_cycles(kernel, f"-{schedule}-", moe.num_experts // mesh["expert"], topology, dump)
     else:
         each, source = kernel.flops / topology.chip.flops_per_cycle, "its FLOPs at peak"
     return {"instruction": kernel.name, "times": kernel.times, "cycles": kernel.times * each, "by": source}
@@ -164,6 +179,25 @@ def attention_call_cycles(
     # The cores of a device share the steps of the grid; each has its part of the MXUs.
     least = products * 2 * block[0] * block[1] * queries[3] / (chip.flops_per_cycle / chip.cores)
     return attention_cycles(read_schedule(dump, schedule), (masked, full), rows, least) / chip.cores
+
+
+def grouped_matmul_call_cycles(kernel: hlo.Kernel, schedule: str, groups: int, topology: Topology, dump: Path) -> float:
+    """Cycles of one call with all rows filled."""
+    from model.kernels.grouped_matmul import tiling
+
+    # Rows [R, D] and matrices [G, D, F] in either order, or for the matrices' gradient two kinds of rows, one of them [D, R].
+    wide = sorted((s for s in map(hlo.first_shape, kernel.operands) if len(s) > 1), key=len)
+    rows, inner = wide[0]
+    if len(wide[1]) == 3:
+        outer = math.prod(wide[1][1:]) // inner
+    else:
+        rows = next(size for size in wide[0] if size in wide[1])
+        inner, outer = (math.prod(shape) // rows for shape in wide[:2])
+    tile = tiling(2)(rows, inner, outer)
+    chip = topology.chip
+    least = 2 * math.prod(tile) / (chip.flops_per_cycle / chip.cores)
+    steps = grouped_matmul_steps(rows, groups, inner, outer, tile)
+    return grouped_matmul_cycles(read_schedule(dump, schedule), steps, least) / chip.cores
 
 
 def worker(directory: Path) -> None:
@@ -435,23 +469,6 @@ def describe(report: Report) -> str:
         f"model FLOPs per step {report['model_flops_per_step']:.4g}",
         f"the compiler's estimate: {report['estimated_step_seconds']:.4f} s a step, MFU {100 * report['estimated_mfu']:.1f} %",
     ]
-    return "\n".join(lines)
-
-
-def markdown_table(reports: Sequence[Report]) -> str:
-    """Reports as the rows of docs/pods.md."""
-    lines = [
-        "| config | slice | mesh | tokens a step | HBM a device | of | collectives exposed | step | MFU | compiled in |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for report in reports:
-        mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
-        lines.append(
-            f"| {report['config']} | {report['topology']} | {mesh} | {report['tokens_per_step']:,} | "
-            f"{report['hbm_bytes_per_device'] / GIB:.1f} GiB | {report['hbm_limit_bytes'] / GIB:.1f} | "
-            f"{report['exposed_collective_seconds']:.3f} s | {report['estimated_step_seconds']:.3f} s | "
-            f"{100 * report['estimated_mfu']:.1f} % | {report['compile_seconds']:.0f} s |"
-        )
     return "\n".join(lines)
 
 

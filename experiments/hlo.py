@@ -94,11 +94,16 @@ Computation = dict[str, Instruction]  # in the order in which they are scheduled
 
 @dataclasses.dataclass(frozen=True)
 class Module:
+    """Attributes:
+    unknown_trips: how often a loop runs whose text does not tell.
+    """
+
     computations: dict[str, Computation]
     entry: str
+    unknown_trips: float = 1.0
 
 
-def parse(text: str) -> Module:
+def parse(text: str, unknown_trips: float = 1.0) -> Module:
     """Reads a module in time linear in its length.
 
     Raises:
@@ -120,7 +125,7 @@ def parse(text: str) -> Module:
             entry = match[2] if match[1] else entry
     if not entry:
         raise ValueError("this is not the text of an HLO module: it has no ENTRY computation")
-    return Module(computations, entry)
+    return Module(computations, entry, unknown_trips)
 
 
 def shape_bytes(shape: str) -> int:
@@ -187,10 +192,10 @@ def _element(computation: Computation, instruction: Instruction, index: int) -> 
 def runs(module: Module) -> tuple[dict[str, float], list[str]]:
     """How often each computation is executed, those of fusions excepted; and the loops whose trip count is not known.
 
-    Of a conditional all branches are counted, a loop of unknown length once.
+    Of a conditional all branches are counted.
     """
     order: list[str] = []
-    edges: dict[str, list[tuple[str, int]]] = {}
+    edges: dict[str, list[tuple[str, float]]] = {}
     unknown: list[str] = []
     stack = [(module.entry, False)]
     while stack:  # Callers after what they call, without recursion.
@@ -208,8 +213,9 @@ def runs(module: Module) -> tuple[dict[str, float], list[str]]:
                 trips = trip_count(module, computation, instruction)
                 if trips is None:
                     unknown.append(instruction.name)
+                    trips = module.unknown_trips
                 body, condition = (instruction.attribute(key).lstrip("%") for key in ("body", "condition"))
-                edges[name] += [(body, trips if trips is not None else 1), (condition, (trips or 0) + 1)]
+                edges[name] += [(body, trips), (condition, trips + 1)]
             elif instruction.opcode in ("call", "conditional"):
                 edges[name] += [(called, 1) for called in instruction.called]
         stack += [(called, False) for called, _ in edges[name]]
@@ -427,7 +433,7 @@ def _cycles(module: Module, total: Mapping[str, float], computation: Computation
     if instruction.opcode == "while":
         trips = trip_count(module, computation, instruction)
         body = instruction.attribute("body").lstrip("%")
-        return total.get(body, 0.0) * (1 if trips is None else trips)
+        return total.get(body, 0.0) * (module.unknown_trips if trips is None else trips)
     if instruction.opcode in ("call", "conditional"):
         return sum(total.get(called, 0.0) for called in instruction.called)
     return float(instruction.cycles)
@@ -497,8 +503,9 @@ def _of_computation(
 
 
 def _describe(kind: str, computation: Computation, instruction: Instruction, count: float) -> Collective:
-    operands = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands
-    operand_bytes = sum(shape_bytes(computation[name].shape) for name in operands)
+    sizes = [shape_bytes(computation[name].shape) for name in instruction.operands]
+    # Of rows and the room for them, one has just as many as an even router sends; the rest are offsets.
+    operand_bytes = min(sizes[:2]) if kind == "ragged-all-to-all" else sum(sizes)
     groups = replica_groups(instruction.attributes)
     return Collective(kind, instruction.name, operand_bytes, groups, count, False, 0.0)
 

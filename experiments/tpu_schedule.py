@@ -1,12 +1,13 @@
 """Reads what libtpu's compiler writes about a kernel: its VLIW bundles, basic blocks and the units they keep busy.
 
 One bundle is one cycle where nothing stalls, so bundles are a lower bound and an estimate, not a measurement.
-`attention_cycles` adds them up over the tiles that our attention kernels visit.
+`attention_cycles` adds them up over the tiles that our attention kernels visit, `grouped_matmul_cycles` over those of experts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from pathlib import Path
@@ -121,6 +122,21 @@ def attention_cycles(schedule: Schedule, tiles: tuple[float, float], rows_of_til
     inside = sum(1 for bundle in schedule.bundles if bundle.depth) - sum(len(loop) for loop in loops)
     masked, full = (max(len(loop), least) for loop in loops[:2])
     return tiles[0] * masked + tiles[1] * full + rows_of_tiles * inside
+
+
+def grouped_matmul_steps(rows: int, groups: int, inner: int, outer: int, tile: tuple[int, int, int]) -> int:
+    """Steps of the grid of a grouped matmul: groups do not end with tiles, so that two share one."""
+    return (math.ceil(rows / tile[0]) + groups - 1) * math.ceil(inner / tile[1]) * math.ceil(outer / tile[2])
+
+
+def grouped_matmul_cycles(schedule: Schedule, steps: float, least: float) -> float:
+    """Cycles that a grouped matmul takes at least: of a step its bundles, or `least` if they are fewer.
+
+    Of the branches that use the MXUs each step runs one, the longer of which is counted, and all that does not use them.
+    """
+    blocks = [block for block in schedule.blocks() if block[0].depth]
+    work = [len(block) for block in blocks if used(block, "MXU")]
+    return steps * max(max(work) + sum(map(len, blocks)) - sum(work), least)
 
 
 def read_schedule(dump: Path, kernel: str) -> Schedule:

@@ -187,7 +187,7 @@ class ModelConfig:
       moe: experts in place of the MLP; None is a dense network.
       mla: latent attention in place of queries, keys and values of their own; head_dim is then that of its queries and keys.
       remat: what the backward pass recomputes: `none`, `full` (everything but layer inputs), `attention` (that but for
-        attention with its inputs), `dots` (all but matmuls; those of experts again too).
+        attention with its inputs, and what experts return), `dots` (all but matmuls; those of experts again too).
       dtype: of activations and matmuls; parameters are stored in `param_dtype`.
     """
 

@@ -16,11 +16,13 @@ Axes: B rows, T tokens, D model width, E experts, K experts per token; N tokens 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig, MoeConfig
 from model.kernels.grouped_matmul import grouped_matmul
@@ -160,7 +162,8 @@ def _of_device(
         most = len(slots_NK) * min(K, num_experts // devices)
         there, back, sizes = _plan(sizes_E, devices, len(copies_RD), most)
         arrived_RD = _exchange(copies_RD, there, back)
-        out_RD = _exchange(_experts(arrived_RD, sizes, matrices, activation, platform), back, there)
+        out_RD = _exchange(_in_chunks(arrived_RD, sizes, matrices, activation, platform, most), back, there)
+    out_RD = checkpoint_name(out_RD, "expert_out")
     out_NKD = jnp.where(real_N11, _collect(out_RD, order_R, slots_NK), 0)
     return jnp.einsum("nkd,nk->nd", out_NKD, weights_BTK.reshape(-1, K)).astype(x_BTD.dtype).reshape(x_BTD.shape)
 
@@ -175,6 +178,66 @@ def _experts(
     else:
         hidden_RF = activation(hidden_RF)
     return grouped_matmul(hidden_RF, matrices["down"], sizes, platform)
+
+
+# --- The room for the worst of routers, most of which stays empty: computed in chunks, as far as rows have arrived -----------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _in_chunks(
+    x_RD: jax.Array,
+    sizes: jax.Array,
+    matrices: Params,
+    activation: Callable[[jax.Array], jax.Array],
+    platform: str,
+    chunk: int,
+) -> jax.Array:
+    """`_experts` of so many rows at a time; rows of chunks that are empty are 0.
+
+    Nothing is kept for the backward pass but the arguments: it computes the hidden rows again, a chunk of them at a time.
+    """
+
+    def of_chunk(i: jax.Array, out_RD: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(x_RD, i * chunk, chunk)
+        out = _experts(part, _sizes_within(sizes, i * chunk, chunk), matrices, activation, platform)
+        return jax.lax.dynamic_update_slice_in_dim(out_RD, out, i * chunk, 0)
+
+    return jax.lax.fori_loop(0, _filled(sizes, chunk), of_chunk, jnp.zeros_like(x_RD))
+
+
+def _in_chunks_forward(x_RD, sizes, matrices, activation, platform, chunk):
+    return _in_chunks(x_RD, sizes, matrices, activation, platform, chunk), (x_RD, sizes, matrices)
+
+
+def _in_chunks_backward(activation, platform, chunk, kept, d_out_RD):
+    x_RD, sizes, matrices = kept
+
+    def of_chunk(i: jax.Array, gradients: tuple[jax.Array, Params]) -> tuple[jax.Array, Params]:
+        d_x_RD, d_matrices = gradients
+        part, d_out = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (x_RD, d_out_RD))
+        of_part = _sizes_within(sizes, i * chunk, chunk)
+        _, pull = jax.vjp(lambda x, matrices: _experts(x, of_part, matrices, activation, platform), part, matrices)
+        d_part, more = pull(d_out)
+        d_matrices = jax.tree.map(lambda total, one: total + one.astype(total.dtype), d_matrices, more)
+        return jax.lax.dynamic_update_slice_in_dim(d_x_RD, d_part, i * chunk, 0), d_matrices
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), matrices)
+    d_x_RD, d_matrices = jax.lax.fori_loop(0, _filled(sizes, chunk), of_chunk, (jnp.zeros_like(x_RD), zeros))
+    return d_x_RD, None, jax.tree.map(lambda total, w: total.astype(w.dtype), d_matrices, matrices)
+
+
+_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
+
+
+def _filled(sizes: jax.Array, chunk: int) -> jax.Array:
+    """Chunks that rows of experts are in, which come before those of none."""
+    return -(-jnp.sum(sizes) // chunk)
+
+
+def _sizes_within(sizes: jax.Array, begin: jax.Array, chunk: int) -> jax.Array:
+    """How many of each expert's rows are among `chunk` rows from `begin` on."""
+    ends = jnp.cumsum(sizes, dtype=sizes.dtype) - begin
+    return jnp.clip(ends, 0, chunk) - jnp.clip(ends - sizes, 0, chunk)
 
 
 # --- To copies sorted by expert and back: gradients are look-ups too, where jax would add up scattered rows -------------------

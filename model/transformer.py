@@ -160,7 +160,7 @@ def remat(function: Callable[..., Any], config: ModelConfig, **static: Any) -> C
     policies = jax.checkpoint_policies
     policy = {
         "full": policies.nothing_saveable,
-        "attention": policies.save_only_these_names("query", "key", "value", "attention_out", "attention_lse"),
+        "attention": policies.save_only_these_names("query", "key", "value", "attention_out", "attention_lse", "expert_out"),
         "dots": policies.dots_with_no_batch_dims_saveable,
     }[config.remat]
     return jax.checkpoint(function, policy=policy)

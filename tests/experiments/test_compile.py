@@ -226,18 +226,6 @@ def test_a_search_ranks_by_time_per_token(tmp_path, monkeypatch):
     assert all(changes["mesh.tensor"] < 4 for changes, _ in ranked)
 
 
-def test_a_table_has_a_row_for_each_report():
-    report = {
-        "config": "llama", "topology": "v5e:2x2", "mesh": {"data": 1, "fsdp": 4}, "tokens_per_step": 4096,
-        "hbm_bytes_per_device": 3 * GIB, "hbm_limit_bytes": 15 * GIB, "exposed_collective_seconds": 0.25,
-        "estimated_step_seconds": 1.5, "estimated_mfu": 0.456, "compile_seconds": 61.0,
-    }  # fmt: skip
-    lines = loam_compile.markdown_table([report, report | {"config": "other"}]).splitlines()
-    assert len(lines) == 4
-    assert all(line.count("|") == lines[0].count("|") for line in lines)
-    assert "| llama | v5e:2x2 | fsdp 4 | 4,096 | 3.0 GiB | 15.0 | 0.250 s | 1.500 s | 45.6 % | 61 s |" in lines
-
-
 def test_inspect_plans_a_slice(tmp_path, capsys):
     path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=256, mesh={"data": 1, "fsdp": -1})
     assert main(["inspect", f"--config={path}", "--topology=v5e:16x16", "--config.model.remat=full"]) == 0

@@ -240,6 +240,37 @@ def test_nothing_is_dropped_when_all_tokens_choose_the_same_experts(sizes, exper
     assert_close((out_of_many, routing_of_many, d_many), (out, routing, d_one), 1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (5, 0, 6), (16, 0, 0), (3, 17, 28), (0, 1, 0)])
+def test_chunks_equal_one_piece(sizes):
+    """Groups end within chunks, at their ends, and go over several; what no group fills is not computed."""
+    rng = np.random.default_rng(0)
+    filled = sum(sizes)
+    x, d_out = rng.standard_normal((2, 48, D))
+    matrices = {
+        "up": rng.standard_normal((3, D, F)),
+        "gate": rng.standard_normal((3, D, F)),
+        "down": rng.standard_normal((3, F, D)),
+    }
+    sizes = jnp.asarray(sizes, jnp.int32)
+
+    def in_pieces(x, matrices):
+        return moe._in_chunks(x, sizes, matrices, jax.nn.silu, "cpu", 16)
+
+    def whole(x, matrices):
+        return moe._experts(x, sizes, matrices, jax.nn.silu, "cpu")
+
+    with jax.enable_x64(True):
+        found, pull = jax.vjp(jax.jit(in_pieces), x, matrices)
+        expected, expected_pull = jax.vjp(jax.jit(whole), x, matrices)
+        d_out[filled:] = 0
+        assert found.dtype == jnp.float64
+        is_filled = np.arange(48)[:, None] < filled
+        assert_close(
+            (jnp.where(is_filled, found, 0), pull(d_out)), (jnp.where(is_filled, expected, 0), expected_pull(d_out)), 1e-12
+        )
+        assert not found[-(-filled // 16) * 16 :].any()
+
+
 def test_the_plan_is_what_ragged_all_to_all_expects():
     """The operation that TPUs have, emulated from its documentation, moves what the padded one of this CPU moves; and back."""
     devices, experts, rows = 8, 3, 20
