@@ -22,7 +22,8 @@ REPORTS, PAGE = ROOT / "docs/pods.json", ROOT / "docs/pods.md"
 KEPT = (
     "topology", "devices", "mesh", "tokens_per_step", "remat", "hbm_bytes_per_device", "hbm_limit_bytes", "memory",
     "model_flops_per_step", "matmul_flops_per_device", "estimated_cycles", "kernels", "collectives", "exposed_all_gathers",
-    "exposed_collective_seconds", "estimated_step_seconds", "estimated_mfu", "compile_seconds", "fits", "jax",
+    "exposed_collective_seconds", "loops_of_unknown_length", "estimated_step_seconds", "estimated_mfu", "compile_seconds",
+    "jax",
 )  # fmt: skip
 
 # What MaxText has measured: its page "Optimized models tiering", and for tpu7x the table of training/ironwood in tpu-recipes

@@ -1,0 +1,62 @@
+"""docs/pods.md, made by experiments/pods.py, and the configs it is about."""
+
+import json
+
+import pytest
+
+from experiments import pods
+from experiments.cli import load_train_config
+from experiments.compile import compile_config
+from model.chips import topology_of
+from tests.libtpu import require_libtpu
+from train.step import mesh_sizes
+
+NAMES = [path.stem for path in pods.CONFIGS]
+REPORTS = json.loads(pods.REPORTS.read_text())
+
+
+def report(**changes):
+    return {
+        "topology": "v5e:2x2", "devices": 4, "mesh": {"data": 1, "fsdp": 4}, "tokens_per_step": 4096, "remat": "full",
+        "hbm_bytes_per_device": 3 * 2**30, "hbm_limit_bytes": 15 * 2**30, "model_flops_per_step": 8e12,
+        "matmul_flops_per_device": 3e12, "exposed_collective_seconds": 0.3,
+        "estimated_cycles": {"matmul": 1.5e9, "kernel": 0.75e9, "copy": 0.15e9, "slice": 0.15e9},
+        "exposed_all_gathers": [{"bytes": 2**30, "times": 1, "name": "a"}],
+        "estimated_step_seconds": 2.0, "estimated_mfu": 0.456, "compile_seconds": 61.0,
+    } | changes  # fmt: skip
+
+
+def test_the_page_says_what_the_reports_do():
+    lines = pods.page({"llama": report(), "other": report(exposed_all_gathers=[])}).splitlines()
+    assert sum(line.startswith("| [") for line in lines) == 2
+    expected = "| v5e:2x2 | fsdp 4 | 4,096 | full | 3.0 of 15.0 GiB | 2.00 s | 45.6 % |  | 61 s |"
+    assert f"| [llama](../configs/pods/llama.py) {expected}" in lines
+    # v5e has 1.5 G cycles a second: of the two seconds matmuls take half.
+    assert "| llama | 50 % | 25 % | 10 % | 15 % | 1.50 | 1, 1.00 GiB |" in lines
+    assert "| other | 50 % | 25 % | 10 % | 15 % | 1.50 | none |" in lines
+
+
+def test_the_page_in_the_checkout_is_that_of_its_reports():
+    assert pods.PAGE.read_text() == pods.page(REPORTS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_of_a_pod_was_compiled_as_it_stands(name):
+    path = pods.ROOT / f"configs/pods/{name}.py"
+    config, compiled = load_train_config(str(path), []), REPORTS[name]
+    topology = topology_of(pods.topology_in(path))
+    assert compiled["topology"] == topology.name
+    assert compiled["mesh"] == mesh_sizes(config, topology.num_devices)
+    assert (compiled["tokens_per_step"], compiled["remat"]) == (config.tokens_per_step, config.model.remat)
+    assert compiled["hbm_bytes_per_device"] <= compiled["hbm_limit_bytes"] == topology.chip.hbm_bytes
+    assert not compiled["loops_of_unknown_length"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_of_a_pod_compiles_within_the_memory_of_its_slice(name):
+    require_libtpu()
+    path = pods.ROOT / f"configs/pods/{name}.py"
+    compiled = compile_config(str(path), [], topology_of(pods.topology_in(path)))
+    assert compiled["fits"], compiled["memory"]
+    assert compiled["hbm_bytes_per_device"] == pytest.approx(REPORTS[name]["hbm_bytes_per_device"], rel=0.1)
