@@ -102,11 +102,16 @@ def analyse(
     """What the text of the compiled program tells."""
     module = hlo.parse(text, chunks_of_experts(config, mesh["expert"]))
     done = hlo.work(module)
-    found = hlo.collectives(module)
-    rows = hlo.traffic(found, mesh, topology, places)
     dumped = {kernel.code: kernel.name for kernel in done.kernels if has_schedule(dump, kernel.name)}
     kernels = [kernel_report(kernel, dumped.get(kernel.code), config, topology, mesh, dump) for kernel in done.kernels]
     cycles = done.cycles | {"kernel": sum(kernel["cycles"] for kernel in kernels)}
+    clock = topology.chip.clock
+    found = hlo.collectives(
+        module,
+        lambda one: hlo.seconds(one, topology, places) * clock,
+        {kernel["instruction"]: kernel["cycles"] / kernel["times"] for kernel in kernels},
+    )
+    rows = hlo.traffic(found, mesh, topology)
     exposed = sum(row.exposed_seconds for row in rows)
     return {
         "estimated_cycles": cycles,
@@ -114,12 +119,18 @@ def analyse(
         "kernels": kernels,
         "collectives": [row._asdict() for row in rows],
         "exposed_all_gathers": [
-            {"name": one.name, "bytes": one.times * one.moved_bytes(len(places)), "times": one.times}
-            for one in hlo.exposed_gathers(found)
+            {
+                "name": one.name,
+                "bytes": one.times * one.moved_bytes(topology.num_devices),
+                "times": one.times,
+                "exposed_seconds": one.times * one.exposed_cycles / clock,
+            }
+            for one in found
+            if one.kind == "all-gather" and one.exposed_cycles
         ],
         "exposed_collective_seconds": exposed,
         "loops_of_unknown_length": done.unknown_loops,
-        "estimated_step_seconds": sum(cycles.values()) / topology.chip.clock + exposed,
+        "estimated_step_seconds": sum(cycles.values()) / clock + exposed,
     }
 
 
@@ -460,10 +471,13 @@ def describe(report: Report) -> str:
         f"{row['seconds']:>9.4f}{row['exposed_seconds']:>9.4f}"
         for row in report["collectives"]
     ]
-    gathers = sorted(report["exposed_all_gathers"], key=lambda one: -one["bytes"])
+    gathers = sorted(report["exposed_all_gathers"], key=lambda one: -one["exposed_seconds"])
     if gathers:
-        lines.append(f"  all-gathers that nothing covers: {len(gathers)}; the largest:")
-        lines += [f"    {one['name']:<28}{one['times']:>6.0f} times{one['bytes'] / GIB:>9.3f} GiB" for one in gathers[:4]]
+        lines.append(f"  all-gathers that work does not cover, or not wholly: {len(gathers)}; the longest:")
+        lines += [
+            f"    {one['name']:<28}{one['times']:>6.0f} times{one['bytes'] / GIB:>9.3f} GiB{one['exposed_seconds']:>9.4f} s"
+            for one in gathers[:4]
+        ]
     lines += [
         "",
         f"model FLOPs per step {report['model_flops_per_step']:.4g}",

@@ -6,7 +6,8 @@ an estimate, made without a TPU.
 
 An asynchronous collective comes in two forms: `…-start` and `…-done` with other operations scheduled between them, and a chain
 of fusions, of which the first contains `AsyncCollectiveStart`, the last `AsyncCollectiveDone`, and those between (the *steps*)
-a piece of the collective beside a computation. Without anything between its ends it is as good as synchronous: *exposed*.
+a piece of the collective beside a computation. What the work between its ends is too short to cover is *exposed*: the device
+waits for it. Work covers one collective at a time, the first begun, because all of them use the same links.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -389,7 +390,7 @@ class Collective:
       groups: positions in the mesh that communicate; for a permutation the pairs of source and target. Empty is all.
       times: how often it runs in a step.
       is_async: something may be scheduled between its beginning and its end.
-      cycles_between: of the work that is, each time.
+      cycles: that it takes on the links, each time; exposed_cycles are those that no work covers.
     """
 
     kind: str
@@ -397,8 +398,9 @@ class Collective:
     operand_bytes: int
     groups: Groups
     times: float
-    is_async: bool
-    cycles_between: float
+    is_async: bool = False
+    cycles: float = 0.0
+    exposed_cycles: float = 0.0
 
     def moved_bytes(self, num_devices: int) -> float:
         """What a device receives each time, by the usual ring algorithms."""
@@ -409,34 +411,39 @@ class Collective:
         return self.operand_bytes * share.get(self.kind, (n - 1) / n)
 
 
-def collectives(module: Module) -> list[Collective]:
-    """Every collective, in the order of the schedule of each computation."""
+def collectives(
+    module: Module, cycles_of: Callable[[Collective], float], kernels: Mapping[str, float] | None = None
+) -> list[Collective]:
+    """Every collective, in the order of the schedule of each computation.
+
+    Args:
+      cycles_of: that a collective takes on the links, each time.
+      kernels: cycles of each call of a Pallas kernel, by the name of its instruction.
+    """
     times, _ = runs(module)
-    content = contents(module)
-    total = _total_cycles(module, times)
-    found: list[Collective] = []
-    for name, count in times.items():
-        found += _of_computation(module, content, total, module.computations[name], count)
-    return found
+    schedule = _Schedule(module, contents(module), _total_cycles(module, times, kernels or {}), kernels or {}, cycles_of, {})
+    return [one for name, count in times.items() for one in schedule.collectives(module.computations[name], count)]
 
 
-def _total_cycles(module: Module, times: Mapping[str, float]) -> dict[str, float]:
+def _total_cycles(module: Module, times: Mapping[str, float], kernels: Mapping[str, float]) -> dict[str, float]:
     """Cycles of one execution of each computation, loops within it included, over the compiler's estimates."""
     total: dict[str, float] = {}
     for name, computation in module.computations.items():  # Callees come first.
         if name in times:
-            total[name] = sum(_cycles(module, total, computation, instruction) for instruction in computation.values())
+            total[name] = sum(_cycles(module, total, kernels, computation, one) for one in computation.values())
     return total
 
 
-def _cycles(module: Module, total: Mapping[str, float], computation: Computation, instruction: Instruction) -> float:
+def _cycles(
+    module: Module, total: Mapping[str, float], kernels: Mapping[str, float], computation: Computation, instruction: Instruction
+) -> float:
     if instruction.opcode == "while":
         trips = trip_count(module, computation, instruction)
         body = instruction.attribute("body").lstrip("%")
         return total.get(body, 0.0) * (module.unknown_trips if trips is None else trips)
     if instruction.opcode in ("call", "conditional"):
         return sum(total.get(called, 0.0) for called in instruction.called)
-    return float(instruction.cycles)
+    return kernels.get(instruction.name, float(instruction.cycles))
 
 
 def _collective_kind(opcode: str) -> str:
@@ -445,61 +452,99 @@ def _collective_kind(opcode: str) -> str:
     return base if base in COLLECTIVES else ""
 
 
-def _of_computation(
-    module: Module, content: Mapping[str, Content], total: Mapping[str, float], computation: Computation, count: float
-) -> Iterator[Collective]:
-    open_pairs: dict[str, tuple[list[Collective], float]] = {}  # start's name -> its collectives and the cycles before it
-    open_chains: dict[str, tuple[Collective, float]] = {}  # channel -> collective and cycles of its steps
-    elapsed = 0.0
-    for instruction in computation.values():
-        here = _cycles(module, total, computation, instruction)
-        opcode = instruction.opcode
-        if kind := _collective_kind(opcode):
-            one = _describe(kind, computation, instruction, count)
-            if opcode.endswith("-start"):
-                open_pairs[instruction.name] = ([one], elapsed)
-            else:
-                yield one
-        elif opcode == "async-start":
-            inner = [
-                _describe(kind, module.computations[called], i, count)
-                for called in instruction.called
-                for i in module.computations[called].values()
-                if (kind := _collective_kind(i.opcode))
-            ]
-            open_pairs[instruction.name] = (inner, elapsed)
-        elif opcode == "async-update":
-            open_pairs[instruction.name] = open_pairs.pop(instruction.operands[0])
-        elif opcode.endswith("-done") and instruction.operands and instruction.operands[0] in open_pairs:
-            begun, before = open_pairs.pop(instruction.operands[0])
-            for one in begun:
-                yield dataclasses.replace(one, is_async=True, cycles_between=elapsed - before)
-        elif opcode == "fusion":
-            for called in instruction.called:
-                if called not in content or not any(_collective_kind(c) for c in content[called].opcodes):
-                    continue
-                targets, inner = content[called].targets, module.computations[called]
-                for i in inner.values():
-                    if not (kind := _collective_kind(i.opcode)):
-                        continue
-                    channel = i.attribute("channel_id")
+@dataclasses.dataclass
+class _Open:
+    """Collectives that have begun and not ended; `left` are the cycles that no work has covered yet."""
+
+    begun: list[Collective]
+    left: float
+
+    def cover(self, work: float) -> float:
+        """What remains of so many cycles of work for other collectives."""
+        used = min(work, self.left)
+        self.left -= used
+        return work - used
+
+    def end(self) -> list[Collective]:
+        """The last of several waits for what is left."""
+        shares = [0.0] * (len(self.begun) - 1) + [self.left]
+        return [
+            dataclasses.replace(one, is_async=True, exposed_cycles=share) for one, share in zip(self.begun, shares, strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """What it takes to walk over the operations of a computation in order."""
+
+    module: Module
+    content: Mapping[str, Content]
+    total: Mapping[str, float]
+    kernels: Mapping[str, float]
+    cycles_of: Callable[[Collective], float]
+    known: dict[tuple[str, tuple[tuple[int, ...], ...], int], float]
+
+    def describe(self, kind: str, computation: Computation, instruction: Instruction, count: float) -> Collective:
+        """A synchronous collective."""
+        one = _describe(kind, computation, instruction, count)
+        key = (one.kind, tuple(one.groups), one.operand_bytes)
+        if key not in self.known:
+            self.known[key] = self.cycles_of(one)
+        return dataclasses.replace(one, cycles=self.known[key], exposed_cycles=self.known[key])
+
+    def collectives(self, computation: Computation, count: float) -> Iterator[Collective]:
+        pairs: dict[str, _Open] = {}  # by the name of the start
+        chains: dict[str, _Open] = {}  # by channel
+        for instruction in computation.values():
+            work = _cycles(self.module, self.total, self.kernels, computation, instruction)
+            opcode = instruction.opcode
+            if kind := _collective_kind(opcode):
+                one = self.describe(kind, computation, instruction, count)
+                if opcode.endswith("-start"):
+                    pairs[instruction.name] = _Open([one], one.cycles)
+                else:
+                    yield one
+            elif opcode == "async-start":
+                inner = [
+                    self.describe(kind, self.module.computations[called], i, count)
+                    for called in instruction.called
+                    for i in self.module.computations[called].values()
+                    if (kind := _collective_kind(i.opcode))
+                ]
+                if inner:
+                    pairs[instruction.name] = _Open(inner, sum(one.cycles for one in inner))
+            elif opcode == "async-update" and instruction.operands[0] in pairs:
+                pairs[instruction.name] = pairs.pop(instruction.operands[0])
+            elif opcode.endswith("-done") and instruction.operands and instruction.operands[0] in pairs:
+                yield from pairs.pop(instruction.operands[0]).end()
+            elif opcode == "fusion":
+                # A step of a chain carries on its own collective first.
+                for channel, one, targets in self._fused(instruction, count):
                     if "AsyncCollectiveStart" in targets:
-                        open_chains[channel] = (_describe(kind, inner, i, count), 0.0)
-                    elif channel in open_chains:
-                        one, between = open_chains[channel]
-                        if "AsyncCollectiveDone" in targets:
-                            del open_chains[channel]
-                            yield dataclasses.replace(one, is_async=True, cycles_between=between)
-                        else:
-                            open_chains[channel] = (one, between + here)
+                        chains[channel] = _Open([one], one.cycles)
+                    elif channel not in chains:
+                        yield one
+                    elif "AsyncCollectiveDone" in targets:
+                        yield from chains.pop(channel).end()
                     else:
-                        # An all-reduce of which each device keeps its share is a reduce-scatter under another name.
-                        kind = "reduce-scatter" if called.startswith("all-reduce-scatter") else kind
-                        yield _describe(kind, inner, i, count)
-        elapsed += here
-    if open_pairs or open_chains:
-        names = ", ".join([*open_pairs, *(one.name for one, _ in open_chains.values())])
-        raise ValueError(f"collectives without an end: {names}. The compiler's format has changed, mend experiments/hlo.py")
+                        work = chains[channel].cover(work)
+            for pair in pairs.values():
+                work = pair.cover(work)
+        if pairs or chains:
+            names = ", ".join(one.name for pair in (*pairs.values(), *chains.values()) for one in pair.begun)
+            raise ValueError(f"collectives without an end: {names}. The compiler's format has changed, mend experiments/hlo.py")
+
+    def _fused(self, instruction: Instruction, count: float) -> Iterator[tuple[str, Collective, frozenset[str]]]:
+        """Channel, collective and targets of the custom calls beside it, of each collective in a fusion."""
+        for called in instruction.called:
+            if called not in self.content or not any(_collective_kind(c) for c in self.content[called].opcodes):
+                continue
+            inner = self.module.computations[called]
+            for i in inner.values():
+                if kind := _collective_kind(i.opcode):
+                    # An all-reduce of which each device keeps its share is a reduce-scatter under another name.
+                    kind = "reduce-scatter" if called.startswith("all-reduce-scatter") else kind
+                    yield i.attribute("channel_id"), self.describe(kind, inner, i, count), self.content[called].targets
 
 
 def _describe(kind: str, computation: Computation, instruction: Instruction, count: float) -> Collective:
@@ -507,7 +552,7 @@ def _describe(kind: str, computation: Computation, instruction: Instruction, cou
     # Of rows and the room for them, one has just as many as an even router sends; the rest are offsets.
     operand_bytes = min(sizes[:2]) if kind == "ragged-all-to-all" else sum(sizes)
     groups = replica_groups(instruction.attributes)
-    return Collective(kind, instruction.name, operand_bytes, groups, count, False, 0.0)
+    return Collective(kind, instruction.name, operand_bytes, groups, count)
 
 
 def replica_groups(attributes: str) -> Groups:
@@ -591,7 +636,7 @@ class Traffic(NamedTuple):
     Attributes:
       bytes: that a device receives.
       seconds: on the links; `exposed_seconds` is what the work between start and done does not cover.
-      asynchronous: how many of `count` have work between start and done.
+      asynchronous: how many of `count` are covered at least in part.
     """
 
     kind: str
@@ -603,25 +648,17 @@ class Traffic(NamedTuple):
     exposed_seconds: float
 
 
-def traffic(
-    found: Sequence[Collective], mesh: Mapping[str, int], topology: Topology, places: Sequence[Sequence[int]]
-) -> list[Traffic]:
+def traffic(found: Sequence[Collective], mesh: Mapping[str, int], topology: Topology) -> list[Traffic]:
     """The table of collectives, the longest exposed first."""
     rows: dict[tuple[str, str], list[float]] = {}
-    cache: dict[tuple[str, tuple[tuple[int, ...], ...], int], tuple[str, float]] = {}
+    axes: dict[tuple[str, tuple[tuple[int, ...], ...]], str] = {}
     for one in found:
-        key = (one.kind, tuple(one.groups), one.operand_bytes)
-        if key not in cache:
-            cache[key] = (mesh_axes(one, mesh), seconds(one, topology, places))
-        axes, each = cache[key]
-        exposed = max(0.0, each - one.cycles_between / topology.chip.clock)
-        row = rows.setdefault((one.kind, axes), [0.0] * 5)
-        overlapped = one.is_async and one.cycles_between > 0
-        values = (1, overlapped, one.moved_bytes(len(places)), each, exposed)
+        key = (one.kind, tuple(one.groups))
+        if key not in axes:
+            axes[key] = mesh_axes(one, mesh)
+        row = rows.setdefault((one.kind, axes[key]), [0.0] * 5)
+        overlapped = one.exposed_cycles < one.cycles
+        seconds = (cycles / topology.chip.clock for cycles in (one.cycles, one.exposed_cycles))
+        values = (1, overlapped, one.moved_bytes(topology.num_devices), *seconds)
         row[:] = [old + one.times * value for old, value in zip(row, values, strict=True)]
     return sorted((Traffic(*key, *row) for key, row in rows.items()), key=lambda t: -t.exposed_seconds)
-
-
-def exposed_gathers(found: Sequence[Collective]) -> list[Collective]:
-    """All-gathers that are synchronous, or have nothing scheduled between start and done."""
-    return [one for one in found if one.kind == "all-gather" and not (one.is_async and one.cycles_between > 0)]
