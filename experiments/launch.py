@@ -145,6 +145,7 @@ def make_jobs(
     Raises:
       ValueError: a config is wrong, or does not fit where it shall run: mesh, paths or name.
     """
+    from model.sharding import check_slices
     from train.step import mesh_sizes
 
     jobs = []
@@ -157,7 +158,7 @@ def make_jobs(
         if launch.on != "local":
             machines = f"{launch.slices} x {launch.topology}"
             devices = launch.slices * launch.slice.num_devices
-            mesh_sizes(config, devices)
+            check_slices(mesh_sizes(config, devices), launch.slices)
             check(
                 not Path(config_path).is_absolute() and ".." not in Path(config_path).parts,
                 f"--config={config_path} lies outside of this directory, and the job would not find it: start in a checkout "

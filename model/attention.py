@@ -14,6 +14,7 @@ Axes: B rows, T queries, S keys, H query heads, K key-value heads, D head dimens
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,9 +22,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from model.chips import chip_of
 from model.config import AttentionBackend
 from model.kernels.flash_attention import flash_attention, flash_gradients
-from model.kernels.tiles import Plan, make_plan
+from model.kernels.tiles import BlockSizes, Plan, make_plan
 from model.kernels.xla_attention import allowed_pairs, masked_attention, masked_gradients, tiled_attention
 from model.ring_attention import Part, ring_attention, ring_patterns
 from model.sharding import Layout
@@ -49,7 +51,10 @@ def make_pattern(
       kv_segments, kv_positions: int32 [B, S]; those of the queries if a mesh splits the tokens of a row.
       window: a query sees keys at distances below it; 0 is no limit.
     """
-    make = functools.partial(make_plan if backend == "flash" else allowed_pairs, window=window)
+    make: Callable[..., Pattern] = functools.partial(allowed_pairs, window=window)
+    if backend == "flash":
+        devices = layout.mesh.devices.flat if layout else jax.devices()
+        make = functools.partial(make_plan, window=window, sizes=BlockSizes.of_chip(chip_of(devices[0].device_kind)))
     if layout is None or layout.shards("sequence") == 1:
         return make(q_segments, q_positions, kv_segments, kv_positions)
     tokens = layout.spec("batch", "sequence")

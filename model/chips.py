@@ -69,6 +69,18 @@ CHIPS: dict[str, Chip] = {
     )
 }
 
+# What jax calls a device of each.
+DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
 PLANAR_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 # Parts of a cube of 4x4x4 chips; larger slices are made of whole cubes.
 PARTS_OF_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
@@ -113,6 +125,11 @@ class Topology:
             if chips > 1:
                 found.append((chips, 2 if wraps and chips == side else 1))
         return found
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The generation of a jax device's `device_kind`; None for what is no TPU of CHIPS."""
+    return CHIPS[DEVICE_KINDS[device_kind]] if device_kind in DEVICE_KINDS else None
 
 
 def shapes(chip: Chip) -> list[tuple[int, ...]]:

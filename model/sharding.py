@@ -147,19 +147,36 @@ def resolve_sizes(sizes: dict[str, int], num_devices: int, hosts_of_cpus: int = 
     return resolved
 
 
+def check_slices(sizes: dict[str, int], slices: int) -> None:
+    """Raises ValueError unless slices of a pod, between which the network is slow, can be copies along `data`."""
+    if sizes["data"] % slices:
+        rest = sizes["fsdp"] * sizes["data"] // slices
+        example = f", for example data={slices} x fsdp={rest}" if rest else ""
+        raise ValueError(
+            f"mesh {_words(sizes)}: data={sizes['data']} does not divide over {slices} slices, and only `data` may lie over "
+            f"the slow network between them. Make it a multiple of {slices}{example}"
+        )
+
+
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, laid out so that neighbours on it are neighbours on the pod's network.
+    """A mesh over all devices, laid out so that neighbours on it are neighbours on the pod's network; slices lie along `data`.
 
     Args:
       sizes: of the axes MESH_AXES; one may be -1 and takes what remains.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the number of slices.
     """
     devices = list(devices) if devices is not None else jax.devices()
     hosts_of_cpus = jax.process_count() if devices[0].platform == "cpu" else 0
     shape = tuple(resolve_sizes(sizes, len(devices), hosts_of_cpus).values())
-    if devices[0].platform == "tpu":
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    check_slices(dict(zip(MESH_AXES, shape, strict=True)), slices)
+    if slices > 1:
+        within = (shape[0] // slices, *shape[1:])
+        between = (slices,) + (1,) * len(shape[1:])
+        laid_out = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    elif devices[0].platform == "tpu":
         laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         laid_out = np.array(devices).reshape(shape)

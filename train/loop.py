@@ -29,7 +29,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from data.loader import Batches, held_out_batches, load, num_held_out_batches
 from data.prepare import PreparedData, prepare
@@ -41,7 +40,7 @@ from train.config import PREEMPTED, TrainConfig, check
 from train.distributed import ALONE, Group, global_batch, local_rows
 from train.files import only_process_in, write_atomic, write_json_atomic
 from train.metrics import JsonlWriter, NoWriter, Writer, check_writers, make_writers, read_jsonl, truncate_jsonl
-from train.peak import matmul_peak
+from train.peak import peak_flops
 from train.progress import Progress
 from train.provenance import provenance
 from train.step import Trainer, TrainState, abstract_batch, make_trainer
@@ -256,7 +255,7 @@ class Loop:
         self._record("start", time.perf_counter() - began, unix_time=time.time())
         self.data_seconds = 0.0  # waited for batches since the last step that was recorded
         self.rows = local_rows(trainer.batch_sharding, (config.batch_size, config.data.seq_len))
-        self.peak = group.count * matmul_peak(Mesh(np.array(jax.local_devices()), ("local",)), config.model.dtype)
+        self.peak = group.count * peak_flops(jax.local_devices(), config.model.dtype)
         self.flops_per_step = train_flops_per_token(config.model, config.data.seq_len) * config.tokens_per_step
         self.step_function = self._compile()
         if group.is_first:

@@ -1,14 +1,25 @@
-"""The matmul speed that the devices really reach, which MFU is measured against where no data sheet tells."""
+"""The matmul speed that MFU is measured against: of a TPU's data sheet, or what other devices really reach."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from model.chips import chip_of
+
 SHORTEST_TRIAL = 0.01  # seconds; below, dispatching the program would count
+
+
+def peak_flops(devices: Sequence[Any], dtype: str) -> float:
+    """FLOP/s of all these jax devices together: for TPUs that of bfloat16, whatever the dtype."""
+    chip = chip_of(devices[0].device_kind)
+    return len(devices) * chip.peak_flops if chip else matmul_peak(Mesh(np.array(devices), ("local",)), dtype)
 
 
 def matmul_peak(mesh: Mesh, dtype: str, size: int = 1024, trials: int = 8) -> float:

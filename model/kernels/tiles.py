@@ -22,6 +22,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from model.chips import Chip
+
 LANES = 128
 # A logit that is not allowed: exp of it underflows to exactly 0, and a difference of two is finite in any dtype.
 MASKED = -1e30
@@ -36,16 +38,10 @@ class BlockSizes:
     backward: tuple[int, int] = (1024, 1024)
 
     @classmethod
-    def of_chip(cls, chip: str) -> BlockSizes:
-        """The sizes with the fewest bundles on a generation, such as "v5e", for one long document.
-
-        Raises:
-          ValueError: a generation that is not in the table.
-        """
+    def of_chip(cls, chip: Chip | None) -> BlockSizes:
+        """The sizes with the fewest bundles on a generation for one long document; the default where there is no chip."""
         table = json.loads(BLOCK_SIZES_FILE.read_text())
-        if chip not in table:
-            raise ValueError(f"no block sizes for {chip!r}: block_sizes.json has {sorted(table)}")
-        return cls(**{name: (q, kv) for name, (q, kv) in table[chip].items()})
+        return cls(**{name: (q, kv) for name, (q, kv) in table[chip.name].items()}) if chip else cls()
 
 
 @flax.struct.dataclass

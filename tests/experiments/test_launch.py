@@ -506,6 +506,11 @@ def test_flags_that_cannot_work_are_refused(flags, message):
     [
         ({}, {"overrides": ["--config.mesh.data=3"]}, "does not fit 128 devices"),
         ({"slices": 3}, {"overrides": ["--config.mesh.tensor=5"]}, "does not fit 384 devices"),
+        (
+            {"slices": 2, "topology": "v5e:2x2"},
+            {"overrides": ["--config.mesh.data=1", "--config.mesh.fsdp=8"]},
+            "does not divide over 2 slices",
+        ),
         ({}, {"overrides": []}, "batch = 8 does not divide over data=128"),
         ({}, {"overrides": ["--config.stepps=3"]}, "config.stepps is unknown"),
         ({}, {"overrides": [*FITS, "--config.run_dir=/me/run"]}, "run_dir=/me/run would be lost.*below /mnt/loam"),

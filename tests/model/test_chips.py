@@ -1,15 +1,19 @@
 """Generations, slices and links; and that libtpu agrees."""
 
-import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 
-from model.chips import CHIPS, Topology, shapes, topology_of
+from model import attention
+from model.chips import CHIPS, Topology, chip_of, shapes, topology_of
+from model.kernels import tiles
+from model.sharding import MESH_AXES, make_mesh
+from tests.libtpu import run_with_libtpu
+from train.peak import peak_flops
 
 
 @pytest.mark.parametrize(
@@ -96,23 +100,75 @@ for name in %s:
         jax.jit(lambda x: x.T * 2).lower(far_too_large).compile()
     except jax.errors.JaxRuntimeError as error:
         gib = float(re.findall(r"([0-9.]+)G", str(error))[-1])
-    said[name] = (len(devices), gib, len({d.coords[0] for d in devices}))
+    said[name] = (len(devices), gib, len({d.coords[0] for d in devices}), devices[0].device_kind)
 print(json.dumps(said))
 """
 SMALLEST = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 
 
 def test_libtpu_has_as_many_devices_and_as_much_memory():
-    if importlib.util.find_spec("libtpu") is None:
-        if os.environ.get("LOAM_REQUIRE_LIBTPU"):
-            pytest.fail("libtpu is not installed: `make env EXTRAS=tpu` installs it")
-        pytest.skip("libtpu, the TPU compiler, is not installed")
-    environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-    done = subprocess.run([sys.executable, "-c", ASK % SMALLEST], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name, (devices, gib, sides) in json.loads(done.stdout.splitlines()[-1]).items():
+    said = json.loads(run_with_libtpu(ASK % SMALLEST).splitlines()[-1])
+    for name, (devices, gib, sides, kind) in said.items():
         topology: Topology = topology_of(name)
+        assert chip_of(kind) is topology.chip
         assert devices == topology.num_devices, name
         assert topology.chip.hbm_bytes == int(gib * 2**30), name
         assert sides == topology.shape[0], name
         assert devices == math.prod(topology.shape) * topology.chip.devices_per_chip
+
+
+def test_a_device_that_is_no_tpu_is_of_no_generation():
+    assert chip_of(jax.devices()[0].device_kind) is None
+    assert chip_of("NVIDIA H100 80GB HBM3") is None
+
+
+def test_mfu_of_tpus_is_against_their_data_sheet():
+    assert peak_flops([SimpleNamespace(device_kind="TPU v5 lite")] * 4, "float32") == 4 * 197e12
+
+
+def test_attention_takes_the_block_sizes_of_its_chip(monkeypatch, tmp_path):
+    table = {name: {"forward": [128, 256], "backward": [256, 128]} for name in json.loads(tiles.BLOCK_SIZES_FILE.read_text())}
+    assert set(table) == set(CHIPS)
+    path = tmp_path / "block_sizes.json"
+    path.write_text(json.dumps(table))
+    monkeypatch.setattr(tiles, "BLOCK_SIZES_FILE", path)
+    ids = np.ones((1, 2048), np.int32)
+    sizes = {}
+    for kind in ("TPU v6 lite", "cpu"):
+        monkeypatch.setattr(jax, "devices", lambda kind=kind: [SimpleNamespace(device_kind=kind)])
+        sizes[kind] = attention.make_pattern(ids, ids, ids, ids, window=0, backend="flash").sizes
+    assert sizes == {"TPU v6 lite": tiles.BlockSizes((128, 256), (256, 128)), "cpu": tiles.BlockSizes()}
+
+
+# --- Several slices -----------------------------------------------------------------------------------------------------------
+
+
+class Device(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+def slices_of(number: int, chips: int = 4) -> list[Device]:
+    """Devices of so many v5e slices, the slices' taking turns as jax may list them."""
+    return [
+        Device(
+            id=i * number + s, platform="tpu", device_kind="TPU v5 lite", coords=(i // 2, i % 2, 0), core_on_chip=0,
+            process_index=s, slice_index=s,
+        )
+        for i in range(chips)
+        for s in range(number)
+    ]  # fmt: skip
+
+
+def test_only_data_parallel_copies_lie_on_different_slices():
+    sizes = dict.fromkeys(MESH_AXES, 1) | {"data": 4, "fsdp": 2}
+    mesh = make_mesh(sizes, slices_of(2))
+    indices = np.vectorize(lambda device: device.slice_index)(mesh.devices).reshape(4, 2)
+    assert (indices == indices[:, :1]).all()
+    assert indices[:, 0].tolist() == [0, 0, 1, 1]
+    assert len({device.id for device in mesh.devices.flat}) == 8
+
+
+def test_a_mesh_whose_other_axes_would_cross_slices_is_refused():
+    sizes = dict.fromkeys(MESH_AXES, 1) | {"data": 1, "fsdp": 8}
+    with pytest.raises(ValueError, match="data=1 does not divide over 2 slices.*a multiple of 2, for example data=2 x fsdp=4"):
+        make_mesh(sizes, slices_of(2))
