@@ -5,8 +5,9 @@ bundles of a tile times the number of tiles visited. 8,192 tokens, head dimensio
 
   causal   one document
   packed   eight documents of 1,024 tokens
+  shifted  the same, begun 512 tokens earlier, so that documents end amid our tiles
 
-Splash attention visits the same tiles in both, because its masks do not know of segments. It is taken at the block sizes that
+Splash attention visits the same tiles in all, because its masks do not know of segments. It is taken at the block sizes that
 suit it best in each case. Counted is what a tile costs: of ours the loop over tiles, of splash the block that computes and what
 its grid does in every step; not what begins and ends a row of tiles.
 
@@ -31,7 +32,7 @@ from experiments.tpu_schedule import TOPOLOGIES, Schedule, compiler_environment,
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH, HEAD_DIM, DOCUMENT = 8192, 128, 1024
-LAYOUTS = ("causal", "packed")
+LAYOUTS = {"causal": (LENGTH, 0), "packed": (DOCUMENT, 0), "shifted": (DOCUMENT, DOCUMENT // 2)}  # length, tokens of it cut off
 PASSES = ("forward", "backward")
 # (queries, keys, keys computed at once)
 SPLASH_SIZES = ((512, 512, 512), (1024, 1024, 512), (1024, 1024, 1024))
@@ -140,8 +141,8 @@ def tiles_visited(kind: str, layout: str, pass_: str, sizes: tuple[int, ...]) ->
         return int(np.sum(last_query // sizes[1] + 1)), 0
     from model.kernels.tiles import BlockSizes, make_plan
 
-    tokens = np.arange(LENGTH)
-    segments, positions = (jnp.asarray(x[None]) for x in np.divmod(tokens, LENGTH if layout == "causal" else DOCUMENT))
+    document, cut_off = LAYOUTS[layout]
+    segments, positions = (jnp.asarray(x[None]) for x in np.divmod(np.arange(LENGTH) + cut_off, document))
     block = (sizes[0], sizes[1])
     plan = make_plan(segments + 1, positions, segments + 1, positions, sizes=BlockSizes(block, block))
     visits = getattr(plan, pass_)
@@ -177,7 +178,9 @@ def measure(chip: str, our_sizes: dict[str, tuple[tuple[int, int], ...]]) -> dic
             for pass_, schedule in zip(PASSES, found or (), strict=False):
                 if kind == "ours" and sizes not in our_sizes[pass_]:
                     continue
-                for layout in LAYOUTS if kind == "ours" else (LAYOUTS[segments],):
+                for layout in LAYOUTS:
+                    if kind == "splash" and segments != (layout != "causal"):
+                        continue
                     result = bundles(kind, layout, pass_, sizes, schedule)
                     tried.setdefault(f"{layout}_{pass_}/{kind}", []).append(result)
     return {
@@ -251,9 +254,10 @@ Made by `python benchmarks/attention_schedule.py --table` (with `make env EXTRAS
 writes the final VLIW bundles of a kernel; a bundle is one cycle where nothing stalls, so these numbers are the compiler's
 estimate and a lower bound, good for comparing two kernels, not for predicting seconds.
 
-8,192 tokens, head dimension 128, bfloat16. `causal` is one document, `packed` eight of 1,024 tokens. jax's splash attention,
-with its fused backward pass, at its best block sizes; counted is what a tile costs, loop or grid step included, but not what
-begins and ends a row of tiles. Bundles a tile are those of one in which all pairs are allowed, or of a masked one if all are.
+8,192 tokens, head dimension 128, bfloat16. `causal` is one document, `packed` eight of 1,024 tokens, `shifted` the same begun
+512 tokens earlier: documents that end amid tiles visit twice as many of them. jax's splash attention, with its fused backward
+pass, at its best block sizes; counted is what a tile costs, loop or grid step included, but not what begins and ends a row of
+tiles. Bundles a tile are those of one in which all pairs are allowed, or of a masked one if all are.
 
 {table}
 """

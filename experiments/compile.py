@@ -43,6 +43,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 # What keeps more comes first: the first that fits recomputes least.
 REMAT_ORDER = ("none", "dots", "attention", "full")
 Report = dict[str, Any]
+RANKED = ("tokens_per_step", "estimated_step_seconds", "estimated_mfu", "hbm_bytes_per_device")
 
 
 class DoesNotFit(RuntimeError):
@@ -380,8 +381,8 @@ def check_fits(report: Report, config: TrainConfig, topology: Topology) -> None:
 def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
     """Changes of mesh, remat and batch that pass the checks and, by plan, fit.
 
-    Meshes over data, fsdp and tensor; 1, 2, 4 or 8 rows for each of data x fsdp x expert; the policy that recomputes least.
-    More rows and less tensor parallelism come first: they are what usually wins.
+    Meshes over data, fsdp and tensor; 1, 2, 4 or 8 rows for each of data x fsdp x expert; of the policies that fit the one that
+    recomputes least, and after all of these the others. More rows and less tensor parallelism come first: they usually win.
     """
     from model.params import dimensions, param_specs
     from model.sharding import TRAIN_RULES, factorizations, mesh_problem, resolve_sizes
@@ -395,6 +396,7 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
         if any(mesh[axis] != given[axis] for axis in ("context", "expert")):
             continue
         for rows in (8, 4, 2, 1):
+            fitting = 0
             for remat in REMAT_ORDER:
                 changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
                 changes |= {"model.remat": remat, "batch_size": rows * shards(mesh) * config.accumulation}
@@ -404,9 +406,9 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
                     break
                 planned = sum(plan_memory(changed, mesh).values())
                 if planned <= topology.chip.hbm_bytes:
-                    found.append((mesh["tensor"], -rows, mesh["data"], changes))
-                    break
-    return [changes for *_, changes in sorted(found, key=lambda item: item[:3])]
+                    found.append((fitting, mesh["tensor"], -rows, mesh["data"], changes))
+                    fitting += 1
+    return [changes for *_, changes in sorted(found, key=lambda item: item[:4])]
 
 
 def search(
@@ -486,6 +488,16 @@ def describe(report: Report) -> str:
     return "\n".join(lines)
 
 
+def ranking_table(ranking: Sequence[Mapping[str, Any]]) -> str:
+    """What a search found, the fastest per token first."""
+    lines = [f"{'us a token':>11}{'MFU':>8}{'GiB':>8}  by the compiler's estimate, with"]
+    for one in ranking:
+        each = 1e6 * one["estimated_step_seconds"] / one["tokens_per_step"]
+        gib = one["hbm_bytes_per_device"] / GIB
+        lines.append(f"{each:>11.4g}{100 * one['estimated_mfu']:>7.1f}%{gib:>8.1f}  {' '.join(one['overrides'])}")
+    return "\n".join(lines)
+
+
 def save(report: Report, config: TrainConfig) -> Path:
     """Writes the report beside the run."""
     from train.files import write_json_atomic
@@ -507,10 +519,13 @@ def main(arguments: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # Nothing is computed here; a plan needs no device.
     if arguments.search:
         log = (lambda line: print(line, file=sys.stderr)) if arguments.json else print
-        changes, report = search(arguments.config, arguments.overrides, topology, arguments.tries, log)[0]
+        ranked = search(arguments.config, arguments.overrides, topology, arguments.tries, log)
+        changes, report = ranked[0]
         config = changed_config(config, changes)
-        log("")
-        log(f"best: {' '.join(as_overrides(changes))}")
+        report["ranking"] = [
+            {"overrides": as_overrides(changed), **{key: one[key] for key in RANKED}} for changed, one in ranked
+        ]
+        log(f"\n{ranking_table(report['ranking'])}\n")
     else:
         report = compile_config(arguments.config, arguments.overrides, topology)
     path = save(report, config)

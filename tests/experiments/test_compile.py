@@ -195,12 +195,17 @@ def test_candidates_use_all_devices_and_fit_by_plan(tmp_path):
         meshes.add((mesh["data"], mesh["fsdp"], mesh["tensor"]))
     assert len(meshes) == len({tuple(m) for m in meshes}) > 1
     assert (16, 1, 1) not in meshes  # 8 billion parameters on every device
-    # The remat policy that keeps more does not fit.
-    for changes in found:
-        index = loam_compile.REMAT_ORDER.index(changes["model.remat"])
-        if index:
-            less = changed_config(config, changes | {"model.remat": loam_compile.REMAT_ORDER[index - 1]})
-            assert sum(plan_memory(less, mesh_sizes(less, 16)).values()) > topology.chip.hbm_bytes
+    # Of each mesh and batch first the policy that keeps most and fits, and those that keep less after all of these.
+    order, policies = loam_compile.REMAT_ORDER, {}
+    for place, changes in enumerate(found):
+        policies.setdefault(json.dumps(changes | {"model.remat": ""}), []).append((place, changes["model.remat"]))
+    for key, kept in policies.items():
+        most = order.index(kept[0][1])
+        assert [remat for _, remat in kept] == list(order[most:])
+        if most:
+            more = changed_config(config, json.loads(key) | {"model.remat": order[most - 1]})
+            assert sum(plan_memory(more, mesh_sizes(more, 16)).values()) > topology.chip.hbm_bytes
+    assert sorted(kept[0][0] for kept in policies.values()) == list(range(len(policies)))
 
 
 def test_changes_are_the_overrides_that_make_them(tmp_path):
@@ -209,21 +214,28 @@ def test_changes_are_the_overrides_that_make_them(tmp_path):
     assert load_train_config(path, as_overrides(changes)) == changed_config(load_train_config(path, []), changes)
 
 
-def test_a_search_ranks_by_time_per_token(tmp_path, monkeypatch):
+def test_a_search_ranks_by_time_per_token(tmp_path, monkeypatch, capsys):
     """Fewer rows take less time a step, but more a token; what does not fit is left out."""
 
     def pretend(path, overrides, topology):
         config = load_train_config(path, overrides)
         tokens = config.tokens_per_step
-        return {"fits": config.mesh.tensor < 4, "tokens_per_step": tokens, "estimated_step_seconds": 1 + 1e-6 * tokens}
+        report = {"fits": config.mesh.tensor < 4, "tokens_per_step": tokens, "estimated_step_seconds": 1 + 1e-6 * tokens}
+        return report | {"estimated_mfu": 0.5, "hbm_bytes_per_device": 2 * GIB, "topology": "v5e:2x2"}
 
     monkeypatch.setattr(loam_compile, "compile_config", pretend)
-    path = write_config(tmp_path)
-    ranked = loam_compile.search(path, [], topology_of("v5e:2x2"), tries=1000, log=lambda _: None)
-    times = [report["estimated_step_seconds"] / report["tokens_per_step"] for _, report in ranked]
+    monkeypatch.setattr(loam_compile, "require_libtpu", lambda: None)
+    path, run_dir = write_config(tmp_path), f"--config.run_dir={tmp_path / 'run'}"
+    words = ["compile", f"--config={path}", "--topology=v5e:2x2", "--search", "--tries=1000", "--json", run_dir]
+    assert main(words) == 0
+    out, said = capsys.readouterr()
+    best = json.loads(out)
+    times = [one["estimated_step_seconds"] / one["tokens_per_step"] for one in best["ranking"]]
     assert times == sorted(times)
-    assert ranked[0][1]["tokens_per_step"] == max(report["tokens_per_step"] for _, report in ranked)
-    assert all(changes["mesh.tensor"] < 4 for changes, _ in ranked)
+    assert times[0] == best["estimated_step_seconds"] / best["tokens_per_step"]
+    assert best["tokens_per_step"] == max(one["tokens_per_step"] for one in best["ranking"])
+    assert not any("--config.mesh.tensor=4" in one["overrides"] for one in best["ranking"])
+    assert all(" ".join(one["overrides"]) in said.split("estimate, with")[1] for one in best["ranking"])
 
 
 def test_inspect_plans_a_slice(tmp_path, capsys):
