@@ -56,7 +56,8 @@ def shares(report: Report) -> dict[str, float]:
     """Where the estimated step goes, as fractions of it."""
     clock = topology_of(report["topology"]).chip.clock
     seconds = {kind: cycles / clock for kind, cycles in report["estimated_cycles"].items()}
-    parts = {"matmuls": seconds.pop("matmul"), "attention kernel": seconds.pop("kernel")}
+    attention = sum(one["cycles"] for one in report["kernels"] if "flash" in one["instruction"]) / clock
+    parts = {"matmuls": seconds.pop("matmul"), "attention": attention, "experts": seconds.pop("kernel") - attention}
     parts |= {"other operations": sum(seconds.values()), "exposed collectives": report["exposed_collective_seconds"]}
     return {name: value / report["estimated_step_seconds"] for name, value in parts.items()}
 
@@ -80,18 +81,21 @@ def page(reports: dict[str, Report]) -> str:
         "",
         "## Where the estimated step goes",
         "",
-        "MFU counts the model's own FLOPs; *matmul FLOPs* says how many times as many the program does outside of the kernel,",
-        "for what it computes again. All-gathers and others are exposed where nothing is scheduled beside them.",
+        "Attention and experts are our kernel and jax's megablox, for one document as long as the row and an even router. *Matmul",
+        "speed* is what the compiler expects of the matmuls outside of kernels, over the chip's peak. A collective is exposed as",
+        "far as the device waits for it; each piece of work covers one collective at a time.",
         "",
-        "| config | matmuls | attention kernel | other operations | exposed collectives | matmul FLOPs | exposed all-gathers |",
-        "|---|---|---|---|---|---|---|",
+        "| config | matmuls | matmul speed | attention | experts | the rest | exposed collectives | of these all-gathers |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, report in sorted(reports.items()):
-        parts = " | ".join(f"{100 * share:.0f} %" for share in shares(report).values())
-        again = report["matmul_flops_per_device"] * report["devices"] / report["model_flops_per_step"]
+        matmuls, *parts = (f"{100 * share:.0f} %" for share in shares(report).values())
+        ideal = report["matmul_flops_per_device"] / topology_of(report["topology"]).chip.flops_per_cycle
         gathers = report["exposed_all_gathers"]
-        told = f"{len(gathers)}, {sum(one['bytes'] for one in gathers) / GIB:.2f} GiB" if gathers else "none"
-        lines.append(f"| {name} | {parts} | {again:.2f} | {told} |")
+        waited = sum(one["exposed_seconds"] for one in gathers) / report["estimated_step_seconds"]
+        told = f"{100 * waited:.1f} % ({len(gathers)} of them)" if gathers else "none"
+        speed = f"{100 * ideal / report['estimated_cycles']['matmul']:.0f} %"
+        lines.append(f"| {name} | {' | '.join([matmuls, speed, *parts, told])} |")
     return HEADER + "\n".join(lines) + "\n"
 
 

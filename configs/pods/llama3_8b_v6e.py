@@ -11,4 +11,4 @@ from configs.pods import pretraining
 
 
 def get_config() -> ConfigDict:
-    return pretraining("llama3-8b", seq_len=8192, batch_size=128, mesh={"fsdp": 64}, remat="full")
+    return pretraining("llama3-8b", seq_len=8192, batch_size=128, mesh={"fsdp": 64}, remat="attention")

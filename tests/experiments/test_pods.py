@@ -19,9 +19,10 @@ def report(**changes):
     return {
         "topology": "v5e:2x2", "devices": 4, "mesh": {"data": 1, "fsdp": 4}, "tokens_per_step": 4096, "remat": "full",
         "hbm_bytes_per_device": 3 * 2**30, "hbm_limit_bytes": 15 * 2**30, "model_flops_per_step": 8e12,
-        "matmul_flops_per_device": 3e12, "exposed_collective_seconds": 0.3,
+        "matmul_flops_per_device": 131_072 * 1.2e9, "exposed_collective_seconds": 0.3,
         "estimated_cycles": {"matmul": 1.5e9, "kernel": 0.75e9, "copy": 0.15e9, "slice": 0.15e9},
-        "exposed_all_gathers": [{"bytes": 2**30, "times": 1, "name": "a"}],
+        "exposed_all_gathers": [{"exposed_seconds": 0.05, "name": "a"}],
+        "kernels": [{"instruction": "flash_forward.1", "cycles": 0.6e9}, {"instruction": "gmm.3", "cycles": 0.15e9}],
         "estimated_step_seconds": 2.0, "estimated_mfu": 0.456, "compile_seconds": 61.0,
     } | changes  # fmt: skip
 
@@ -31,9 +32,9 @@ def test_the_page_says_what_the_reports_do():
     assert sum(line.startswith("| [") for line in lines) == 2
     expected = "| v5e:2x2 | fsdp 4 | 4,096 | full | 3.0 of 15.0 GiB | 2.00 s | 45.6 % |  | 61 s |"
     assert f"| [llama](../configs/pods/llama.py) {expected}" in lines
-    # v5e has 1.5 G cycles a second: of the two seconds matmuls take half.
-    assert "| llama | 50 % | 25 % | 10 % | 15 % | 1.50 | 1, 1.00 GiB |" in lines
-    assert "| other | 50 % | 25 % | 10 % | 15 % | 1.50 | none |" in lines
+    # v5e has 1.5 G cycles a second, and its MXUs do 131,072 FLOPs in each: of the two seconds matmuls take half.
+    assert "| llama | 50 % | 80 % | 20 % | 5 % | 10 % | 15 % | 2.5 % (1 of them) |" in lines
+    assert "| other | 50 % | 80 % | 20 % | 5 % | 10 % | 15 % | none |" in lines
 
 
 def test_the_page_in_the_checkout_is_that_of_its_reports():
@@ -49,7 +50,11 @@ def test_a_config_of_a_pod_was_compiled_as_it_stands(name):
     assert compiled["mesh"] == mesh_sizes(config, topology.num_devices)
     assert (compiled["tokens_per_step"], compiled["remat"]) == (config.tokens_per_step, config.model.remat)
     assert compiled["hbm_bytes_per_device"] <= compiled["hbm_limit_bytes"] == topology.chip.hbm_bytes
-    assert not compiled["loops_of_unknown_length"]
+    if not config.model.moe:
+        assert not compiled["loops_of_unknown_length"]
+        assert (
+            sum(one["exposed_seconds"] for one in compiled["exposed_all_gathers"]) < 0.01 * compiled["estimated_step_seconds"]
+        )
 
 
 @pytest.mark.slow
