@@ -81,11 +81,11 @@ def page(reports: dict[str, Report]) -> str:
         "",
         "## Where the estimated step goes",
         "",
-        "Attention and experts are our kernel and jax's megablox, for one document as long as the row and an even router. *Matmul",
-        "speed* is what the compiler expects of the matmuls outside of kernels, over the chip's peak. A collective is exposed as",
+        "Attention is our kernel, experts are jax's megablox, for one document as long as the row and an even router. *Matmul",
+        "speed* is what the compiler expects of matmuls outside of kernels, over the chip's peak. A collective is exposed as",
         "far as the device waits for it; each piece of work covers one collective at a time.",
         "",
-        "| config | matmuls | matmul speed | attention | experts | the rest | exposed collectives | of these all-gathers |",
+        "| config | matmuls | matmul speed | attention | experts | other | exposed collectives | of these all-gathers |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, report in sorted(reports.items()):
