@@ -181,8 +181,10 @@ def tpu_vm(job: Job) -> str:
     docker += options(name=launch.name, net="host", stop_timeout=launch.grace_seconds)
     docker += [f"--env={name}={value}" for name, value in compiler_flags(job).items()]
     remote = (
-        "command -v mount.nfs >/dev/null || sudo apt-get install -qq nfs-common >/dev/null; sudo mkdir -p {mount}; "
-        "mountpoint -q {mount} || sudo mount -t nfs {share} {mount} || exit; "
+        # A new machine may still be updating itself; without mount.nfs it is the machine's fault, and tried again.
+        "command -v mount.nfs >/dev/null || sudo apt-get install -qq -o DPkg::Lock::Timeout=600 nfs-common >/dev/null || exit; "
+        "sudo mkdir -p {mount}; mountpoint -q {mount} || sudo mount -t nfs {share} {mount} || "
+        "{{ echo loam launch: cannot mount --storage={share} >&2; echo loam-exit-status=1; exit 1; }}; "
         "sudo gcloud auth configure-docker --quiet {registry} >/dev/null 2>&1; "
         "{{ sudo docker stop --time={grace} {name}; sudo docker rm --force {name}; }} >/dev/null 2>&1; "
         "{run}; echo loam-exit-status=$?"

@@ -461,6 +461,19 @@ def test_what_the_tpu_vm_script_runs_on_each_machine(tmp_path):
     assert {"--net=host", "--volume=/mnt/loam:/mnt/loam", "--env=LIBTPU_INIT_ARGS=--a=1 --b=2"} < set(words[:image])
 
 
+@pytest.mark.parametrize(("broken", "says"), [("mount", "loam-exit-status=1\n"), ("apt-get", "")])
+def test_a_share_that_cannot_be_mounted_is_the_jobs_error_and_a_missing_package_the_machines(tmp_path, broken, says):
+    (job,) = jobs(TPU_VM)
+    assignments = artefact(job).partition("# Keeps")[0]
+    remote = subprocess.run(["bash", "-c", f'{assignments}\nprintf %s "$REMOTE"'], capture_output=True, text=True)
+    sudo = f'#!/usr/bin/env bash\n[ "$1" != {broken} ]\n'
+    path = programs(tmp_path / "bin", sudo=sudo, mountpoint="#!/bin/sh\nexit 32\n")
+    done = subprocess.run(["bash", "-c", remote.stdout], env={"PATH": path}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stdout == says
+    assert ("10.0.0.2:/share" in done.stderr) == (broken == "mount")
+
+
 # --- Sweeps -----------------------------------------------------------------------------------------------------------------
 
 
