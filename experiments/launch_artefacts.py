@@ -181,8 +181,10 @@ def tpu_vm(job: Job) -> str:
     docker += options(name=launch.name, net="host", stop_timeout=launch.grace_seconds)
     docker += [f"--env={name}={value}" for name, value in compiler_flags(job).items()]
     remote = (
-        "command -v mount.nfs >/dev/null || sudo apt-get install -qq nfs-common >/dev/null; sudo mkdir -p {mount}; "
-        "mountpoint -q {mount} || sudo mount -t nfs {share} {mount} || exit; "
+        # A new machine may still be updating itself; without mount.nfs it is the machine's fault, and tried again.
+        "command -v mount.nfs >/dev/null || sudo apt-get install -qq -o DPkg::Lock::Timeout=600 nfs-common >/dev/null || exit; "
+        "sudo mkdir -p {mount}; mountpoint -q {mount} || sudo mount -t nfs {share} {mount} || "
+        "{{ echo loam launch: cannot mount --storage={share} >&2; echo loam-exit-status=1; exit 1; }}; "
         "sudo gcloud auth configure-docker --quiet {registry} >/dev/null 2>&1; "
         "{{ sudo docker stop --time={grace} {name}; sudo docker rm --force {name}; }} >/dev/null 2>&1; "
         "{run}; echo loam-exit-status=$?"
@@ -203,20 +205,37 @@ def tpu_vm(job: Job) -> str:
 TPU_VM_SCRIPT = r"""
 # Keeps the machines until the job is done, gets new ones when they are taken away, and deletes them in the end.
 set -uo pipefail
+PATIENCE=60 # tries, half a minute apart, while gcloud fails for a reason of its own
+log=$(mktemp) problem=$(mktemp) refused=0 unknown=0
+trap 'rm -f "$log" "$problem"' EXIT
 tpus() { local verb=$1; shift; gcloud compute tpus queued-resources "$verb" "$NAME" "${PLACE[@]}" "$@"; }
-state() { tpus describe --format='value(state.state)' 2>/dev/null; }
-leave() { echo "loam launch: $2" >&2; tpus delete --force --quiet; exit "$1"; }
-log=$(mktemp) refused=0
-trap 'rm -f "$log"' EXIT
+state() {
+  if tpus describe --format='value(state.state)' 2>"$problem"; then return; fi
+  # Only this means that there are no machines: gcloud fails without a network, or a login, too.
+  if grep -q NOT_FOUND "$problem"; then echo NONE; else cat "$problem" >&2; echo UNKNOWN; fi
+}
+leave() {
+  echo "loam launch: $2" >&2
+  for ((try = 0; try < PATIENCE; try++)); do
+    if tpus delete --force --quiet || [ "$(state)" = NONE ]; then exit "$1"; fi
+    sleep 30
+  done
+  echo "loam launch: $NAME COULD NOT BE DELETED: ITS MACHINES MAY STILL BE RUNNING, AND PAID FOR. Delete them with" \
+    "gcloud compute tpus queued-resources delete $NAME ${PLACE[*]} --force" >&2
+  exit 1
+}
 
 for ((attempt = 0; attempt <= RESTARTS; attempt++)); do
   until now=$(state); [ "$now" = ACTIVE ]; do
     case "$now" in
-      '') tpus create "${CREATE[@]}" || ((++refused < 5)) || exit 1 ;;
+      UNKNOWN) ((++unknown < PATIENCE)) || leave 1 "gave up, since gcloud cannot say what $NAME is doing" ;;
+      NONE) tpus create "${CREATE[@]}" || ((++refused < 5)) || leave 1 'gave up, since gcloud does not create the machines' ;;
       FAILED | SUSPENDING | SUSPENDED) tpus delete --force --quiet ;;
     esac
+    if [ "$now" != UNKNOWN ]; then unknown=0; fi
     sleep 30
   done
+  refused=0 unknown=0
   tpus ssh --node=all --worker=all --batch-size=all --quiet --command="$REMOTE" 2>&1 | tee "$log"
   connected=${PIPESTATUS[0]}
   ended=$(sed -n 's/.*loam-exit-status=\([0-9][0-9]*\).*/\1/p' "$log")

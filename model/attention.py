@@ -8,6 +8,9 @@ nothing, nobody sees it, and its output is 0. What a backend cannot do is refuse
   flash      our Pallas kernel; TPUs
   cudnn      cuDNN's kernel through jax.nn, which reads a mask; GPUs
 
+On a ring of devices (`model/ring_attention.py`) `xla` and `reference` are the same: over the mask, part by part. There is no
+`cudnn` on a ring, and `TrainConfig` refuses it.
+
 Axes: B rows, T queries, S keys, H query heads, K key-value heads, D head dimension.
 """
 
@@ -130,7 +133,13 @@ def _attend(q, k, v, pattern: Any, sinks, *, scale: float, cap: float, backend: 
     return function(q, k, v, pattern, sinks, scale=scale, cap=cap)[0].astype(q.dtype)
 
 
+def ring_part(*, scale: float, cap: float, backend: AttentionBackend) -> Part:
+    """How `backend` attends to the keys of one device of a ring."""
+    forward, gradients = masked_attention, masked_gradients
+    if backend == "flash":
+        forward, gradients = functools.partial(flash_attention, out_dtype=jnp.float32), flash_gradients
+    return Part(functools.partial(forward, scale=scale, cap=cap), functools.partial(gradients, scale=scale, cap=cap))
+
+
 def _attend_on_ring(q, k, v, patterns: Any, sinks, *, scale: float, cap: float, backend: AttentionBackend) -> jax.Array:
-    forward, gradients = (flash_attention, flash_gradients) if backend == "flash" else (masked_attention, masked_gradients)
-    part = Part(functools.partial(forward, scale=scale, cap=cap), functools.partial(gradients, scale=scale, cap=cap))
-    return ring_attention(part, patterns, q, k, v, sinks)
+    return ring_attention(ring_part(scale=scale, cap=cap, backend=backend), patterns, q, k, v, sinks)

@@ -19,8 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from model.kernels.tiles import MASKED
-
 AXIS = "context"
 
 
@@ -79,27 +77,32 @@ def ring_attention(part: Part, patterns: Any, q: jax.Array, k: jax.Array, v: jax
     return _forward(part, patterns, q, k, v, sinks)[0]
 
 
-def _walk(step: Callable[..., Any], carry: Any, kv: Any, patterns: Any) -> Any:
-    """carry after step(carry, kv, pattern) for the keys and values of every device; the next are on their way meanwhile."""
+def _walk(step: Callable[..., Any], kv: Any, patterns: Any) -> Any:
+    """The last carry of step(carry, kv, pattern), None at first, for the keys and values of every device.
+
+    The next ones are on their way meanwhile.
+    """
 
     def body(state: Any, pattern: Any) -> tuple[Any, None]:
         carry, kv = state
         following = _pass_on(kv)
         return (step(carry, kv, pattern), following), None
 
-    (carry, kv), _ = jax.lax.scan(body, (carry, kv), jax.tree.map(lambda x: x[:-1], patterns))
-    return step(carry, kv, jax.tree.map(lambda x: x[-1], patterns))
+    first, between, last = (jax.tree.map(lambda x, i=i: x[i], patterns) for i in (0, slice(1, -1), -1))
+    (carry, kv), _ = jax.lax.scan(body, body((None, kv), first)[0], between)
+    return step(carry, kv, last)
 
 
 def _forward(part: Part, patterns: Any, q, k, v, sinks):
     def step(carry, kv, pattern):
-        out, lse = carry
         part_out, part_lse = part.forward(q, *kv, pattern)
+        if carry is None:
+            return part_out, part_lse
+        out, lse = carry
         total = jnp.logaddexp(lse, part_lse)
         return out * jnp.exp(lse - total)[..., None] + part_out * jnp.exp(part_lse - total)[..., None], total
 
-    nothing = jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32), jnp.full(q.shape[:3], MASKED, jnp.float32)
-    out, lse = _walk(step, nothing, (k, v), patterns)
+    out, lse = _walk(step, (k, v), patterns)
     if sinks is not None:
         without, lse = lse, jnp.logaddexp(lse, sinks.astype(jnp.float32)[:, None])
         out = out * jnp.exp(without - lse)[..., None]
@@ -113,14 +116,14 @@ def _backward(part: Part, residuals, d_out):
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
 
     def step(carry, kv, pattern):
-        dq, d_kv = carry
         # What the device before has found of these keys' gradients arrives while this one adds its own.
-        arriving = _pass_on(d_kv)
+        arriving = None if carry is None else _pass_on(carry[1])
         part_dq, *part_d_kv = part.gradients(q, *kv, pattern, d_out, lse, delta)
-        return dq + part_dq, jax.tree.map(jnp.add, arriving, tuple(part_d_kv))
+        if carry is None:
+            return part_dq, tuple(part_d_kv)
+        return carry[0] + part_dq, jax.tree.map(jnp.add, arriving, tuple(part_d_kv))
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (q, (k, v)))
-    dq, d_kv = _walk(step, zeros, (k, v), patterns)
+    dq, d_kv = _walk(step, (k, v), patterns)
     dk, dv = _pass_on(d_kv)
     d_sinks = None
     if sinks is not None:

@@ -391,12 +391,10 @@ class Loop:
             if evaluate:
                 self._evaluate(last)
             if save:
-                self._save()
+                self._save(complete=last or stop)
             if stop:
-                self.checkpoints.wait()
                 self.log(f"stopped on a signal; step {self.step} is saved, and the same command continues from it")
                 return PREEMPTED
-        self.checkpoints.wait()
         return 0
 
     def _settle(self) -> None:
@@ -487,7 +485,8 @@ class Loop:
         except DamagedCheckpoint:
             return True  # Reading it will tell.
 
-    def _save(self) -> None:
+    def _save(self, complete: bool) -> None:
+        """Starts to write a checkpoint; returns when it is `complete`, or else when the next step may run."""
         with self.timed("checkpoint"):
             self.metrics.flush()
             self.samples.flush()
@@ -497,6 +496,8 @@ class Loop:
                     self.checkpoints.delete(step)
             scheduled = self.step % self.config.checkpoint.every == 0 or self.step == self.config.steps
             self.checkpoints.save(self.step, self.state, {"recent_losses": list(self.losses), "scheduled": scheduled})
+            if complete:
+                self.checkpoints.wait()
 
     # --- Held-out data --------------------------------------------------------------------------------------------
 

@@ -378,7 +378,7 @@ def _cost(plan: Plan, heads: int, dots: int, *arrays: jax.Array) -> pl.CostEstim
     )
 
 
-def _forward(plan: Plan, logits: _Logits, q, k, v, sinks) -> tuple[jax.Array, jax.Array]:
+def _forward(plan: Plan, logits: _Logits, q, k, v, sinks, dtype) -> tuple[jax.Array, jax.Array]:
     B, H, T, D = q.shape
     bq, bk = block = plan.sizes.forward
     kernel = functools.partial(_forward_kernel, logits=logits, block=block, group=H // k.shape[1])
@@ -399,7 +399,7 @@ def _forward(plan: Plan, logits: _Logits, q, k, v, sinks) -> tuple[jax.Array, ja
                 pltpu.SMEM((1,), jnp.int32),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, 1, T), jnp.float32)],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((B, H, 1, T), jnp.float32)],
         compiler_params=_PARAMS,
         cost_estimate=_cost(plan, H, 2, q, q, k, v),
         name="flash_forward",
@@ -453,24 +453,24 @@ def _backward(plan: Plan, logits: _Logits, q, k, v, d_out, statistics, dtype) ->
     return (dq * logits.scale).swapaxes(2, 3).astype(dtype), dk, dv
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _attend(plan: Plan, logits: _Logits, q, k, v, sinks) -> tuple[jax.Array, jax.Array]:
-    return _attend_forward(plan, logits, q, k, v, sinks)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attend(plan: Plan, logits: _Logits, dtype: Any, q, k, v, sinks) -> tuple[jax.Array, jax.Array]:
+    return _attend_forward(plan, logits, dtype, q, k, v, sinks)[0]
 
 
-def _attend_forward(plan: Plan, logits: _Logits, q, k, v, sinks):
-    out, lse = _forward(plan, logits, _scaled(q, logits), k, v, sinks)
+def _attend_forward(plan: Plan, logits: _Logits, dtype: Any, q, k, v, sinks):
+    out, lse = _forward(plan, logits, _scaled(q, logits), k, v, sinks, dtype)
     # Named for remat: with these kept, the backward pass need not run the kernel again.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (plan, q, k, v, sinks, out, lse)
 
 
-def _attend_backward(logits: _Logits, residuals, cotangents):
+def _attend_backward(logits: _Logits, _: Any, residuals, cotangents):
     plan, q, k, v, sinks, out, lse = residuals
     d_out, d_lse = cotangents
     # d score = weight x (d weight - sum over keys of weight x d weight), whose sum is out . d_out; lse adds its own.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)[:, :, None] - d_lse
-    dq, dk, dv = _gradients(plan, logits, q, k, v, d_out, lse, delta, q.dtype)
+    dq, dk, dv = _gradients(plan, logits, q, k, v, d_out.astype(q.dtype), lse, delta, q.dtype)
     weight_of_sink = jnp.where(lse <= EMPTY, 0.0, jnp.exp(sinks[:, None, None] - lse))
     return None, dq, dk, dv, -jnp.sum(weight_of_sink * delta, axis=(0, 2, 3))
 
@@ -498,15 +498,17 @@ def flash_attention(
     *,
     scale: float,
     cap: float = 0.0,
+    out_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """softmax(cap(scale * q k^T)) v over the allowed pairs of `plan`; sums and softmax are float32.
 
     Args:
       sinks_H: float32 [H], a logit per head that takes part in the softmax without a value (arXiv:2309.17453).
       cap: logits become cap * tanh(logits / cap); 0 is off.
+      out_dtype: by default that of q.
 
     Returns:
-      [B, H, T, D] of q's dtype, and the log-sum-exp of each query's logits (its sink among them), float32 [B, H, T]; both are
+      [B, H, T, D] of `out_dtype`, and the log-sum-exp of each query's logits (its sink among them), float32 [B, H, T]; both are
       differentiable. A query that sees nothing and has no sink gets 0 and MASKED.
 
     Raises:
@@ -522,7 +524,9 @@ def flash_attention(
     sinks = jnp.full((H,), MASKED, jnp.float32) if sinks_H is None else sinks_H.astype(jnp.float32)
     q = pad(q_BHTD, plan.q_ids.shape[2])
     k, v = (pad(x, plan.kv_ids.shape[2]) for x in (k_BKSD, v_BKSD))
-    out_and_lse: tuple[jax.Array, jax.Array] = _attend(plan, _Logits(scale, cap, plan.window), q, k, v, sinks)
+    out_and_lse: tuple[jax.Array, jax.Array] = _attend(
+        plan, _Logits(scale, cap, plan.window), jnp.dtype(out_dtype or q.dtype), q, k, v, sinks
+    )
     return out_and_lse[0][:, :, :T], out_and_lse[1][:, :, 0, :T]
 
 

@@ -174,6 +174,14 @@ def test_what_a_dataclass_refuses_is_told_with_its_path(word, message):
         config_with(word)
 
 
+@pytest.mark.parametrize("context", [2, -1])
+def test_cudnn_on_a_ring_is_refused(context):
+    words = ["model.attention_backend=cudnn", "model.dtype=bfloat16", "mesh.data=1"]
+    assert config_with(*words).model.attention_backend == "cudnn"
+    with pytest.raises(ConfigError, match=r"'cudnn' attends to whole rows: set mesh\.context to 1, or take 'xla'"):
+        config_with(*words, f"mesh.context={context}")
+
+
 # --- Overrides --------------------------------------------------------------------------------------------------------
 
 

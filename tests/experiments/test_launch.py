@@ -342,37 +342,50 @@ def test_the_skypilot_task():
     assert shlex.split(task["run"]) == list(job.command)
 
 
-# Cloud TPU, as the script sees it: a state that the scenario changes; each line of `outcomes` is one connection.
+# Cloud TPU, as the script sees it: a state that the scenario changes, and how many calls fail next, or create calls that are
+# refused; each line of `outcomes` is one connection, after which both are as it says.
 FAKE_GCLOUD = r"""#!/usr/bin/env bash
 cd "$FAKE" || exit
 verb=$4
 echo "$verb" >> calls
 printf '%s\n' "$@" > "last_$verb"
+fail() { echo "ERROR: (gcloud.compute.tpus.queued-resources.$verb) $1" >&2; exit 1; }
+count_down() { if (($(cat "$1") > 0)); then echo $(($(cat "$1") - 1)) > "$1"; else return 1; fi; }
+if count_down offline; then fail 'There was a problem refreshing your current auth tokens: Max retries exceeded'; fi
+if [ "$verb" = create ]; then
+  if [ -e state ]; then fail 'ALREADY_EXISTS: the resource already exists'; fi
+  if count_down refusals; then fail 'RESOURCE_EXHAUSTED: quota exceeded'; fi
+elif ! [ -e state ]; then fail "NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/$5' was not found"; fi
 case $verb in
-  describe) cat state 2>/dev/null ;;
+  describe) cat state ;;
   create) echo ACTIVE > state ;;
-  delete) rm -f state ;;
+  delete) rm state ;;
   ssh)
     read -r status after codes < outcomes
     sed -i 1d outcomes
-    echo "$after" > state
+    IFS=, read -r state offline refusals <<< "$after,0,0"
+    echo "$state" > state
+    echo "$offline" > offline
+    echo "${refusals%%,*}" > refusals
     for code in $codes; do echo "[worker] loam-exit-status=$code"; done
     exit "$status" ;;
 esac
 """
 
 
-def run_script(tmp_path, outcomes, **flags):
-    """Runs the script against a scenario; returns its exit status, and how often it called what."""
+def run_script(tmp_path, outcomes, refusals=0, **flags):
+    """Runs the script against a scenario; returns what ran, and how often it called what."""
     (job,) = jobs({**TPU_VM, **flags})
     script = tmp_path / "script"
     script.write_text(artefact(job))
     path = programs(tmp_path / "bin", gcloud=FAKE_GCLOUD, sleep="#!/bin/sh\n")
+    (tmp_path / "offline").write_text("0\n")
+    (tmp_path / "refusals").write_text(f"{refusals}\n")
     (tmp_path / "outcomes").write_text("".join(f"{line}\n" for line in outcomes))
-    done = subprocess.run(["bash", script], env={"PATH": path, "FAKE": str(tmp_path)}, timeout=60)
-    assert not (tmp_path / "state").exists(), "the machines are still paid for"
+    environment = {"PATH": path, "FAKE": str(tmp_path)}
+    done = subprocess.run(["bash", script], env=environment, timeout=60, capture_output=True, text=True)
     calls = (tmp_path / "calls").read_text().split()
-    return done.returncode, {verb: calls.count(verb) for verb in ("create", "ssh", "delete")}
+    return done, {verb: calls.count(verb) for verb in ("create", "ssh", "delete")}
 
 
 @pytest.mark.parametrize(
@@ -386,11 +399,32 @@ def run_script(tmp_path, outcomes, **flags):
         (["0 ACTIVE 42 1"], 1, {"create": 1, "ssh": 1, "delete": 1}),
         (["1 SUSPENDING 126"], 126, {"create": 1, "ssh": 1, "delete": 1}),
         (["0 ACTIVE 139 0"] * 3, 42, {"create": 1, "ssh": 3, "delete": 1}),
+        (["255 ACTIVE,9", "0 ACTIVE 0 0"], 0, {"create": 1, "ssh": 2, "delete": 1}),
+        (["255 ACTIVE,62"], 1, {"create": 1, "ssh": 1, "delete": 2}),
+        (["0 ACTIVE,6 0 0"], 0, {"create": 1, "ssh": 1, "delete": 4}),
+        (["1 SUSPENDED,0,4", "1 SUSPENDED,0,4", "0 ACTIVE 0 0"], 0, {"create": 11, "ssh": 3, "delete": 3}),
+        (["1 SUSPENDED,0,5"], 1, {"create": 6, "ssh": 1, "delete": 2}),
     ],
-    ids=["done", "saved", "preempted", "unreachable", "killed", "error", "error_then_lost", "budget"],
+    ids="done saved preempted unreachable killed error error_then_lost budget offline offline_long offline_at_the_end refused "
+    "refused_long".split(),
 )
 def test_the_tpu_vm_script_restarts_until_done_and_leaves_no_machine(tmp_path, outcomes, status, calls):
-    assert run_script(tmp_path, outcomes, max_restarts=2) == (status, calls)
+    done, called = run_script(tmp_path, outcomes, max_restarts=2)
+    assert (done.returncode, called) == (status, calls)
+    assert not (tmp_path / "state").exists(), "the machines are still paid for"
+    assert "COULD NOT BE DELETED" not in done.stderr
+
+
+def test_the_tpu_vm_script_says_what_it_could_not_delete(tmp_path):
+    """Offline for good: nothing is asked for twice, and the end is neither silent nor taken for a success."""
+    done, calls = run_script(tmp_path, ["0 ACTIVE,999 0 0"], project="p")
+    assert (tmp_path / "state").exists()
+    assert done.returncode == 1
+    assert (calls["create"], calls["ssh"]) == (1, 1)
+    last = done.stderr.splitlines()[-1]
+    assert "MACHINES MAY STILL BE RUNNING" in last
+    words = last.partition("gcloud ")[2].split()
+    assert words == "compute tpus queued-resources delete quickstart --zone=us-east5-a --project=p --force".split()
 
 
 def test_what_the_tpu_vm_script_asks_for(tmp_path):
@@ -425,6 +459,19 @@ def test_what_the_tpu_vm_script_runs_on_each_machine(tmp_path):
     assert words[image + 1 :] == list(job.command)
     assert awkward in words
     assert {"--net=host", "--volume=/mnt/loam:/mnt/loam", "--env=LIBTPU_INIT_ARGS=--a=1 --b=2"} < set(words[:image])
+
+
+@pytest.mark.parametrize(("broken", "says"), [("mount", "loam-exit-status=1\n"), ("apt-get", "")])
+def test_a_share_that_cannot_be_mounted_is_the_jobs_error_and_a_missing_package_the_machines(tmp_path, broken, says):
+    (job,) = jobs(TPU_VM)
+    assignments = artefact(job).partition("# Keeps")[0]
+    remote = subprocess.run(["bash", "-c", f'{assignments}\nprintf %s "$REMOTE"'], capture_output=True, text=True)
+    sudo = f'#!/usr/bin/env bash\n[ "$1" != {broken} ]\n'
+    path = programs(tmp_path / "bin", sudo=sudo, mountpoint="#!/bin/sh\nexit 32\n")
+    done = subprocess.run(["bash", "-c", remote.stdout], env={"PATH": path}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stdout == says
+    assert ("10.0.0.2:/share" in done.stderr) == (broken == "mount")
 
 
 # --- Sweeps -----------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Flash attention against a float64 reference, in TPU interpret mode: memory starts as NaN, copies that race are told."""
 
+import functools
 import itertools
 import textwrap
 
@@ -9,16 +10,19 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from model.kernels.flash_attention import flash_attention
+from model.attention import attention, make_pattern, ring_part
+from model.kernels.flash_attention import flash_attention, flash_gradients
 from model.kernels.tiles import MASKED, BlockSizes, make_plan
+from model.ring_attention import zigzag
+from model.sharding import MESH_AXES, TRAIN_RULES, Layout, make_mesh
 from tests.libtpu import run_with_libtpu
 
 SCALE = 0.3
 SIZES = BlockSizes(forward=(128, 128), backward=(128, 128))
 
 
-def interpret():
-    return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True))
+def interpret(detect_races=True):
+    return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan", detect_races=detect_races))
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +156,12 @@ def test_segments_in_any_order():
     check(same(ids), window=90, cap=0.0, group=1, with_sinks=True, dtype=jnp.float32, tolerance=3e-6)
 
 
+def joined(parts):
+    """Outputs and log-sum-exps of parts of the keys, put together as ring attention does."""
+    total = functools.reduce(jnp.logaddexp, (lse for _, lse in parts))
+    return sum(out * jnp.exp(lse - total)[..., None] for out, lse in parts), total
+
+
 def test_parts_of_the_keys_add_up_by_their_log_sum_exp():
     """What ring attention does with the keys of other devices."""
     segments, positions = layouts(258)
@@ -163,12 +173,105 @@ def test_parts_of_the_keys_add_up_by_their_log_sum_exp():
         return flash_attention(q, k[:, :, keys], v[:, :, keys], plan, scale=SCALE)
 
     with interpret():
-        (whole, lse), (a, lse_a), (b, lse_b) = over(slice(None)), over(slice(0, 100)), over(slice(100, None))
-    together = jnp.logaddexp(lse_a, lse_b)
-    parts = a * jnp.exp(lse_a - together)[..., None] + b * jnp.exp(lse_b - together)[..., None]
+        (whole, lse), *parts = over(slice(None)), over(slice(0, 100)), over(slice(100, None))
+    out, together = joined(parts)
     real = (segments > 0)[:, None]
     np.testing.assert_allclose(np.where(real, together, 0), np.where(real, lse, 0), atol=1e-5)
-    np.testing.assert_allclose(np.where(real[..., None], parts, 0), whole, atol=1e-5)
+    np.testing.assert_allclose(np.where(real[..., None], out, 0), whole, atol=1e-5)
+
+
+HALVES = (slice(0, 128), slice(128, 256))
+
+
+@pytest.mark.parametrize(("window", "cap"), [(50, 2.0), pytest.param(0, 0.0, marks=pytest.mark.slow)])
+def test_gradients_of_parts_of_the_keys_add_up(window, cap):
+    """Those of the queries; those of keys and values stand side by side. With grouped heads and padding."""
+    segments, positions = (x[None] for x in document_ids([90, 140], 256))
+    rng = np.random.default_rng(0)
+    q, d_out, k, v = (rng.standard_normal((1, heads, 256, 32)).astype(np.float32) for heads in (2, 2, 1, 1))
+    allowed = allowed_pairs(segments, positions, segments, positions, window)
+    with jax.enable_x64(True):
+        function = lambda *qkv: reference(*qkv, None, allowed, cap)  # noqa: E731
+        (out, lse), pull = jax.vjp(function, *(jnp.asarray(x, jnp.float64) for x in (q, k, v)))
+        expected = pull((jnp.asarray(d_out, jnp.float64), jnp.zeros_like(lse)))
+        lse, delta = (np.asarray(x, np.float32) for x in (lse, jnp.sum(out * d_out, axis=-1)))
+
+    @jax.jit
+    def of_part(k, v, kv_segments, kv_positions):
+        plan = make_plan(segments, positions, kv_segments, kv_positions, window, SIZES)
+        return flash_gradients(jnp.asarray(q), k, v, plan, jnp.asarray(d_out), lse, delta, scale=SCALE, cap=cap)
+
+    with interpret(detect_races=False):
+        parts = [of_part(k[:, :, keys], v[:, :, keys], segments[:, keys], positions[:, keys]) for keys in HALVES]
+    dq, dk, dv = zip(*parts, strict=True)
+    for x, y in zip((sum(dq), np.concatenate(dk, axis=2), np.concatenate(dv, axis=2)), expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=3e-6 * np.abs(y).max(), rtol=0)
+
+
+def test_bfloat16_parts_are_not_rounded_before_they_are_joined():
+    """Values with a mean keep the rounding of the weights small beside that of the output."""
+    segments, positions = (x[None] for x in document_ids([256], 256))
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 1, 256, 32)) + mean, jnp.bfloat16) for mean in (0, 0, 2))
+    with jax.enable_x64(True):
+        exact = (jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v))
+        expected, _ = reference(*exact, None, allowed_pairs(segments, positions, segments, positions, 0), 0.0)
+
+    @jax.jit
+    def of_part(k, v, kv_segments, kv_positions):
+        plan = make_plan(segments, positions, kv_segments, kv_positions, 0, SIZES)
+        return flash_attention(q, k, v, plan, scale=SCALE, out_dtype=jnp.float32)
+
+    with interpret(detect_races=False):
+        parts = [of_part(k[:, :, keys], v[:, :, keys], segments[:, keys], positions[:, keys]) for keys in HALVES]
+    rounded = [(out.astype(jnp.bfloat16), lse) for out, lse in parts]
+    error, with_rounding = (
+        np.sqrt(np.mean(np.square(np.asarray(joined(each)[0], np.float64) - np.asarray(expected)))) for each in (parts, rounded)
+    )
+    assert error < with_rounding / 2
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla", "flash"])
+def test_all_that_a_part_of_a_ring_returns_is_float32(backend):
+    q, k, ids = (
+        jnp.zeros((1, 4, 128, 32), jnp.bfloat16),
+        jnp.zeros((1, 2, 128, 32), jnp.bfloat16),
+        jnp.ones((1, 128), jnp.int32),
+    )
+    pattern = make_pattern(ids, ids, ids, ids, window=0, backend=backend)
+    statistics = jnp.zeros((1, 4, 128), jnp.float32)
+    part = ring_part(scale=SCALE, cap=0.0, backend=backend)
+    forward = jax.eval_shape(part.forward, q, k, k, pattern)
+    gradients = jax.eval_shape(part.gradients, q, k, k, pattern, q, statistics, statistics)
+    assert {x.dtype for x in (*forward, *gradients)} == {jnp.dtype(jnp.float32)}
+    assert [x.shape for x in (*forward, *gradients)] == [q.shape, statistics.shape, q.shape, k.shape, k.shape]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_ring_of_kernels_gives_what_plain_jax_gives(dtype):
+    """Values and gradients over two devices that hold the tokens in zigzag order."""
+    layout = Layout.of(make_mesh(dict.fromkeys(MESH_AXES, 1) | {"context": 2}, jax.devices()[:2]), TRAIN_RULES)
+    order = zigzag(256, 2)
+    segments, positions = (x[None, order] for x in document_ids([100, 140], 256))
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (jnp.asarray(rng.standard_normal((1, 256, heads, 32)), dtype) for heads in (2, 1, 1, 2))
+    sinks = jnp.asarray(rng.standard_normal(2), jnp.float32)
+    results = {}
+    for backend in ("reference", "flash"):
+
+        @jax.jit
+        def attend(q, k, v, sinks, backend=backend):
+            pattern = make_pattern(segments, positions, segments, positions, window=90, backend=backend, layout=layout)
+            return attention(q, k, v, pattern, sinks, scale=SCALE, cap=2.0, backend=backend, layout=layout)
+
+        with interpret(detect_races=False):
+            out, pull = jax.vjp(attend, q, k, v, sinks)
+            results[backend] = jax.block_until_ready((out, *pull(d_out)))
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    for ours, theirs in zip(results["flash"], results["reference"], strict=True):
+        theirs = np.asarray(theirs, np.float32)
+        np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
 def test_keys_of_tiles_that_are_not_visited_are_never_read():
@@ -205,12 +308,6 @@ def visited(visits, count):
     return some, full
 
 
-def zigzag(x, part, parts):
-    """The rows of one of `parts` devices: a chunk from the front and its mirror image from the back."""
-    chunks = np.split(x, 2 * parts, axis=1)
-    return np.concatenate([chunks[part], chunks[2 * parts - 1 - part]], axis=1)
-
-
 @pytest.mark.parametrize("window", [0, 1, 130, 700])
 @pytest.mark.parametrize("block", [(128, 128), (256, 128), (128, 256)])
 @pytest.mark.parametrize("sharding", ["none", "halves", "zigzag"])
@@ -228,11 +325,12 @@ def test_visited_tiles_are_the_fewest_possible(window, block, sharding):
     ]
     rows = [document_ids(lengths[np.cumsum(lengths) <= total], total) for lengths in kinds]
     segments, positions = (np.stack(x) for x in zip(*rows, strict=True))
+    dealt = np.split(zigzag(total, 2), 2)
     shards = {
         "none": [((segments, positions), (segments, positions))],
         "halves": [((segments[:, 512:], positions[:, 512:]), (segments[:, :512], positions[:, :512]))],
         "zigzag": [
-            tuple(tuple(zigzag(x, part, 2) for x in (segments, positions)) for part in pair)
+            tuple(tuple(x[:, dealt[part]] for x in (segments, positions)) for part in pair)
             for pair in itertools.product(range(2), repeat=2)
         ],
     }[sharding]

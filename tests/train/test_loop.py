@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -18,6 +19,7 @@ import pytest
 
 from data.config import MixtureConfig, TokenizerConfig
 from experiments.cli import load_train_config
+from experiments.goodput import goodput
 from tests.tiny import write_tiny_job
 from train import loop
 from train.checkpoint import Checkpoints
@@ -128,6 +130,30 @@ def test_ctrl_c_saves_and_stops(job, tmp_path):
     assert 8 <= Checkpoints(f"{config.run_dir}/checkpoints", keep=None).steps()[-1] < config.steps
     assert train(config, log=lambda _: None) == 0
     assert_same(job, config)
+
+
+@pytest.mark.parametrize(
+    ("log", "status"), [(terminate_at("step 8:"), PREEMPTED), (lambda _: None, 0)], ids=["stopped", "last"]
+)
+def test_a_slow_write_counts_as_a_checkpoint_and_not_as_a_step(job, tmp_path, monkeypatch, log, status):
+    """For the watchdog, which would end it after `step_seconds`, and for goodput."""
+    waits = []
+
+    class Slow(Checkpoints):
+        def _finish_save(self):
+            if self._saving is not None:
+                begin = time.perf_counter()
+                time.sleep(0.5)
+                super()._finish_save()
+                waits.append((self._group.watchdog.doing, time.perf_counter() - begin))
+
+    monkeypatch.setattr(loop, "Checkpoints", Slow)
+    config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))
+    assert train(config, log=log) == status
+    assert waits
+    assert {doing.rpartition(" at step ")[0] for doing, _ in waits} == {"checkpoint"}
+    parts = goodput(read_jsonl(f"{config.run_dir}/timing.jsonl"))
+    assert parts["checkpoint"] >= sum(seconds for _, seconds in waits)
 
 
 def test_a_torn_record_and_records_after_the_checkpoint_are_dropped(job, tmp_path):
