@@ -43,6 +43,20 @@ class BlockSizes:
         table = json.loads(BLOCK_SIZES_FILE.read_text())
         return cls(**{name: (q, kv) for name, (q, kv) in table[chip.name].items()}) if chip else cls()
 
+    def for_itemsize(self, itemsize: int) -> BlockSizes:
+        """These sizes, made for queries and keys of 2 bytes, for arrays of `itemsize` bytes.
+
+        In float32, tiles as large need 22.7 MiB of VMEM in the backward pass of 128 dimensions, and a v4 has 16; with 256 and a
+        cap, half as large is still too large there.
+        """
+        divisors = {"forward": max(1, itemsize // 2), "backward": max(1, itemsize // 2) ** 2}
+        return BlockSizes(
+            **{
+                name: (max(LANES, q // divisors[name]), max(LANES, kv // divisors[name]))
+                for name, (q, kv) in dataclasses.asdict(self).items()
+            }
+        )
+
 
 @flax.struct.dataclass
 class Visits:

@@ -370,16 +370,16 @@ COMPILE = textwrap.dedent(
     import jax, jax.numpy as jnp, numpy as np
     from jax.experimental import topologies
     from model.kernels.flash_attention import flash_attention
-    from model.kernels.tiles import make_plan
+    from model.kernels.tiles import BlockSizes, make_plan
 
     topology, length, head_dim, group, window = sys.argv[1], *map(int, sys.argv[2:6])
-    cap, gradients = float(sys.argv[6]), int(sys.argv[7])
+    cap, gradients, dtype = float(sys.argv[6]), int(sys.argv[7]), jnp.dtype(sys.argv[8])
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     everywhere = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(devices[:1]), ("one",)), jax.sharding.PartitionSpec())
-    shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=everywhere)
+    shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=everywhere)
 
     def run(q, k, v, sinks, segments, positions):
-        plan = make_plan(segments, positions, segments, positions, window)
+        plan = make_plan(segments, positions, segments, positions, window, BlockSizes().for_itemsize(dtype.itemsize))
         call = lambda q, k, v, sinks: flash_attention(q, k, v, plan, sinks, scale=0.1, cap=cap)
         if not gradients:
             return call(q, k, v, sinks)
@@ -393,8 +393,8 @@ COMPILE = textwrap.dedent(
 )
 
 
-def compile_for(topology, length, head_dim, group, window, cap, gradients):
-    run_with_libtpu(COMPILE, topology, length, head_dim, group, window, cap, int(gradients))
+def compile_for(topology, length, head_dim, group, window, cap, gradients, dtype="bfloat16"):
+    run_with_libtpu(COMPILE, topology, length, head_dim, group, window, cap, int(gradients), dtype)
 
 
 def test_it_compiles_for_a_tpu():
@@ -406,6 +406,19 @@ def test_it_compiles_for_a_tpu():
 @pytest.mark.parametrize(("head_dim", "group", "window", "cap"), [(64, 1, 0, 0.0), (128, 4, 1000, 0.0), (256, 2, 0, 50.0)])
 def test_it_compiles_for_every_generation(topology, head_dim, group, window, cap):
     compile_for(topology, 4096, head_dim, group, window, cap, gradients=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2"])
+@pytest.mark.parametrize(("head_dim", "group", "window", "cap"), [(128, 2, 0, 0.0), (256, 2, 1000, 50.0)])
+def test_float32_fits_into_vmem_in_smaller_tiles(topology, head_dim, group, window, cap):
+    compile_for(topology, 4096, head_dim, group, window, cap, gradients=True, dtype="float32")
+
+
+def test_tiles_of_float32_are_smaller_and_still_whole_registers():
+    assert BlockSizes().for_itemsize(2) == BlockSizes()
+    assert BlockSizes().for_itemsize(4) == BlockSizes(forward=(512, 512), backward=(256, 256))
+    assert BlockSizes((256, 1024), (256, 128)).for_itemsize(4) == BlockSizes((128, 512), (128, 128))
 
 
 @pytest.mark.slow
