@@ -176,7 +176,8 @@ def attention_call_cycles(
     # Queries and keys, [B, H, T, D] and [B, K, S, D]: two of the operands, in another order in each pass.
     wide = [shape for shape in map(hlo.first_shape, kernel.operands) if len(shape) == 4]
     queries, keys = (wide[0], wide[1]) if pass_ == "forward" else (wide[2], wide[0])
-    block = getattr(BlockSizes.of_chip(topology.chip), pass_)
+    sizes = BlockSizes.of_chip(topology.chip).for_itemsize(2 if config.model.dtype == "bfloat16" else 4)
+    block = getattr(sizes, pass_)
     block = (min(block[0], queries[2]), min(block[1], keys[2]))
     length = config.data.seq_len
     layers = [config.model.window(layer) for layer in range(config.model.num_layers)]

@@ -45,6 +45,7 @@ def make_pattern(
     *,
     window: int,
     backend: AttentionBackend,
+    itemsize: int = 2,
     layout: Layout | None = None,
 ) -> Pattern:
     """What all layers of a step with the same window share.
@@ -53,11 +54,13 @@ def make_pattern(
       q_segments, q_positions: int32 [B, T].
       kv_segments, kv_positions: int32 [B, S]; those of the queries if a mesh splits the tokens of a row.
       window: a query sees keys at distances below it; 0 is no limit.
+      itemsize: bytes of an element of the queries and keys that will be attended with.
     """
     make: Callable[..., Pattern] = functools.partial(allowed_pairs, window=window)
     if backend == "flash":
         devices = layout.mesh.devices.flat if layout else jax.devices()
-        make = functools.partial(make_plan, window=window, sizes=BlockSizes.of_chip(chip_of(devices[0].device_kind)))
+        sizes = BlockSizes.of_chip(chip_of(devices[0].device_kind)).for_itemsize(itemsize)
+        make = functools.partial(make_plan, window=window, sizes=sizes)
     if layout is None or layout.shards("sequence") == 1:
         return make(q_segments, q_positions, kv_segments, kv_positions)
     tokens = layout.spec("batch", "sequence")

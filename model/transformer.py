@@ -219,13 +219,14 @@ def forward(
     segments = segment_ids if segment_ids is not None else jnp.ones_like(positions)
     kv_segments = segments if cache is None else jnp.ones_like(kv_positions)
     backend = config.attention_backend if cache is None else "reference"
+    itemsize = jnp.dtype(config.dtype).itemsize
+    patterns = functools.partial(
+        make_pattern, segments, positions, kv_segments, kv_positions, backend=backend, itemsize=itemsize
+    )
     windows = set(config.window_pattern)
     context = Context(
         positions,
-        {
-            w: make_pattern(segments, positions, kv_segments, kv_positions, window=w, backend=backend, layout=layout)
-            for w in windows
-        },
+        {w: patterns(window=w, layout=layout) for w in windows},
         {w > 0: rope_table(positions, config.rope, config.rotary_dim, w > 0) for w in windows}
         if config.positions == "rope"
         else {},

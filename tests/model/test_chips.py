@@ -133,11 +133,14 @@ def test_attention_takes_the_block_sizes_of_its_chip(monkeypatch, tmp_path):
     path.write_text(json.dumps(table))
     monkeypatch.setattr(tiles, "BLOCK_SIZES_FILE", path)
     ids = np.ones((1, 2048), np.int32)
-    sizes = {}
-    for kind in ("TPU v6 lite", "cpu"):
-        monkeypatch.setattr(jax, "devices", lambda kind=kind: [SimpleNamespace(device_kind=kind)])
-        sizes[kind] = attention.make_pattern(ids, ids, ids, ids, window=0, backend="flash").sizes
-    assert sizes == {"TPU v6 lite": tiles.BlockSizes((128, 256), (256, 128)), "cpu": tiles.BlockSizes()}
+
+    def sizes(kind, itemsize):
+        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+        return attention.make_pattern(ids, ids, ids, ids, window=0, backend="flash", itemsize=itemsize).sizes
+
+    assert sizes("TPU v6 lite", 2) == tiles.BlockSizes((128, 256), (256, 128))
+    assert sizes("cpu", 2) == tiles.BlockSizes()
+    assert sizes("cpu", 4) == tiles.BlockSizes((512, 512), (256, 256))
 
 
 # --- Several slices -----------------------------------------------------------------------------------------------------------
