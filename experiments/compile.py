@@ -467,7 +467,8 @@ def describe(report: Report) -> str:
         told = f"{kernel['cycles']:,.0f} cycles by {kernel['by']}"
         lines.append(f"  kernel {kernel['instruction']:<29}{kernel['times']:>10,.0f} calls, {told}")
     if report["loops_of_unknown_length"]:
-        lines.append(f"  loops counted once, their length is not known: {', '.join(report['loops_of_unknown_length'])}")
+        names = ", ".join(report["loops_of_unknown_length"])
+        lines.append(f"  loops whose length is not known, counted once or, over experts' rows, as for an even router: {names}")
     lines += ["", f"  {'collective':<20}{'over':<20}{'count':>7}{'async':>7}{'GiB':>9}{'seconds':>9}{'exposed':>9}"]
     lines += [
         f"  {row['kind']:<20}{row['axes']:<20}{row['count']:>7.0f}{row['asynchronous']:>7.0f}{row['bytes'] / GIB:>9.2f}"

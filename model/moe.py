@@ -192,7 +192,7 @@ def _in_chunks(
     platform: str,
     chunk: int,
 ) -> jax.Array:
-    """`_experts` of so many rows at a time; rows of chunks that are empty are 0.
+    """`_experts` of so many rows at a time; rows of chunks that are empty may hold anything.
 
     Nothing is kept for the backward pass but the arguments: it computes the hidden rows again, a chunk of them at a time.
     """
@@ -202,7 +202,7 @@ def _in_chunks(
         out = _experts(part, _sizes_within(sizes, i * chunk, chunk), matrices, activation, platform)
         return jax.lax.dynamic_update_slice_in_dim(out_RD, out, i * chunk, 0)
 
-    return jax.lax.fori_loop(0, _filled(sizes, chunk), of_chunk, jnp.zeros_like(x_RD))
+    return jax.lax.fori_loop(0, _filled(sizes, chunk), of_chunk, jax.lax.empty(x_RD.shape, x_RD.dtype))
 
 
 def _in_chunks_forward(x_RD, sizes, matrices, activation, platform, chunk):
@@ -222,7 +222,8 @@ def _in_chunks_backward(activation, platform, chunk, kept, d_out_RD):
         return jax.lax.dynamic_update_slice_in_dim(d_x_RD, d_part, i * chunk, 0), d_matrices
 
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), matrices)
-    d_x_RD, d_matrices = jax.lax.fori_loop(0, _filled(sizes, chunk), of_chunk, (jnp.zeros_like(x_RD), zeros))
+    begin = jax.lax.empty(x_RD.shape, x_RD.dtype), zeros
+    d_x_RD, d_matrices = jax.lax.fori_loop(0, _filled(sizes, chunk), of_chunk, begin)
     return d_x_RD, None, jax.tree.map(lambda total, w: total.astype(w.dtype), d_matrices, matrices)
 
 
@@ -331,7 +332,9 @@ def _starts(sizes: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _exchange(x: jax.Array, there: Send, back: Send) -> jax.Array:
-    """[there.num_rows, D]: what arrives here when every device sends as `there` says; rows that nothing arrives at are 0.
+    """[there.num_rows, D]: what arrives here when every device sends as `there` says; other rows may hold anything.
+
+    To fill them with zeros took a fifth of a step of Mixtral.
 
     Args:
       back: the way back, which gradients take.
@@ -352,17 +355,17 @@ _exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
 def _ragged_all_to_all(x: jax.Array, there: Send, back: Send) -> jax.Array:
-    nothing = jnp.zeros((there.num_rows, x.shape[1]), x.dtype)
+    room = jax.lax.empty((there.num_rows, x.shape[1]), x.dtype)
     segments = (field.reshape(-1) for field in (there.offsets, there.sizes, there.targets, there.arriving))
-    return jax.lax.ragged_all_to_all(x, nothing, *segments, axis_name=AXIS)
+    return jax.lax.ragged_all_to_all(x, room, *segments, axis_name=AXIS)
 
 
 def _padded_all_to_all(x: jax.Array, there: Send, back: Send) -> jax.Array:
     """For backends without a ragged all-to-all: each device sends as many rows as it may, filled up with zeros."""
     buffer = x.at[_rows(there.offsets, there.sizes, there.most)].get(mode="fill", fill_value=0)
     arrived = jax.lax.all_to_all(buffer, AXIS, 0, 0)
-    nothing = jnp.zeros((there.num_rows, x.shape[1]), x.dtype)
-    return nothing.at[_rows(back.offsets, there.arriving, there.most)].set(arrived, mode="drop")
+    room = jax.lax.empty((there.num_rows, x.shape[1]), x.dtype)
+    return room.at[_rows(back.offsets, there.arriving, there.most)].set(arrived, mode="drop")
 
 
 def _rows(offsets: jax.Array, sizes: jax.Array, most: int) -> jax.Array:

@@ -2,7 +2,7 @@
 
 Command:   loam compile --config=configs/pods/llama3_70b_v5p.py --topology=v5p:8x8x8
 Hardware:  v5p:8x8x8; compiling takes a laptop
-Expected:  to be said by the compiler: `make pods` has not been run to its end yet
+Expected:  50.1 of 95.74 GiB a device; by the compiler's estimate 13.5 s a step, 59.2 % MFU; docs/pods.md
 """
 
 from ml_collections import ConfigDict
@@ -11,4 +11,4 @@ from configs.pods import pretraining
 
 
 def get_config() -> ConfigDict:
-    return pretraining("llama3-70b", seq_len=8192, batch_size=512, mesh={"fsdp": 512}, remat="full")
+    return pretraining("llama3-70b", seq_len=8192, batch_size=512, mesh={"fsdp": 512}, remat="attention")

@@ -11,4 +11,4 @@ from configs.pods import pretraining
 
 
 def get_config() -> ConfigDict:
-    return pretraining("mixtral-8x7b", seq_len=8192, batch_size=256, mesh={"fsdp": 16, "expert": 8}, remat="full")
+    return pretraining("mixtral-8x7b", seq_len=8192, batch_size=256, mesh={"fsdp": 16, "expert": 8}, remat="attention")

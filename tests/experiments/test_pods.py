@@ -50,6 +50,9 @@ def test_a_config_of_a_pod_was_compiled_as_it_stands(name):
     assert compiled["mesh"] == mesh_sizes(config, topology.num_devices)
     assert (compiled["tokens_per_step"], compiled["remat"]) == (config.tokens_per_step, config.model.remat)
     assert compiled["hbm_bytes_per_device"] <= compiled["hbm_limit_bytes"] == topology.chip.hbm_bytes
+    memory = f"{compiled['hbm_bytes_per_device'] / 2**30:.1f} of {topology.chip.hbm_bytes / 2**30:.4g} GiB a device"
+    speed = f"{compiled['estimated_step_seconds']:.3g} s a step, {100 * compiled['estimated_mfu']:.1f} % MFU"
+    assert all(words in path.read_text() for words in (memory, speed)), (memory, speed)
     if not config.model.moe:
         assert not compiled["loops_of_unknown_length"]
         assert (

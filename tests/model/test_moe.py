@@ -240,6 +240,23 @@ def test_nothing_is_dropped_when_all_tokens_choose_the_same_experts(sizes, exper
     assert_close((out_of_many, routing_of_many, d_many), (out, routing, d_one), 1e-5)
 
 
+@pytest.mark.parametrize("garbage", [1e3, -1e3])
+def test_rows_that_nothing_arrives_at_are_never_read(garbage, monkeypatch):
+    """The room for the worst of routers is not cleared on TPUs. (NaN would not do here: CPUs multiply what they mask by 0.)"""
+    params, x, real = make_block(MOE, rows=8, length=8)
+    assert not real.all()
+    slope = np.cos(np.arange(x.size)).reshape(x.shape)
+    params, x = jax.tree.map(jnp.float32, (params, x))
+
+    def value_and_gradients():
+        objective = lambda params, x: jnp.sum(moe_block(x, params, MODEL, MOE, real, layout_of(expert=8))[0] * slope)  # noqa: E731
+        return jax.jit(jax.value_and_grad(objective, argnums=(0, 1)))(params, x)
+
+    expected = value_and_gradients()
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, garbage, dtype))
+    assert_close(value_and_gradients(), expected, 1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(0, 0, 0), (5, 0, 6), (16, 0, 0), (3, 17, 28), (0, 1, 0)])
 def test_chunks_equal_one_piece(sizes):
     """Groups end within chunks, at their ends, and go over several; what no group fills is not computed."""
@@ -268,7 +285,6 @@ def test_chunks_equal_one_piece(sizes):
         assert_close(
             (jnp.where(is_filled, found, 0), pull(d_out)), (jnp.where(is_filled, expected, 0), expected_pull(d_out)), 1e-12
         )
-        assert not found[-(-filled // 16) * 16 :].any()
 
 
 def test_the_plan_is_what_ragged_all_to_all_expects():
