@@ -254,7 +254,11 @@ def test_rows_that_nothing_arrives_at_are_never_read(garbage, monkeypatch):
 
     expected = value_and_gradients()
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, garbage, dtype))
-    assert_close(value_and_gradients(), expected, 1e-5)
+    jax.clear_caches()
+    try:
+        assert_close(value_and_gradients(), expected, 1e-5)
+    finally:
+        jax.clear_caches()
 
 
 @pytest.mark.parametrize("sizes", [(0, 0, 0), (5, 0, 6), (16, 0, 0), (3, 17, 28), (0, 1, 0)])
