@@ -2,7 +2,7 @@
 
 Command:   loam compile --config=configs/pods/llama3_8b_128k_v5p.py --topology=v5p:4x4x8
 Hardware:  v5p:4x4x8; compiling takes a laptop
-Expected:  to be said by the compiler: `make pods` has not been run to its end yet
+Expected:  16.6 of 95.74 GiB a device; by the compiler's estimate 4.34 s a step, 61.0 % MFU; docs/pods.md
 """
 
 from ml_collections import ConfigDict
@@ -11,4 +11,4 @@ from configs.pods import pretraining
 
 
 def get_config() -> ConfigDict:
-    return pretraining("llama3.1-8b", seq_len=131_072, batch_size=8, mesh={"fsdp": 8, "context": 16}, remat="full")
+    return pretraining("llama3.1-8b", seq_len=131_072, batch_size=8, mesh={"fsdp": 8, "context": 16}, remat="attention")

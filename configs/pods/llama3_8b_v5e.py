@@ -2,7 +2,7 @@
 
 Command:   loam compile --config=configs/pods/llama3_8b_v5e.py --topology=v5e:16x16
 Hardware:  v5e:16x16; compiling takes a laptop
-Expected:  9.7 of 15.75 GiB a device, as compiled before flags for asynchronous collectives were set
+Expected:  15.2 of 15.75 GiB a device; by the compiler's estimate 3.5 s a step, 61.2 % MFU; docs/pods.md
 """
 
 from ml_collections import ConfigDict
@@ -11,4 +11,4 @@ from configs.pods import pretraining
 
 
 def get_config() -> ConfigDict:
-    return pretraining("llama3-8b", seq_len=8192, batch_size=256, mesh={"fsdp": 256}, remat="full")
+    return pretraining("llama3-8b", seq_len=8192, batch_size=256, mesh={"fsdp": 256}, remat="attention")
