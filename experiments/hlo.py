@@ -504,7 +504,7 @@ class _Schedule:
                     pairs[instruction.name] = _Open([one], one.cycles)
                 else:
                     yield one
-            elif opcode == "async-start":
+            elif opcode in ("async-start", "call-start"):  # the latter on a SparseCore
                 inner = [
                     self.describe(kind, self.module.computations[called], i, count)
                     for called in instruction.called

@@ -226,6 +226,18 @@ def test_work_covers_one_collective_at_a_time(cycles, exposed):
     assert {one.kind: one.exposed_cycles for one in found if one.exposed_cycles} == exposed
 
 
+def test_what_a_sparse_core_does_beside_is_found():
+    """As on tpu7x, where some calls hold a collective, and others copies or look-ups."""
+    text = PAIRS.replace(
+        "async-start(%x), calls=%wrapped", 'call-start(%x), async_execution_thread="sparsecore", to_apply=%wrapped'
+    )
+    text = text.replace("async-done(", "call-done(")
+    found = [(one.kind, one.exposed_cycles) for one in hlo.collectives(hlo.parse(text), lambda _: 15.0)]
+    assert found == [(one.kind, one.exposed_cycles) for one in hlo.collectives(hlo.parse(PAIRS), lambda _: 15.0)]
+    without = text.replace("all-to-all(", "copy(")
+    assert {one.kind for one in hlo.collectives(hlo.parse(without), lambda _: 15.0)} == {"collective-permute", "all-gather"}
+
+
 def test_a_kernel_covers_what_it_stands_beside():
     text = PAIRS.replace('%work.1 = f32[16]{0} copy(%x), backend_config={"estimated_cycles":"30"}', (
         '%work.1 = f32[16]{0} custom-call(%x), custom_call_target="tpu_custom_call"'
