@@ -2,7 +2,7 @@
 
 Command:   loam compile --config=configs/pods/qwen3_30b_a3b_v6e.py --topology=v6e:16x16
 Hardware:  v6e:16x16; compiling takes a laptop
-Expected:  to be said by the compiler: `make pods` has not been run to its end yet
+Expected:  19.2 of 31.25 GiB a device; by the compiler's estimate 4.84 s a step, 5.2 % MFU; docs/pods.md
 """
 
 from ml_collections import ConfigDict
