@@ -43,6 +43,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 # What keeps more comes first: the first that fits recomputes least.
 REMAT_ORDER = ("none", "dots", "attention", "full")
 Report = dict[str, Any]
+ITEMSIZE = {"bfloat16": 2, "float32": 4}
 RANKED = ("tokens_per_step", "estimated_step_seconds", "estimated_mfu", "hbm_bytes_per_device")
 
 
@@ -161,7 +162,7 @@ def kernel_report(
     if attention and schedule:
         each = attention_call_cycles(attention[1], kernel, f"-{schedule}-", config, topology, mesh["context"], dump)
     elif moe and schedule and "gmm" in kernel.name:
-        each = grouped_matmul_call_cycles(kernel, f"-{schedule}-", moe.num_experts // mesh["expert"], topology, dump)
+        each = grouped_matmul_call_cycles(kernel, f"-{schedule}-", config, topology, mesh, dump)
     else:
         each, source = kernel.flops / topology.chip.flops_per_cycle, "its FLOPs at peak"
     return {"instruction": kernel.name, "times": kernel.times, "cycles": kernel.times * each, "by": source}
@@ -176,7 +177,7 @@ def attention_call_cycles(
     # Queries and keys, [B, H, T, D] and [B, K, S, D]: two of the operands, in another order in each pass.
     wide = [shape for shape in map(hlo.first_shape, kernel.operands) if len(shape) == 4]
     queries, keys = (wide[0], wide[1]) if pass_ == "forward" else (wide[2], wide[0])
-    sizes = BlockSizes.of_chip(topology.chip).for_itemsize(2 if config.model.dtype == "bfloat16" else 4)
+    sizes = BlockSizes.of_chip(topology.chip).for_itemsize(ITEMSIZE[config.model.dtype])
     block = getattr(sizes, pass_)
     block = (min(block[0], queries[2]), min(block[1], keys[2]))
     length = config.data.seq_len
@@ -194,19 +195,25 @@ def attention_call_cycles(
     return attention_cycles(read_schedule(dump, schedule), (masked, full), rows, least) / chip.cores
 
 
-def grouped_matmul_call_cycles(kernel: hlo.Kernel, schedule: str, groups: int, topology: Topology, dump: Path) -> float:
+def grouped_matmul_call_cycles(
+    kernel: hlo.Kernel, schedule: str, config: TrainConfig, topology: Topology, mesh: Mapping[str, int], dump: Path
+) -> float:
     """Cycles of one call with all rows filled."""
     from model.kernels.grouped_matmul import tiling
 
-    # Rows [R, D] and matrices [G, D, F] in either order, or for the matrices' gradient two kinds of rows, one of them [D, R].
-    wide = sorted((s for s in map(hlo.first_shape, kernel.operands) if len(s) > 1), key=len)
-    rows, inner = wide[0]
-    if len(wide[1]) == 3:
-        outer = math.prod(wide[1][1:]) // inner
+    moe = config.model.moe
+    assert moe is not None
+    groups = moe.num_experts // mesh["expert"]
+    # Rows [R, D] and matrices [G, D, F], in either order; for the matrices' gradient rows of both widths, in any layout.
+    first, second = sorted((s for s in map(hlo.first_shape, kernel.operands) if len(s) > 1), key=len)[:2]
+    if len(second) == 3:
+        rows, inner = first
+        outer = math.prod(second[1:]) // inner
     else:
-        rows = next(size for size in wide[0] if size in wide[1])
-        inner, outer = (math.prod(shape) // rows for shape in wide[:2])
-    tile = tiling(2)(rows, inner, outer)
+        matrix = config.model.d_model * (moe.d_ff // mesh["tensor"])
+        rows = math.isqrt(math.prod(first) * math.prod(second) // matrix)
+        inner, outer = math.prod(first) // rows, math.prod(second) // rows
+    tile = tiling(ITEMSIZE[config.model.dtype])(rows, inner, outer)
     chip = topology.chip
     least = 2 * math.prod(tile) / (chip.flops_per_cycle / chip.cores)
     steps = grouped_matmul_steps(rows, groups, inner, outer, tile)

@@ -141,6 +141,24 @@ def test_calls_of_a_ring_are_charged_for_the_tiles_that_they_visit(tmp_path, mon
     assert charged == pytest.approx(2 * heads * np.mean(visited))
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [("256,128", "2,128,128"), ("128,256", "256,128"), ("256,128", "256,128")],
+    ids=["rows", "by_matrices", "as_they_stand"],
+)
+def test_a_grouped_matmul_is_charged_for_the_tiles_that_its_groups_visit(tmp_path, monkeypatch, shapes):
+    """256 rows of 2 experts of 128 x 128, whose equal widths must not be taken for rows; a step costs one cycle here."""
+    monkeypatch.setattr(loam_compile, "read_schedule", lambda *_: None)
+    monkeypatch.setattr(loam_compile, "grouped_matmul_cycles", lambda _, steps, least: steps)
+    words = ["--config.model.d_model=128", "--config.model.moe.d_ff=128", "--config.model.moe.num_experts=4"]
+    config = load_train_config(write_config(tmp_path, "tiny-mixtral"), words)
+    kernel = Kernel("gmm.1", 1.0, tuple(f"bf16[{shape}]{{1,0}}" for shape in shapes))
+    mesh = {"expert": 2, "tensor": 1}
+    charged = loam_compile.grouped_matmul_call_cycles(kernel, "", config, topology_of("v5e:2x2"), mesh, tmp_path)
+    # In float32 and bfloat16 one tile holds all 256 rows; the group that does not begin it visits it again.
+    assert charged == 2
+
+
 # --- Refusals, before anything is compiled --------------------------------------------------------------------------
 
 
