@@ -334,7 +334,7 @@ def _starts(sizes: jax.Array) -> jax.Array:
 def _exchange(x: jax.Array, there: Send, back: Send) -> jax.Array:
     """[there.num_rows, D]: what arrives here when every device sends as `there` says; other rows may hold anything.
 
-    To fill them with zeros took a fifth of a step of Mixtral.
+    To fill them with zeros took a fifth of a step of Mixtral by the TPU compiler's estimate.
 
     Args:
       back: the way back, which gradients take.
