@@ -1,6 +1,6 @@
 """What a transformer is: one frozen, validated description.  No jax import, so a config is checked before anything expensive.
 
-The same `ModelConfig` describes GPT-2, Llama, Mistral, Mixtral, Qwen, Gemma, Falcon, Phi, OLMo and DeepSeek; `model/presets.py`
+The same `ModelConfig` describes GPT-2, Llama, Mistral, Mixtral, Qwen, Gemma, Falcon, Phi, OLMo, SmolLM and DeepSeek; `model/presets.py`
 names them.
 """
 
@@ -176,6 +176,7 @@ class ModelConfig:
     Attributes:
       window_pattern: sliding-window size per layer, repeated over the layers; 0 is full causal attention.
         A window of w lets position i see positions i-w+1..i.
+      rope_pattern: whether a layer rotates queries and keys, repeated over the layers (SmolLM3, arXiv:2501.18795).
       norm_placement: `pre` x+f(n(x)); `post` x+n(f(x)) (OLMo 2); `sandwich` x+n(f(n(x))) (Gemma 2).
       norm_zero_centered: the scale is stored as w and applied as 1+w (Gemma).
       qk_norm: RMSNorm of queries and keys over each head (`head`: Qwen3, Gemma 3) or over all heads (`full`: OLMo 2).
@@ -200,6 +201,7 @@ class ModelConfig:
     num_kv_heads: int = 0  # 0: as many as num_heads
     head_dim: int = 0  # 0: d_model // num_heads
     positions: Positions = "rope"
+    rope_pattern: tuple[bool, ...] = (True,)
     rope: RopeConfig = RopeConfig()
     norm: Norm = "rmsnorm"
     norm_placement: NormPlacement = "pre"
@@ -262,6 +264,11 @@ class ModelConfig:
             f"model.window_pattern={self.window_pattern} must hold window sizes >= 0, where 0 is full attention",
         )
         check(
+            any(self.rope_pattern) and (all(self.rope_pattern) or self.positions == "rope"),
+            f"model.rope_pattern={self.rope_pattern} says which layers rotate: it needs one that does, and "
+            f"model.positions={self.positions!r} to be 'rope'",
+        )
+        check(
             not self.parallel_block or self.norm_placement == "pre",
             "model.parallel_block needs model.norm_placement='pre'",
         )
@@ -292,6 +299,7 @@ class ModelConfig:
             "qkv_bias (False)": self.qkv_bias,
             f"positions={self.positions!r} ('rope')": self.positions != "rope",
             f"rope.fraction={self.rope.fraction} (1.0)": self.rope.fraction != 1,
+            f"rope_pattern={self.rope_pattern} ((True,))": not all(self.rope_pattern),
             "norm_zero_centered (False)": self.norm_zero_centered,
         }
         found = [f"model.{name}" for name, asked in cannot.items() if asked]
@@ -318,3 +326,7 @@ class ModelConfig:
     def window(self, layer: int) -> int:
         """Sliding-window size of a layer; 0 is full causal attention."""
         return self.window_pattern[layer % len(self.window_pattern)]
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer rotates queries and keys."""
+        return self.positions == "rope" and self.rope_pattern[layer % len(self.rope_pattern)]

@@ -1,8 +1,8 @@
 """One declaration of the parameters.  From a tree of `ParamSpec` come initialisation, abstract shapes, shardings and counts.
 
 The tree is a nested dict.  Without `scan_layers`, `blocks` is a tuple of per-layer dicts; with it, the layers of one period of
-the window pattern are separate entries whose leaves are stacked over the repetitions (`block_layout`), so that a scan runs over
-the repetitions and every layer still knows its window statically. Dense layers that come before those with experts are
+the window and rope patterns are separate entries whose leaves are stacked over the repetitions (`block_layout`), so that a scan runs over
+the repetitions and every layer still knows its kind statically. Dense layers that come before those with experts are
 `dense_blocks` then.
 """
 
@@ -56,7 +56,7 @@ def block_layout(config: ModelConfig) -> tuple[int, int, int]:
     """(first, period, repetitions): after `first` layers that are unlike the others (dense before experts) the scan runs
     `repetitions` times over `period` layers; the rest follows unrolled."""
     first = config.num_dense_layers if config.moe else 0
-    period = len(config.window_pattern)
+    period = math.lcm(len(config.window_pattern), len(config.rope_pattern))
     return first, period, (config.num_layers - first) // period
 
 

@@ -75,6 +75,15 @@ _MISTRAL = {"vocab_size": 32_000, "max_seq_len": 32_768, "window_pattern": (4096
 _PHI3 = {"vocab_size": 32_064, "max_seq_len": 4096, "window_pattern": (2048,)}  # 4k variant, arXiv:2404.14219
 _PHI4 = {"vocab_size": 100_352, "max_seq_len": 16_384, "rope": RopeConfig(theta=250_000.0)}  # arXiv:2412.08905
 _SMOLLM2 = {"vocab_size": 49_152, "max_seq_len": 8192, "tie_embeddings": True}  # arXiv:2502.02737
+# Every fourth layer is without rotation (arXiv:2501.18795)
+_SMOLLM3 = {
+    "vocab_size": 128_256,
+    "max_seq_len": 65_536,
+    "rope": RopeConfig(theta=5_000_000.0),
+    "rope_pattern": (True, True, True, False),
+    "norm_eps": 1e-6,
+    "tie_embeddings": True,
+}
 # arXiv:2505.09388; the context is that of the post-trained checkpoints, the base ones say 32,768
 _QWEN3 = {
     "vocab_size": 151_936,
@@ -166,6 +175,7 @@ PRESETS: dict[str, ModelConfig] = {
     "smollm2-135m": _llama(30, 576, 9, 3, 1536, rope=RopeConfig(theta=100_000.0), init_std=1 / 24, **_SMOLLM2),
     "smollm2-360m": _llama(32, 960, 15, 5, 2560, rope=RopeConfig(theta=100_000.0), **_SMOLLM2),
     "smollm2-1.7b": _llama(24, 2048, 32, 32, 8192, rope=RopeConfig(theta=130_000.0), **_SMOLLM2),
+    "smollm3-3b": _llama(36, 2048, 16, 4, 11_008, **_SMOLLM3),
     "qwen3-0.6b": _llama(28, 1024, 16, 8, 3072, tie_embeddings=True, **_QWEN3),
     "qwen3-1.7b": _llama(28, 2048, 16, 8, 6144, tie_embeddings=True, **_QWEN3),
     "qwen3-4b": _llama(36, 2560, 32, 8, 9728, tie_embeddings=True, **_QWEN3),
@@ -240,6 +250,7 @@ PRESETS |= {
     "tiny-gpt2": replace(PRESETS["gpt2-124m"], **_TINY, num_kv_heads=4),
     "tiny-llama": replace(PRESETS["llama3.1-8b"], **_TINY_GQA, rope=_TINY_LLAMA_ROPE),
     "tiny-qwen3": replace(PRESETS["qwen3-0.6b"], **_TINY_GQA | {"d_model": 48}),
+    "tiny-smollm3": replace(PRESETS["smollm3-3b"], **_TINY_GQA | {"num_layers": 5}),
     "tiny-gemma2": replace(PRESETS["gemma2-27b"], **_TINY_GEMMA | {"num_layers": 3, "window_pattern": (8, 0)}),
     "tiny-gemma3": replace(PRESETS["gemma3-27b"], **_TINY_GEMMA | {"num_layers": 4, "window_pattern": (8, 8, 0)}),
     "tiny-falcon": replace(PRESETS["falcon-7b"], **_TINY),
@@ -305,6 +316,7 @@ PUBLISHED_PARAMETERS: dict[str, int] = {
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
+    "smollm3-3b": 3_075_098_624,
     "olmo2-1b": 1_484_916_736,
     "olmo2-7b": 7_298_617_344,
     "olmo2-13b": 13_716_198_400,

@@ -78,7 +78,13 @@ def qk_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def attention_block(
-    x_BTD: jax.Array, params: Params, config: ModelConfig, context: Context, window: int, cache: LayerCache | None
+    x_BTD: jax.Array,
+    params: Params,
+    config: ModelConfig,
+    context: Context,
+    window: int,
+    cache: LayerCache | None,
+    rotates: bool,
 ) -> tuple[jax.Array, LayerCache | None]:
     layout = context.layout
     if config.mla:
@@ -95,7 +101,7 @@ def attention_block(
         if config.qk_norm != "none":
             q_BTHD = qk_norm(q_BTHD, params["query_norm"], config)
             k_BSKD = qk_norm(k_BSKD, params["key_norm"], config)
-        if config.positions == "rope":
+        if rotates:
             table = context.rope[window > 0]
             q_BTHD, k_BSKD = apply_rope(q_BTHD, table), apply_rope(k_BSKD, table)
         if cache is not None:
@@ -127,9 +133,15 @@ def feed_forward(x_BTD: jax.Array, params: Params, config: ModelConfig, context:
 
 
 def block(
-    x_BTD: jax.Array, params: Params, config: ModelConfig, context: Context, window: int, cache: LayerCache | None = None
+    x_BTD: jax.Array,
+    params: Params,
+    config: ModelConfig,
+    context: Context,
+    layer: int,
+    cache: LayerCache | None = None,
 ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
-    """One layer. The norms that exist in `params` say where they stand (`norm_placement`)."""
+    """One layer, of the window and rotation of layer number `layer`. The norms that exist in `params` say where they stand
+    (`norm_placement`)."""
     layout = context.layout
 
     def norm_if(name: str, x: jax.Array) -> jax.Array:
@@ -143,7 +155,8 @@ def block(
         return constrain(x, layout, "batch", "residual", None)
 
     attention_in = gathered(norm_if("attention_norm", x_BTD))
-    attention_out, cache = attention_block(attention_in, params["attention"], config, context, window, cache)
+    window, rotates = config.window(layer), config.rotates(layer)
+    attention_out, cache = attention_block(attention_in, params["attention"], config, context, window, cache, rotates)
     if config.parallel_block:
         mlp_out, routing = feed_forward(attention_in, params, config, context)
         return x_BTD + scattered(attention_out + mlp_out), cache, routing
@@ -234,16 +247,16 @@ def forward(
         layout,
     )
 
-    def layer(x: jax.Array, layer_params: Params, context: Context, window: int) -> tuple[jax.Array, Routing | None]:
-        x, _, routing = block(x, layer_params, config, context, window)
+    def layer(x: jax.Array, layer_params: Params, context: Context, number: int) -> tuple[jax.Array, Routing | None]:
+        x, _, routing = block(x, layer_params, config, context, number)
         return x, routing
 
     routings: list[Routing] = []  # of one layer or more each
 
     def run(x: jax.Array, blocks: tuple[Params, ...], first: int) -> jax.Array:
-        """Layers that are not scanned, the first of which takes the window of layer `first`."""
+        """Layers that are not scanned, the first of which is like layer `first`."""
         for i, layer_params in enumerate(blocks):
-            x, routing = remat(layer, config, window=config.window(first + i))(x, layer_params, context)
+            x, routing = remat(layer, config, number=first + i)(x, layer_params, context)
             if routing is not None:
                 routings.append(jax.tree.map(lambda leaf: leaf[None], routing))
         return x
@@ -257,7 +270,7 @@ def forward(
         def period(x: jax.Array, stacked: tuple[Params, ...]) -> tuple[jax.Array, list[Routing | None]]:
             of_layers = []
             for i, layer_params in enumerate(stacked):
-                x, routing = remat(layer, config, window=config.window(first + i))(x, layer_params, context)
+                x, routing = remat(layer, config, number=first + i)(x, layer_params, context)
                 of_layers.append(routing)
             return x, of_layers
 
@@ -271,7 +284,7 @@ def forward(
     else:
         layers = []
         for i, layer_params in enumerate(params["blocks"]):
-            x_BTD, written, _ = block(x_BTD, layer_params, config, context, config.window(i), cache.layers[i])
+            x_BTD, written, _ = block(x_BTD, layer_params, config, context, i, cache.layers[i])
             layers.append(written)
         cache = KVCache(tuple(layers))
     routing = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routings) if routings else None

@@ -81,10 +81,12 @@ def test_scan_equals_loop():
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "windows"), [(2, (4, 4, 0)), (4, (4, 4, 0))], ids=["no whole period", "local layer left"]
+    ("num_layers", "windows", "rotations"),
+    [(2, (4, 4, 0), (True,)), (4, (4, 4, 0), (True,)), (8, (4, 0), (False, True, True))],
+    ids=["no whole period", "local layer left", "two patterns"],
 )
-def test_scan_takes_the_window_of_every_layer(num_layers, windows):
-    config = dataclasses.replace(SCANNED, num_layers=num_layers, window_pattern=windows)
+def test_scan_takes_the_window_and_the_rotation_of_every_layer(num_layers, windows, rotations):
+    config = dataclasses.replace(SCANNED, num_layers=num_layers, window_pattern=windows, rope_pattern=rotations)
     params = random_params(config)
     loop_params, loop_config = unstack_layers(params, config)
     loss = jax.jit(weighted_sum, static_argnums=1)

@@ -27,6 +27,7 @@ FAMILY = {
     "tiny-gpt2": "gpt2-124m",
     "tiny-llama": "llama3.1-8b",
     "tiny-qwen3": "qwen3-0.6b",
+    "tiny-smollm3": "smollm3-3b",
     "tiny-gemma2": "gemma2-27b",
     "tiny-gemma3": "gemma3-27b",
     "tiny-falcon": "falcon-7b",
@@ -66,10 +67,11 @@ def closed_form_parameters(c: ModelConfig) -> int:
     return tables + c.num_layers * (attention + mlp + norms_per_layer * norm) + sparse + norm
 
 
-def mechanisms(c: ModelConfig) -> dict[str, bool | str]:
+def mechanisms(c: ModelConfig) -> dict[str, object]:
     """What the sizes, the windows and rope switch on."""
     return {
         "grouped": c.num_kv_heads < c.num_heads,
+        "rope_pattern": c.rope_pattern,
         "windowed": any(c.window_pattern),
         "scaling": c.rope.scaling,
         "partial": c.rope.fraction < 1,

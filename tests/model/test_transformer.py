@@ -165,7 +165,10 @@ def ref_logits(params, c: ModelConfig, tokens, positions, segments):
         xs = [x + params["position_embedding"][position] for x, position in zip(xs, positions, strict=True)]
     for layer, p in enumerate(params["blocks"]):
         window = c.window_pattern[layer % len(c.window_pattern)]
-        attend = functools.partial(ref_attention, p=p["attention"], c=c, positions=positions, segments=segments, window=window)
+        kind = c if c.rope_pattern[layer % len(c.rope_pattern)] else dataclasses.replace(c, positions="none", rope_pattern=(True,))
+        attend = functools.partial(
+            ref_attention, p=p["attention"], c=kind, positions=positions, segments=segments, window=window
+        )
         if c.parallel_block:
             normed = [ref_norm(x, p["attention_norm"], c) for x in xs]
             mlp = [ref_moe(n, p, c) if "experts" in p else ref_mlp(n, p["mlp"], c) for n in normed]
@@ -282,7 +285,7 @@ def test_bfloat16_is_close_to_float32_and_keeps_its_types(name):
 # --- decoding ---
 
 
-@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-gemma3", "tiny-phi", "tiny-mixtral", "tiny-deepseek"])
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-gemma3", "tiny-smollm3", "tiny-phi", "tiny-mixtral", "tiny-deepseek"])
 def test_prefill_and_decode_equal_the_full_forward(name):
     """Prompts of unlike lengths, padded on the right; then one token at a time, each row at its own position."""
     config = preset(name, vocab_size=48)
@@ -345,6 +348,9 @@ def test_cache_refuses_scan_and_segments():
         ({"attention_soft_cap": -1.0}, r"attention_soft_cap=-1\.0"),
         ({"logit_soft_cap": -1.0}, r"logit_soft_cap=-1\.0"),
         ({"norm": "batchnorm"}, r"model\.norm='batchnorm'.*layernorm, rmsnorm"),
+        ({"rope_pattern": (False, False)}, r"model\.rope_pattern=\(False, False\).*needs one that does"),
+        ({"rope_pattern": ()}, r"model\.rope_pattern=\(\)"),
+        ({"rope_pattern": (True, False), "positions": "none"}, r"model\.positions='none' to be 'rope'"),
         ({"positions": "rotary"}, r"model\.positions='rotary'.*learned, rope, none"),
         ({"dtype": "float16"}, r"model\.dtype='float16'.*float32, bfloat16"),
     ],
