@@ -1,7 +1,7 @@
 """What a transformer is: one frozen, validated description.  No jax import, so a config is checked before anything expensive.
 
-The same `ModelConfig` describes GPT-2, Llama, Mistral, Mixtral, Qwen, Gemma, Falcon, Phi, OLMo, SmolLM and DeepSeek; `model/presets.py`
-names them.
+The same `ModelConfig` describes GPT-2, Llama, Mistral, Mixtral, Qwen, Gemma, Falcon, Phi, OLMo, SmolLM and DeepSeek;
+`model/presets.py` names them.
 """
 
 from __future__ import annotations

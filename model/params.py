@@ -1,9 +1,9 @@
 """One declaration of the parameters.  From a tree of `ParamSpec` come initialisation, abstract shapes, shardings and counts.
 
 The tree is a nested dict.  Without `scan_layers`, `blocks` is a tuple of per-layer dicts; with it, the layers of one period of
-the window and rope patterns are separate entries whose leaves are stacked over the repetitions (`block_layout`), so that a scan runs over
-the repetitions and every layer still knows its kind statically. Dense layers that come before those with experts are
-`dense_blocks` then.
+the window and rope patterns are separate entries whose leaves are stacked over the repetitions (`block_layout`), so that a
+scan runs over the repetitions and every layer still knows its kind statically. Dense layers that come before those with
+experts are `dense_blocks` then.
 """
 
 from __future__ import annotations

@@ -165,7 +165,8 @@ def ref_logits(params, c: ModelConfig, tokens, positions, segments):
         xs = [x + params["position_embedding"][position] for x, position in zip(xs, positions, strict=True)]
     for layer, p in enumerate(params["blocks"]):
         window = c.window_pattern[layer % len(c.window_pattern)]
-        kind = c if c.rope_pattern[layer % len(c.rope_pattern)] else dataclasses.replace(c, positions="none", rope_pattern=(True,))
+        rotates = c.rope_pattern[layer % len(c.rope_pattern)]
+        kind = c if rotates else dataclasses.replace(c, positions="none", rope_pattern=(True,))
         attend = functools.partial(
             ref_attention, p=p["attention"], c=kind, positions=positions, segments=segments, window=window
         )
