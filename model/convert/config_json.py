@@ -1,4 +1,4 @@
-"""What config.json of a checkpoint says, as fields of `ModelConfig`, and back. No jax: a config is read before anything expensive.
+"""What config.json of a checkpoint says, as fields of `ModelConfig`, and back. No jax: it is read before anything expensive.
 
 A family declares its keys one by one (`model/convert/families.py`); what takes more than a name is a `Codec` here. A key that
 nobody asked for is refused: it may change the network. Written are the keys that transformers 4 and 5 both read.
@@ -14,17 +14,18 @@ from typing import Any
 from model.config import ModelConfig, RopeConfig
 
 # Keys that change nothing of what the network computes from its weights, for whatever family.
-HARMLESS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout attn_pdrop auto_map
-    aux_loss_alpha bos_token_id cache_implementation dtype embd_pdrop eos_token_id ep_size finetuning_task
-    gradient_checkpointing hidden_dropout id2label label2id model_type n_ctx num_logits_to_keep output_attentions
-    output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop
-    return_dict rms_norm_dtype router_jitter_noise seq_aux summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj task_specific_params tokenizer_class torch_dtype transformers_version unsloth_fixed
-    unsloth_version use_cache
-    """.split()
-)
+# fmt: off
+HARMLESS = frozenset([
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
+    "attn_pdrop", "auto_map", "aux_loss_alpha", "bos_token_id", "cache_implementation", "dtype", "embd_pdrop",
+    "eos_token_id", "ep_size", "finetuning_task", "gradient_checkpointing", "hidden_dropout", "id2label", "label2id",
+    "model_type", "n_ctx", "num_logits_to_keep", "output_attentions", "output_hidden_states", "output_router_logits",
+    "pad_token_id", "pretraining_tp", "problem_type", "reorder_and_upcast_attn", "resid_pdrop", "return_dict",
+    "rms_norm_dtype", "router_jitter_noise", "seq_aux", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype",
+    "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+])
+# fmt: on
 # Of these an export keeps what the source said.
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -129,7 +130,7 @@ def _check_temperature(settings: Settings, rope: dict[str, Any], factor: float, 
     of_logit = on_table**2 * (temperature(of_all) ** 2 if latent and of_all else 1.0)
     in_one_place = not latent or abs(on_table - 1) < 1e-6
     if abs(of_logit - temperature(1.0) ** 2) > 1e-6 or not in_one_place or rope.pop("truncate", True) is not True:
-        raise settings.refuse("rope parameters", said, "scale attention otherwise than YaRN's 0.1 ln(factor) + 1: not implemented")
+        raise settings.refuse("rope parameters", said, "make another temperature than 0.1 ln(factor) + 1: not implemented")
 
 
 def _said_rope(rope: RopeConfig, latent: bool = False) -> dict[str, Any] | None:
@@ -282,9 +283,9 @@ _PLAIN_ACTIVATIONS = {
 }
 
 
-def activation(key: str, gated: bool = True, also: Mapping[str, str] = {}) -> Codec:  # noqa: B006
+def activation(key: str, gated: bool = True, also: Mapping[str, str] = {}) -> Codec:
     """The MLP's form. `also` are names that stand for something else in this family."""
-    names = (_ACTIVATIONS if gated else _PLAIN_ACTIVATIONS) | also
+    names = {**(_ACTIVATIONS if gated else _PLAIN_ACTIVATIONS), **also}
 
     def read(settings: Settings) -> dict[str, Any]:
         value = settings.take(key)
@@ -347,5 +348,3 @@ def nested(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         part, _, field = name.rpartition(".")
         parts.setdefault(part, {})[field] = value
     return parts
-
-

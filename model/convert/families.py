@@ -315,7 +315,7 @@ def _deepseek(config: ModelConfig) -> tuple[Tensor, ...]:
 
 
 def _family(model_type: str, architecture: str, tensors: Any, codecs: tuple[Codec, ...] = (_SILU, ROPE), **rest: Any) -> Family:
-    names = tensors if callable(tensors) else lambda _: tensors
+    names: Any = tensors if callable(tensors) else lambda _: tensors
     declared = {"keys": _KEYS, "network": {}, "fixed": {}, "defaults": _DEFAULTS} | rest
     return Family(model_type, architecture, codecs=codecs, tensors=names, **declared)
 

@@ -1,6 +1,6 @@
 """How the tensors of a checkpoint's files are made of our parameters, and back: by one declaration for both directions.
 
-A projection of ours is [in..., out...], split into heads; PyTorch's is a matrix [out, in], and sometimes several projections one
+A projection of ours is [in..., out...], split into heads; PyTorch's is a matrix [out, in], and sometimes several of them one
 below the other. Seen as [in, groups, width] they are the same numbers: `groups` parts next to each other, in each the rows of
 one leaf after those of another. Splitting a file's tensor makes views where numpy can, so that a device reads its part alone.
 """

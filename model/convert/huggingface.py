@@ -1,0 +1,249 @@
+"""Checkpoints of Hugging Face, in and out: `load(directory)` -> our parameters, `save(directory, params, config)` -> theirs.
+
+One leaf is made after the other, straight into its sharding; each device reads its part of the files, and memory on the host
+stays near one tensor. What is known of families is in `model/convert/families.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.config import ModelConfig
+from model.convert.config_json import CARRIED, differences
+from model.convert.families import Family, family_of, read_family_and_config, write_config
+from model.convert.safetensors import Stored, plan_shards, read_headers, write_json, write_shards
+from model.convert.tensors import FileTensor, Part
+from model.params import Params, ParamSpec, block_layout, is_spec, param_specs, path_name
+
+# What belongs to a checkpoint beside its network, taken over as it is.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+_HARMLESS_TENSORS = (r".*rotary_emb\.inv_freq",)
+
+
+def _by_path(specs: Params) -> dict[str, ParamSpec]:
+    return {path_name(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)}
+
+
+def _place(config: ModelConfig, layer: int) -> tuple[str, tuple[int, ...]]:
+    """Where a layer's parameters are: the path of its block, and its index in leaves that are stacked."""
+    if not config.scan_layers:
+        return f"blocks/{layer}", ()
+    first, period, repetitions = block_layout(config)
+    if layer < first:
+        return f"dense_blocks/{layer}", ()
+    repetition, entry = divmod(layer - first, period)
+    if repetition < repetitions:
+        return f"scanned_blocks/{entry}", (repetition,)
+    return f"blocks/{layer - first - period * repetitions}", ()
+
+
+def file_tensors(config: ModelConfig, family: Family) -> list[FileTensor]:
+    """Every tensor of a checkpoint, in the order of its layers, with the parameters that it is made of."""
+    specs = _by_path(param_specs(config))
+    layers = [("", ()), *(_place(config, layer) for layer in range(config.num_layers))]
+    found = []
+    for number, (block, lead) in enumerate(layers):
+        for tensor in family.tensors(config):
+            if ("{i}" in tensor.name) != (number > 0):
+                continue
+            paths = [f"{block}/{leaf}" if block else leaf for leaf in tensor.leaves]
+            if paths[0] not in specs:
+                continue
+            groups = getattr(config, tensor.groups) if tensor.groups else 1
+            rotary = config.mla.qk_rope_head_dim if tensor.interleaved and config.mla else 0
+            experts = range(config.moe.num_experts) if "{e}" in tensor.name and config.moe else (None,)
+            for expert in experts:
+                leads = (*lead, expert) if expert is not None else lead
+                parts = tuple(Part(path, leads, specs[path].shape[len(leads) :]) for path in paths)
+                name = tensor.name.format(i=number - 1, e=expert)
+                found.append(FileTensor(name, tensor, parts, groups, rotary))
+    made = {part.path for tensor in found for part in tensor.parts}
+    assert made == set(specs), f"{family.model_type} has no names for {sorted(set(specs) - made)}"
+    return found
+
+
+# --- In -----------------------------------------------------------------------------------------------------------------------
+
+
+def load(
+    directory: str | Path, config: ModelConfig | None = None, shardings: Params | None = None
+) -> tuple[Params, ModelConfig]:
+    """Reads a checkpoint.
+
+    Args:
+      config: that of `read_config` with `param_dtype`, `scan_layers` and the like replaced; None is just that of `read_config`.
+      shardings: where each parameter goes, a tree of NamedSharding; None is the default device.
+
+    Returns:
+      the parameters, of `config.param_dtype` and the structure of `param_specs(config)`, and the config.
+
+    Raises:
+      ValueError: what is there is not a checkpoint that can be read; the message names the file, the key or the tensor.
+    """
+    directory = Path(directory)
+    family, described = read_family_and_config(directory)
+    config = described if config is None else config
+    if different := differences(config, described):
+        raise ValueError(
+            f"{directory} holds another network than the config: {', '.join(different)} of the config is not so there; replace "
+            "only what does not change the network in what read_config gives"
+        )
+    expected = file_tensors(config, family)
+    stored = _match(directory, family, config, expected)
+    sources: dict[str, dict[tuple[int, ...], tuple[FileTensor, int]]] = {}
+    for tensor in expected:
+        for i, part in enumerate(tensor.parts):
+            sources.setdefault(part.path, {})[part.lead] = (tensor, i)
+
+    def make(path: tuple[Any, ...], spec: ParamSpec, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
+        leaf = _Leaf(spec, sources[path_name(path)], stored)
+        if sharding is None:
+            return jnp.asarray(leaf[(slice(None),) * len(spec.shape)])
+        return jax.make_array_from_callback(spec.shape, sharding, lambda index: leaf[index or ()])
+
+    trees = (param_specs(config),) if shardings is None else (param_specs(config), shardings)
+    return jax.tree_util.tree_map_with_path(make, *trees, is_leaf=is_spec), config
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """A parameter that is still on disk; indexing it with a slice per dimension reads that part."""
+
+    spec: ParamSpec
+    sources: Mapping[tuple[int, ...], tuple[FileTensor, int]]
+    stored: Mapping[str, Stored]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        depth = len(next(iter(self.sources)))
+        ranges = [range(size)[part] for size, part in zip(self.spec.shape, index, strict=True)]
+        out = np.empty([len(part) for part in ranges], jnp.dtype(self.spec.dtype))
+        for place in np.ndindex(*out.shape[:depth]):
+            lead = tuple(part[i] for part, i in zip(ranges, place, strict=False))
+            tensor, i = self.sources[lead]
+            out[place] = tensor.split(self.stored[tensor.name].read())[i][index[depth:]]
+        return out
+
+
+def _match(directory: Path, family: Family, config: ModelConfig, expected: list[FileTensor]) -> dict[str, Stored]:
+    """The stored tensors by the names of the table, each found and of its shape, and none left over."""
+    found = {_canonical(name, family): tensor for name, tensor in read_headers(directory).items()}
+    if not any(name.startswith(family.prefix) for name in found):  # of a base model, which has no head
+        found = {name if name.startswith("lm_head.") else family.prefix + name: tensor for name, tensor in found.items()}
+    if config.tie_embeddings:  # a copy of the embedding, in files of old versions
+        found.pop("lm_head.weight", None)
+    patterns = "|".join((*_HARMLESS_TENSORS, *family.ignored)).replace("{n}", str(config.num_layers))
+    ignored = re.compile(patterns)
+    shapes = {tensor.name: tensor.shape for tensor in expected}
+    missing = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in found]
+    unknown = [
+        f"{tensor.name} {list(tensor.shape)}"
+        for name, tensor in found.items()
+        if name not in shapes and not ignored.fullmatch(name)
+    ]
+    differing = [
+        f"{name} {list(found[name].shape)}, expected {list(shape)}"
+        for name, shape in shapes.items()
+        if name in found and found[name].shape != shape
+    ]
+    complaints = [
+        f"{len(names)} {what}: {'; '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+        for what, names in (("missing", missing), ("unexpected", unknown), ("of another shape", differing))
+        if names
+    ]
+    if complaints:
+        raise ValueError(
+            f"the tensors in {directory} are not those of the {family.model_type} model that its config.json describes: "
+            f"{'. '.join(complaints)}. Restore the checkpoint's own config.json and safetensors files"
+        )
+    return {name: found[name] for name in shapes}
+
+
+def _canonical(name: str, family: Family) -> str:
+    """Names of Gemma 3's language model within the multimodal one, without where it stands there."""
+    for inside in ("language_model.model.", "model.language_model."):
+        if name.startswith(inside):
+            return family.prefix + name[len(inside) :]
+    return name.removeprefix("language_model.")
+
+
+# --- Out ----------------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    directory: str | Path,
+    params: Params,
+    config: ModelConfig,
+    family: str | None = None,
+    source: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a checkpoint that transformers loads. The directory appears when it is complete.
+
+    Args:
+      directory: where; it must not exist, or be empty.
+      params: of the structure of `param_specs(config)`, all of it on this process' devices.
+      family: model_type to write it as; None is the first that can express the network.
+      source: a checkpoint whose tokenizer, chat template, generation settings and special tokens are taken over.
+      settings: more keys for config.json, such as eos_token_id.
+
+    Raises:
+      ValueError: no family has words for this network, or the directory is not empty.
+    """
+    directory = Path(directory)
+    chosen = family_of(config, family)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not an empty directory: choose another, or remove it")
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    tensors = file_tensors(config, chosen)
+    dtypes = {tensor.name: np.dtype(leaves[tensor.parts[0].path].dtype) for tensor in tensors}
+    special = dict.fromkeys(CARRIED) | (_special_tokens(Path(source)) if source else {}) | dict(settings or {})
+    values = write_config(config, chosen) | special | {"dtype": config.param_dtype, "torch_dtype": config.param_dtype}
+
+    def arrays() -> Iterator[np.ndarray]:
+        for tensor in tensors:
+            yield tensor.join([np.asarray(leaves[part.path][part.lead]) for part in tensor.parts])
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        temporary.chmod(0o755)
+        shards = plan_shards(((tensor.name, tensor.shape, dtypes[tensor.name]) for tensor in tensors), max_shard_bytes)
+        write_shards(temporary, shards, arrays())
+        write_json(temporary / "config.json", values)
+        if source:
+            for path in (Path(source) / name for name in TOKENIZER_FILES):
+                if path.is_file():
+                    shutil.copyfile(path, temporary / path.name)
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _special_tokens(source: Path) -> dict[str, Any]:
+    """Ids of the tokens that begin, end and pad, from the config.json of a checkpoint."""
+    values = json.loads((source / "config.json").read_text())
+    return {key: values[key] for key in CARRIED if key in values}
