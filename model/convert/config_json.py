@@ -155,18 +155,21 @@ def _rope_parameters(settings: Settings) -> dict[str, Any]:
     return {key: value for key, value in outside.items() if value is not None} | rope
 
 
-def rope_codec(latent: bool = False) -> Codec:
+def _rope_codec(latent: bool = False, partial: bool = False) -> Codec:
     def read(settings: Settings) -> dict[str, Any]:
-        return {"rope": _parse_rope(settings, _rope_parameters(settings), latent=latent)}
+        rope = _parse_rope(settings, _rope_parameters(settings), latent=latent)
+        if rope.fraction != 1 and not partial:  # some ways of scaling heed it in transformers, others do not
+            raise settings.refuse("partial_rotary_factor", rope.fraction, "is not implemented for this family; 1.0 is")
+        return {"rope": rope}
 
     def write(config: ModelConfig) -> dict[str, Any]:
         said = {"rope_theta": config.rope.theta, "rope_scaling": _said_rope(config.rope, latent)}
-        return said | ({"partial_rotary_factor": config.rope.fraction} if config.rope.fraction != 1 else {})
+        return said | ({"partial_rotary_factor": config.rope.fraction} if partial else {})
 
     return Codec(read, write)
 
 
-ROPE, LATENT_ROPE = rope_codec(), rope_codec(latent=True)
+ROPE, PARTIAL_ROPE, LATENT_ROPE = _rope_codec(), _rope_codec(partial=True), _rope_codec(latent=True)
 
 
 def _read_local_rope(settings: Settings) -> dict[str, Any]:

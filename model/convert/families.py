@@ -19,6 +19,7 @@ from model.config import MlaConfig, ModelConfig, MoeConfig
 from model.convert.config_json import (
     LATENT_ROPE,
     LOCAL_ROPE,
+    PARTIAL_ROPE,
     QUERY_SCALE,
     ROPE,
     ROTATIONS,
@@ -423,14 +424,14 @@ FAMILIES: dict[str, Family] = {
             "phi3",
             "Phi3ForCausalLM",
             _PHI3,
-            (_SILU, ROPE, uniform_window(switch=False)),
+            (_SILU, PARTIAL_ROPE, uniform_window(switch=False)),
             defaults=_DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
         ),
         _family(
             "phi",
             "PhiForCausalLM",
             _PHI,
-            (activation("hidden_act", gated=False), ROPE),
+            (activation("hidden_act", gated=False), PARTIAL_ROPE),
             keys={key: field for key, field in _KEYS.items() if key != "rms_norm_eps"} | {"layer_norm_eps": "norm_eps"},
             network={
                 "norm": "layernorm",
@@ -756,5 +757,5 @@ def family_of(config: ModelConfig, name: str | None = None) -> Family:
             return family
         except ValueError as error:
             reasons.append(str(error))
-    nearest = min(reasons, key=len)
+    nearest = min(reasons, key=lambda reason: ("model.moe=" in reason or "model.mla=" in reason, len(reason)))
     raise ValueError(f"no family of Hugging Face expresses this model. The nearest: {nearest}")

@@ -121,8 +121,10 @@ def load(
     def make(path: tuple[Any, ...], spec: ParamSpec, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
         leaf = _Leaf(spec, sources[path_name(path)], stored)
         if sharding is None:
-            return jnp.asarray(leaf[(slice(None),) * len(spec.shape)])
-        return jax.make_array_from_callback(spec.shape, sharding, lambda index: leaf[index or ()])
+            made = jnp.asarray(leaf[(slice(None),) * len(spec.shape)])
+        else:
+            made = jax.make_array_from_callback(spec.shape, sharding, lambda index: leaf[index or ()])
+        return made.block_until_ready()  # or what is on its way to the devices would pile up on the host
 
     trees = (param_specs(config),) if shardings is None else (param_specs(config), shardings)
     return jax.tree_util.tree_map_with_path(make, *trees, is_leaf=is_spec), config
