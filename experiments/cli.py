@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   loam inspect --config=configs/quickstart.py
   loam compile --config=configs/quickstart.py --topology=v5e:2x2
   loam sample runs/quickstart --prompt="def main(" --temperature=0.8 --top-k=50
+  loam convert runs/quickstart /tmp/quickstart-hf
   loam ckpt verify runs/quickstart
   loam launch --config=configs/quickstart.py --on=local --processes=2 --dry-run
 
@@ -87,6 +88,11 @@ def parse(words: list[str]) -> argparse.Namespace:
     sample.add_argument("--top-p", type=float, default=1.0, help="1 is off")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--step", type=int, default=-1, help="of the checkpoint; default the newest")
+    convert = commands.add_parser("convert", help="write a run's checkpoint as Hugging Face has them")
+    convert.add_argument("run_dir", help="directory of the run")
+    convert.add_argument("target", help="directory to write; new, or empty")
+    convert.add_argument("--family", help="model_type to write, such as llama; default the first that can express the model")
+    convert.add_argument("--step", type=int, default=-1, help="of the checkpoint; default the newest")
     ckpt = commands.add_parser("ckpt", help="list or verify the checkpoints of a run")
     ckpt.add_argument("action", choices=["verify", "list"])
     ckpt.add_argument("run_dir", help="directory of the run")
@@ -218,6 +224,17 @@ def sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def convert(arguments: argparse.Namespace) -> int:
+    from model.xla import configure
+
+    configure(cpu_devices=1)
+    from experiments.sampling import convert_run
+
+    convert_run(arguments)
+    print(arguments.target)
+    return 0
+
+
 def ckpt(arguments: argparse.Namespace) -> int:
     from model.xla import configure
 
@@ -267,6 +284,7 @@ COMMANDS = {
     "compile": compile_for_slice,
     "launch": launch,
     "sample": sample,
+    "convert": convert,
     "ckpt": ckpt,
     "report": report,
     "goodput": goodput,

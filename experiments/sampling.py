@@ -1,4 +1,4 @@
-"""Loads a run's newest checkpoint and continues prompts with it (`loam sample`)."""
+"""Loads a run's newest checkpoint and continues prompts with it (`loam sample`), or writes it for others (`loam convert`)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from experiments.config import build
 from inference.sample import SamplingConfig, generate
-from model.params import abstract_params, param_specs
+from model.convert.huggingface import save
+from model.params import Params, abstract_params, param_specs
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check
 
 
-def sample_run(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """(prompt, continuation) for each prompt; the moving average of the weights if the run keeps one.
+def open_run(run_dir: Path, step: int) -> tuple[TrainConfig, Tokenizer, Params]:
+    """The config, tokenizer and weights of a run; the moving average of the weights if it keeps one.
+
+    Args:
+      step: of the checkpoint; below 0 the newest.
 
     Raises:
-      ValueError, FileNotFoundError: the directory is not that of a run, has no checkpoint, or a sampling option is off limits.
+      ValueError, FileNotFoundError: the directory is not that of a run, or has no such checkpoint.
     """
-    sampling = SamplingConfig(arguments.temperature, arguments.top_k, arguments.top_p)
-    run_dir = Path(arguments.run_dir)
     if not (run_dir / "config.json").is_file():
         raise FileNotFoundError(f"{run_dir} is not the directory of a run (it has no config.json): give one under runs/")
     config = build(TrainConfig, json.loads((run_dir / "config.json").read_text()))
@@ -30,18 +32,40 @@ def sample_run(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
     name = "ema" if config.optimizer.ema_decay else "params"
     abstract = {name: abstract_params(param_specs(config.model))}
     checkpoints = Checkpoints(str(run_dir / "checkpoints"), keep=None)
-    if arguments.step >= 0:
+    if step >= 0:
         steps = checkpoints.steps()
-        check(arguments.step in steps, f"{run_dir} has no checkpoint of step {arguments.step}; there are {steps}")
-        state, _ = checkpoints.restore(arguments.step, abstract, partial=True)
+        check(step in steps, f"{run_dir} has no checkpoint of step {step}; there are {steps}")
+        state, _ = checkpoints.restore(step, abstract, partial=True)
     else:
         restored = checkpoints.restore_newest(abstract, print, partial=True)
         if restored is None:
             raise FileNotFoundError(f"{run_dir} has no checkpoint yet: wait for the first, or run its config")
         state = restored[0]
+    return config, tokenizer, state[name]
+
+
+def convert_run(arguments: argparse.Namespace) -> None:
+    """Writes a run's weights as a Hugging Face checkpoint.
+
+    Raises:
+      ValueError, FileNotFoundError: as `open_run`, or no family has words for the model, or the target is not empty.
+    """
+    config, tokenizer, params = open_run(Path(arguments.run_dir), arguments.step)
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    save(arguments.target, params, config.model, arguments.family, settings=special)
+
+
+def sample_run(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """(prompt, continuation) for each prompt.
+
+    Raises:
+      ValueError, FileNotFoundError: as `open_run`, or a sampling option is off limits.
+    """
+    sampling = SamplingConfig(arguments.temperature, arguments.top_k, arguments.top_p)
+    config, tokenizer, params = open_run(Path(arguments.run_dir), arguments.step)
     prompts = arguments.prompt or list(config.eval.sample_prompts) or ["The "]
     outputs = generate(
-        state[name],
+        params,
         config.model,
         [tokenizer.encode_prompt(prompt) for prompt in prompts],
         max_new_tokens=arguments.max_tokens,

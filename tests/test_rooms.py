@@ -51,7 +51,9 @@ def test_data_never_imports_jax():
         assert not imports(path) & {"jax", "jaxlib", "flax", "optax", "orbax"}, path
 
 
-@pytest.mark.parametrize("module", ["model.config", "model.presets", "data.config", "train.config", "experiments.config"])
+@pytest.mark.parametrize(
+    "module", ["model.config", "model.presets", "model.convert.families", "data.config", "train.config", "experiments.config"]
+)
 def test_configs_are_read_without_jax(module):
     code = f"import sys, {module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -16,6 +16,7 @@ import pytest
 import model.xla
 from data.tokenizer import load_tokenizer
 from experiments.cli import load_train_config, main
+from model.convert.huggingface import load
 from model.transformer import forward, unembed
 from tests.tiny import write_tiny_job
 from train.checkpoint import Checkpoints
@@ -65,7 +66,7 @@ def run_copy(job, tmp_path):
 def test_help_lists_the_commands():
     result = loam("--help")
     assert result.returncode == 0
-    for command in ("run", "inspect", "sample", "ckpt", "report"):
+    for command in ("run", "inspect", "sample", "convert", "ckpt", "report"):
         assert re.search(rf"^    {command} ", result.stdout, re.MULTILINE), command
 
 
@@ -205,6 +206,24 @@ def test_sample_refuses_what_is_no_run_and_a_step_that_is_not_there(here, job, t
     assert "3, 6" in error
     error = refused(["sample", job[1].run_dir, "--max-tokens=200"], capsys)
     assert "exceed model.max_seq_len=128" in error
+
+
+def test_convert_writes_the_newest_weights_as_hugging_face_has_them(here, job, tmp_path, capsys):
+    _, config, _ = job
+    target = tmp_path / "out"
+    assert main(["convert", config.run_dir, str(target)]) == 0
+    assert capsys.readouterr().out == f"{target}\n"
+    written, model = load(target)
+    checkpoints = Checkpoints(f"{config.run_dir}/checkpoints", keep=None)
+    average = checkpoints.restore(6, make_trainer(config).abstract_state)[0].ema
+    assert model.window(0) == config.model.window(0) == 8
+    jax.tree.map(np.testing.assert_array_equal, written, average)
+    values = json.loads((target / "config.json").read_text())
+    assert (values["model_type"], values["eos_token_id"]) == ("mistral", load_tokenizer(f"{config.run_dir}/tokenizer").eos_id)
+    assert "not an empty directory" in refused(["convert", config.run_dir, target], capsys)
+    error = refused(["convert", config.run_dir, tmp_path / "no", "--family=llama"], capsys)
+    assert "llama family cannot express model.window_pattern=(8,)" in error
+    assert "no checkpoint of step 5" in refused(["convert", config.run_dir, tmp_path / "no", "--step=5"], capsys)
 
 
 def test_checkpoints_are_listed_and_found_sound(here, job, capsys):
