@@ -215,8 +215,7 @@ def uniform_window(switch: bool) -> Codec:
 
     def read(settings: Settings) -> dict[str, Any]:
         on = settings.take("use_sliding_window") if switch else True
-        window = settings.number("sliding_window")
-        return {"window_pattern": (window if on else 0,)}
+        return {"window_pattern": (settings.number("sliding_window") * bool(on),)}
 
     def write(config: ModelConfig) -> dict[str, Any]:
         window = config.window(0)
@@ -234,7 +233,7 @@ def layered_window(default: Callable[[Settings, int], bool], switch: bool) -> Co
 
     def read(settings: Settings) -> dict[str, Any]:
         on = settings.take("use_sliding_window") if switch else True
-        window = settings.number("sliding_window") if on else settings.take("sliding_window") and 0
+        window = settings.number("sliding_window") * bool(on)
         layers = range(settings.take("num_hidden_layers"))
         types = settings.take("layer_types")
         if types is None:
@@ -323,8 +322,8 @@ def network(config: ModelConfig) -> dict[str, Any]:
     """What a config computes, field by field: equal for equal networks, however they were written down."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     fields = {name: value for name, value in fields.items() if name not in _NOT_OF_THE_NETWORK}
-    fields["window_pattern"] = tuple(windows(config))
-    fields["rope_pattern"] = tuple(config.rotates(layer) for layer in range(config.num_layers))
+    fields["window_pattern"] = shortest_period(windows(config))
+    fields["rope_pattern"] = shortest_period([config.rotates(layer) for layer in range(config.num_layers)])
     fields["attention_scale"] = config.attention_scale or config.head_dim**-0.5
     rope = config.rope
     used = {"theta", "fraction", "scaling", *(field for field, _ in _SCALING_KEYS[rope.scaling].values())}

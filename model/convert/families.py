@@ -11,6 +11,8 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ class Family:
       tensors: the table of names, of those that the files of some config may hold.
       prefix: what stands before the names in `tensors` of everything but the head; a base model's file leaves it out.
       ignored: regular expressions of tensors that are no parameters; `{n}` is the number of layers.
+      unused: keys that transformers derives from others, or does not read, or that `codecs` read only in some cases.
     """
 
     model_type: str
@@ -60,6 +63,7 @@ class Family:
     tensors: Callable[[ModelConfig], tuple[Tensor, ...]]
     prefix: str = "model."
     ignored: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 # --- Keys ---------------------------------------------------------------------------------------------------------------------
@@ -356,6 +360,7 @@ FAMILIES: dict[str, Family] = {
             (_SILU, ROPE, _QWEN_WINDOW),
             network={"qkv_bias": True},
             fixed=_QWEN_FIXED,
+            unused=("max_window_layers",),
             defaults=_QWEN_DEFAULTS | {"num_key_value_heads": 32},
         ),
         _family(
@@ -366,6 +371,7 @@ FAMILIES: dict[str, Family] = {
             keys=_KEYS | _HEAD_DIM | _BIAS,
             network={"qk_norm": "head"},
             fixed=_QWEN_FIXED,
+            unused=("max_window_layers",),
             defaults=_QWEN_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128},
         ),
         _family(
@@ -419,6 +425,7 @@ FAMILIES: dict[str, Family] = {
             fixed=_GEMMA_FIXED | {"hidden_act": "gelu_pytorch_tanh"},
             defaults=_GEMMA3_DEFAULTS,
             ignored=(r"vision_tower\..*", r"multi_modal_projector\..*"),
+            unused=("sliding_window_pattern", "_sliding_window_pattern"),
         ),
         _family(
             "phi3",
@@ -527,6 +534,7 @@ FAMILIES: dict[str, Family] = {
             },
             network={"qk_norm": "head", "moe.router": "softmax"},
             fixed=_QWEN_FIXED | {"decoder_sparse_step": 1},
+            unused=("max_window_layers",),
             defaults=_QWEN_DEFAULTS
             | _MOE_DEFAULTS
             | {
@@ -591,6 +599,7 @@ FAMILIES: dict[str, Family] = {
             },
             # The layer that predicts one token more comes after the others.
             ignored=(r"model\.layers\.{n}\..*",),
+            unused=("head_dim", "qk_head_dim", "num_nextn_predict_layers", "num_mtp_layers"),
         ),
         _family(
             "gpt2",
@@ -635,15 +644,6 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }
-# Derived from others by transformers, or of no consequence, in these families alone.
-_DERIVED = {
-    "deepseek_v3": ("head_dim", "qk_head_dim", "num_nextn_predict_layers", "num_mtp_layers", "n_mtp_layers"),
-    "qwen3_moe": ("max_window_layers",),
-    "qwen2": ("max_window_layers", "sliding_window"),
-    "qwen3": ("max_window_layers", "sliding_window"),
-    "gemma3_text": ("sliding_window_pattern", "_sliding_window_pattern"),
-    "smollm3": ("sliding_window",),
-}
 
 
 def _as_tuple(fields: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -663,17 +663,25 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> tuple
         )
     model_type = values.get("model_type")
     if model_type == "gemma3":  # with vision, which is left out
-        values = {**values.get("text_config", {}), "model_type": "gemma3_text"}
+        text = values.get("text_config")
+        values = {**(text if isinstance(text, dict) else {}), "model_type": "gemma3_text"}
         model_type = "gemma3_text"
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"{where}: model_type={model_type!r} is not a family that this converter knows. The nearest is {near!r}; it knows "
             f"{', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[model_type]
-    settings = Settings(values, family.defaults, where)
-    settings.taken.update(_DERIVED.get(model_type, ()))
+    try:
+        return family, _parse(Settings(values, family.defaults, where), family)
+    except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+        raise ValueError(f"{where} has a value of another kind than it should ({error}): restore the file") from error
+
+
+def _parse(settings: Settings, family: Family) -> ModelConfig:
+    values, where = settings.values, settings.where
+    settings.taken.update(family.unused)
     for key, value in family.fixed.items():
         settings.taken.add(key)
         if values.get(key) is not None and values[key] != value:
@@ -685,12 +693,26 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> tuple
         fields |= codec.read(settings)
     settings.check_all_taken()
     parts = nested(fields)
-    sections = {"moe": MoeConfig, "mla": MlaConfig}
+    sections: dict[str, Any] = {"moe": MoeConfig, "mla": MlaConfig, "": ModelConfig}
     try:
-        made = {name: sections[name](**values) for name, values in parts.items() if name}
-        return family, ModelConfig(**parts[""], **made)
+        for name, section in parts.items():
+            parts[name] = _typed(section, sections[name])
+        made = {name: sections[name](**section) for name, section in parts.items() if name}
+        return ModelConfig(**parts[""], **made)
     except ValueError as error:
         raise ValueError(f"{where} describes a network that is not implemented: {error}") from error
+
+
+def _typed(values: Mapping[str, Any], section: type) -> dict[str, Any]:
+    """Values of the kinds that the fields of a config want. Raises ValueError for one of another kind."""
+    typed = dict(values)
+    for name, kind in typing.get_type_hints(section).items():
+        if name in values and kind in (int, float, bool):
+            value = values[name]
+            typed[name] = kind(value or 0)
+            if typed[name] != (value or 0) or not math.isfinite(typed[name]):
+                raise ValueError(f"{name}={value!r} should be of type {kind.__name__}")
+    return typed
 
 
 def read_config(directory: str | Path) -> ModelConfig:

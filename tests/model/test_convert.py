@@ -1,5 +1,6 @@
 """Checkpoints in and out, against what transformers made of the same weights (tests/hugging_face.py)."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -374,6 +375,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_pos
         ("llama", {"model_type": None}, r"model_type=None"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, r"quantization_config.*bfloat16"),
         ("llama", {"hidden_size": "32"}, r"hidden_size='32' should be a number"),
+        ("llama", {"hidden_size": 32.5}, r"d_model=32\.5 should be of type int"),
+        ("llama", {"rms_norm_eps": float("nan")}, r"norm_eps=nan should be of type float"),
+        ("llama", {"rope_parameters": 7}, r"a value of another kind than it should"),
         ("llama", {"num_attention_heads": 5}, r"not implemented: model\.(d_model|num_heads)"),
         ("llama", {"hidden_act": "relu"}, r"hidden_act='relu' is not implemented; silu"),
         ("llama", {"use_mup": True}, r"does not know use_mup=True.*remove it"),
@@ -412,6 +416,16 @@ def test_a_network_that_is_not_implemented_is_refused(name, changes, message):
     parse_config(KNOWN[name]["config"])
     with pytest.raises(ValueError, match=message):
         parse_config(KNOWN[name]["config"] | changes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whatever_a_key_says_the_answer_is_a_network_or_one_clear_error(name):
+    config = KNOWN[name]["config"]
+    for key in config:
+        for value in ("x", [], ["x"], {}, {"x": 1}, {"rope_type": "yarn"}, -1, 0, 1.5, None, True, float("nan")):
+            with contextlib.suppress(ValueError):
+                _, parsed = parse_config(config | {key: value})
+                param_specs(parsed)
 
 
 def test_a_key_that_is_missing_is_named():
@@ -639,6 +653,24 @@ def test_a_header_larger_than_the_file_is_refused(content, tmp_path):
     (checkpoint(tmp_path, "llama") / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"its header is said to have \d+ bytes, the file has"):
         load(tmp_path)
+
+
+def test_a_flipped_bit_of_the_header_is_noticed_or_harmless(tmp_path):
+    path = checkpoint(tmp_path, "llama") / "model.safetensors"
+    params, whole = load(tmp_path)[0], path.read_bytes()
+    generator = np.random.default_rng(0)
+    noticed = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[generator.integers(0, 8 + int.from_bytes(whole[:8], "little"))] ^= 1 << int(generator.integers(0, 8))
+        path.write_bytes(damaged)
+        try:
+            loaded, _ = load(tmp_path)
+        except ValueError as error:
+            noticed += str(tmp_path) in str(error)
+        else:
+            assert_same_trees(loaded, params)
+    assert noticed > 190
 
 
 def test_every_cut_of_a_file_is_noticed(tmp_path):
