@@ -16,14 +16,16 @@ from model.config import ModelConfig, RopeConfig
 # Keys that change nothing of what the network computes from its weights, for whatever family.
 # fmt: off
 HARMLESS = frozenset([
-    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
-    "attn_pdrop", "auto_map", "aux_loss_alpha", "bos_token_id", "cache_implementation", "dtype", "embd_pdrop",
-    "eos_token_id", "ep_size", "finetuning_task", "gradient_checkpointing", "hidden_dropout", "id2label", "label2id",
-    "model_type", "n_ctx", "num_logits_to_keep", "output_attentions", "output_hidden_states", "output_router_logits",
-    "pad_token_id", "pretraining_tp", "problem_type", "reorder_and_upcast_attn", "resid_pdrop", "return_dict",
-    "rms_norm_dtype", "router_jitter_noise", "seq_aux", "summary_activation", "summary_first_dropout",
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "_num_labels", "architectures",
+    "attention_dropout", "attn_pdrop", "auto_map", "aux_loss_alpha", "bos_token_id", "cache_implementation",
+    "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "ep_size", "finetuning_task",
+    "gradient_checkpointing", "hidden_dropout", "id2label", "is_decoder", "is_encoder_decoder", "is_llama_config",
+    "label2id", "model_type", "n_ctx", "num_logits_to_keep", "output_attentions", "output_hidden_states",
+    "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "pruned_heads", "reorder_and_upcast_attn",
+    "resid_pdrop", "return_dict", "router_jitter_noise", "seq_aux", "summary_activation", "summary_first_dropout",
     "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype",
-    "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+    "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16",
+    "use_cache",
 ])
 # fmt: on
 # Of these an export keeps what the source said.
@@ -256,16 +258,15 @@ def layered_window(default: Callable[[Settings, int], bool], switch: bool) -> Co
     return Codec(read, write)
 
 
-def _read_rotations(settings: Settings) -> dict[str, Any]:
+def rotations(settings: Settings) -> list[bool]:
+    """Whether each layer rotates."""
     interval, layers = settings.take("no_rope_layer_interval"), settings.take("no_rope_layers")
     count = settings.take("num_hidden_layers")
-    if layers is None:
-        layers = [(layer + 1) % interval != 0 for layer in range(count)]
-    return {"rope_pattern": shortest_period([bool(rotates) for rotates in layers[:count]])}
+    return [bool(layers[layer] if layers else (layer + 1) % interval) for layer in range(count)]
 
 
 ROTATIONS = Codec(
-    _read_rotations,
+    lambda settings: {"rope_pattern": shortest_period(rotations(settings))},
     lambda config: {"no_rope_layers": [int(config.rotates(layer)) for layer in range(config.num_layers)]},
 )
 

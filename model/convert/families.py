@@ -31,6 +31,7 @@ from model.convert.config_json import (
     differences,
     layered_window,
     nested,
+    rotations,
     uniform_window,
 )
 from model.convert.tensors import Tensor, matrix, table, transposed, vector
@@ -344,7 +345,13 @@ _GEMMA3_DEFAULTS = _GEMMA_DEFAULTS | {
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        _family("llama", "LlamaForCausalLM", _LLAMA, keys=_KEYS | _HEAD_DIM | _BIAS | _MLP_BIAS),
+        _family(
+            "llama",
+            "LlamaForCausalLM",
+            _LLAMA,
+            keys=_KEYS | _HEAD_DIM | _BIAS | _MLP_BIAS,
+            fixed={"rope_interleaved": False},
+        ),
         _family(
             "mistral",
             "MistralForCausalLM",
@@ -382,9 +389,10 @@ FAMILIES: dict[str, Family] = {
                 _SILU,
                 ROPE,
                 ROTATIONS,
-                layered_window(lambda settings, layer: not (settings.take("no_rope_layers") or [])[layer], switch=True),
+                layered_window(lambda settings, layer: not rotations(settings)[layer], switch=True),
             ),
             keys=_KEYS | _BIAS | _MLP_BIAS,
+            unused=("max_window_layers",),
             defaults=_DEFAULTS
             | {
                 "num_key_value_heads": 4,
@@ -414,6 +422,7 @@ FAMILIES: dict[str, Family] = {
             network=_SANDWICH,
             fixed=_GEMMA_FIXED | {"hidden_act": "gelu_pytorch_tanh"},
             defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 4},
+            unused=("sliding_window_size",),
         ),
         _family(
             "gemma3_text",
@@ -432,6 +441,7 @@ FAMILIES: dict[str, Family] = {
             "Phi3ForCausalLM",
             _PHI3,
             (_SILU, PARTIAL_ROPE, uniform_window(switch=False)),
+            fixed={"attention_bias": False},
             defaults=_DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
         ),
         _family(
