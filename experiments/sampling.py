@@ -9,7 +9,8 @@ from pathlib import Path
 
 from data.tokenizer import load_tokenizer
 from experiments.config import build
-from inference.sample import SamplingConfig, generate
+from inference.generate import generate
+from inference.sampling import Sampling
 from model.params import abstract_params, param_specs
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check
@@ -21,7 +22,7 @@ def sample_run(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
     Raises:
       ValueError, FileNotFoundError: the directory is not that of a run, has no checkpoint, or a sampling option is off limits.
     """
-    sampling = SamplingConfig(arguments.temperature, arguments.top_k, arguments.top_p)
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     run_dir = Path(arguments.run_dir)
     if not (run_dir / "config.json").is_file():
         raise FileNotFoundError(f"{run_dir} is not the directory of a run (it has no config.json): give one under runs/")
@@ -44,11 +45,11 @@ def sample_run(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
         state[name],
         config.model,
         [tokenizer.encode_prompt(prompt) for prompt in prompts],
-        max_new_tokens=arguments.max_tokens,
+        max_tokens=arguments.max_tokens,
         seed=arguments.seed,
         sampling=sampling,
         vocab_size=tokenizer.vocab_size,
-        eos_id=-1 if tokenizer.eos_id is None else tokenizer.eos_id,
+        stop_ids=frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id}),
     )
     for prompt, tokens in zip(prompts, outputs, strict=True):
         yield prompt, tokenizer.decode(tokens)
