@@ -81,12 +81,14 @@ class Request:
     """Attributes:
     prompt: token ids, at least one.
     num_samples: answers that are drawn independently of each other.
-    max_tokens: of an answer; None is as many as the context holds.
+    first_sample: number of the first of them; samples of a seed differ by their number alone.
+    answer: tokens that were drawn before, as of an answer that was broken off; what is drawn goes on from there.
+    max_tokens: of an answer, with what was drawn before; None is as many as the context holds.
     min_tokens: before them no token of `stop_ids` is drawn.
     stop_ids: tokens that end an answer and are its last.
     seed: with it and the weights, an answer is always the same, whatever else the engine does.
     top_logprobs: alternatives reported for each token.
-    watch: makes, for each sample, a function that is told its tokens and says whether to stop there.
+    watch: makes, for a sample by its number, a function that is told its tokens and says whether to stop there.
     constraint: makes, for each sample, what its tokens must satisfy.
     """
 
@@ -95,10 +97,12 @@ class Request:
     num_samples: int = 1
     max_tokens: int | None = None
     min_tokens: int = 0
+    first_sample: int = 0
+    answer: Sequence[int] = ()
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
     top_logprobs: int = 0
-    watch: Callable[[], Callable[[int], bool]] | None = None
+    watch: Callable[[int], Callable[[int], bool]] | None = None
     constraint: Callable[[], Constraint] | None = None
 
     def __post_init__(self) -> None:
@@ -110,7 +114,16 @@ class Request:
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}",
         )
+        check(
+            self.max_tokens is None or len(self.answer) < self.max_tokens,
+            f"the answer has {len(self.answer)} tokens already, and max_tokens={self.max_tokens}",
+        )
+        check(
+            not (self.answer and (self.watch or self.constraint)),
+            "an answer that was broken off cannot be watched or constrained: leave it out, and it is drawn again the same",
+        )
         check(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
+        check(0 <= self.first_sample < 2**31, f"first_sample={self.first_sample} must lie in [0, 2^31)")
         check(0 <= self.top_logprobs <= TOP_LOGPROBS, f"top_logprobs={self.top_logprobs} must lie in [0, {TOP_LOGPROBS}]")
 
 
@@ -162,13 +175,21 @@ class Stats:
 
 
 @dataclasses.dataclass(eq=False)
-class _Sequence:
-    """One sample of a request. `num_cached` of its tokens are in its pages."""
+class Ongoing:
+    """One sample of a request, on its way.
+
+    Attributes:
+      order: in which it came.
+      tokens: of the prompt and the answer so far.
+      max_len: how many they may become.
+      pages: that hold the first `num_cached` of its tokens.
+      slot: its row of the history; negative while it waits.
+    """
 
     request_id: int
     request: Request
     sample: int
-    order: int  # in which it came
+    order: int
     tokens: list[int]
     max_len: int
     watcher: Callable[[int], bool] | None
@@ -180,6 +201,10 @@ class _Sequence:
     @property
     def num_drawn(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+
+# For speculative decoding: up to so many tokens each that may follow (`inference/speculate.py`).
+Guess = Callable[[Sequence[Ongoing], Sequence[int]], Sequence[Sequence[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,13 +322,13 @@ class Engine:
         config: EngineConfig = EngineConfig(),
         *,
         vocab_size: int | None = None,
-        guess: Callable[[Sequence[int], int], Sequence[int]] | None = None,
+        guess: Guess | None = None,
     ):
         """
         Args:
           params: of the trainer or a file, with or without stacked layers; they stay where they are, on one device or a mesh.
           vocab_size: of the tokenizer; None is that of the model.
-          guess: for speculative decoding, up to n tokens that may follow the given ones (`inference/speculate.py`).
+          guess: for speculative decoding, with `num_guesses`.
         """
         self.params, self.model = unstack_layers(params, model)
         self.config = config
@@ -328,9 +353,9 @@ class Engine:
         words = -(-model.vocab_size // 32)
         in_vocabulary = np.arange(words * 32) < self.vocab_size
         self._in_vocabulary = np.packbits(in_vocabulary, bitorder="little").view(np.uint32)
-        self._waiting: collections.deque[_Sequence] = collections.deque()
-        self._filling: _Sequence | None = None
-        self._running: list[_Sequence] = []
+        self._waiting: collections.deque[Ongoing] = collections.deque()
+        self._filling: Ongoing | None = None
+        self._running: list[Ongoing] = []
         self._slots = list(range(config.max_batch - 1, -1, -1))
         self._ids = itertools.count()
         self._orders = itertools.count()
@@ -344,13 +369,14 @@ class Engine:
           ValueError: what no state of the engine could answer: tokens outside the vocabulary, a prompt or an answer beyond the
             context or the pages, options that do not go together.
         """
-        lowest, highest = min(request.prompt), max(request.prompt)
+        given = (*request.prompt, *request.answer)
+        lowest, highest = min(given), max(given)
         check(
             lowest >= 0 and highest < self.model.vocab_size,
             f"a prompt holds token ids {lowest}..{highest}, but the vocabulary is 0..{self.model.vocab_size - 1}: was it "
             "encoded with another tokenizer?",
         )
-        length, wanted = len(request.prompt), request.max_tokens or 1
+        length, wanted = len(request.prompt), request.max_tokens or len(request.answer) + 1
         for name, limit in (("model.max_seq_len", self.model.max_seq_len), ("engine.cache_tokens", self.max_len)):
             check(
                 length + wanted <= limit,
@@ -368,14 +394,14 @@ class Engine:
         request_id = next(self._ids)
         for sample in range(request.num_samples):
             self._waiting.append(
-                _Sequence(
+                Ongoing(
                     request_id,
                     request,
-                    sample,
+                    request.first_sample + sample,
                     next(self._orders),
-                    list(map(int, request.prompt)),
+                    [*map(int, request.prompt), *map(int, request.answer)],
                     self.max_len if request.max_tokens is None else length + request.max_tokens,
-                    request.watch() if request.watch else None,
+                    request.watch(request.first_sample + sample) if request.watch else None,
                     request.constraint() if request.constraint else None,
                 )
             )
@@ -418,14 +444,17 @@ class Engine:
         """The answers of each request, a list of tokens per sample; what else is queued goes on beside, its tokens are lost."""
         requests = list(requests)
         ids = [self.submit(request) for request in requests]
-        answers = {i: [[] for _ in range(request.num_samples)] for i, request in zip(ids, requests, strict=True)}
+        answers = {
+            i: {request.first_sample + n: [] for n in range(request.num_samples)}
+            for i, request in zip(ids, requests, strict=True)
+        }
         unfinished = sum(len(samples) for samples in answers.values())
         while unfinished:
             for token in self.step():
                 if token.request in answers:
                     answers[token.request][token.sample].append(token)
                     unfinished -= token.finish_reason is not None
-        return list(answers.values())
+        return [list(samples.values()) for samples in answers.values()]
 
     def warm_up(self) -> None:
         """Compiles every shape."""
@@ -449,7 +478,7 @@ class Engine:
         self._find_room()
         return self._advance() if self._running else []
 
-    def _holding(self) -> list[_Sequence]:
+    def _holding(self) -> list[Ongoing]:
         return [*self._running, *([self._filling] if self._filling else [])]
 
     def _fill(self) -> None:
@@ -496,7 +525,7 @@ class Engine:
         self._filling = seq
         return True
 
-    def _prefill(self, seq: _Sequence, count: int) -> None:
+    def _prefill(self, seq: Ongoing, count: int) -> None:
         owned = self._own_page(seq, seq.num_cached // self.config.page_size)
         assert owned, "admission left no page for a copy"
         size = _fitting(self._chunk_sizes, count)
@@ -515,7 +544,7 @@ class Engine:
             while seq.slot >= 0 and not self._has_room(seq):
                 self._preempt(max(self._holding(), key=lambda other: other.order))
 
-    def _has_room(self, seq: _Sequence) -> bool:
+    def _has_room(self, seq: Ongoing) -> bool:
         index = seq.num_cached // self.config.page_size
         if index == len(seq.pages):
             page = self._pool.take()
@@ -524,7 +553,7 @@ class Engine:
             seq.pages.append(page)
         return self._own_page(seq, index)
 
-    def _own_page(self, seq: _Sequence, index: int) -> bool:
+    def _own_page(self, seq: Ongoing, index: int) -> bool:
         """Makes a page one that nobody else holds, by copying if need be; False if there is none left."""
         shared = seq.pages[index]
         if self._pool.holders(shared) == 1:
@@ -540,7 +569,7 @@ class Engine:
     def _advance(self) -> list[Token]:
         """One token, or more where guesses were right, for every running sequence."""
         rows = list(self._running)
-        guesses = [self._guesses(seq) for seq in rows]
+        guesses = self._guesses(rows)
         draws = self._run(rows, _fitting(self._row_sizes, len(rows)), guesses)
         drawn: list[Token] = []
         for row, seq in enumerate(rows):
@@ -562,7 +591,7 @@ class Engine:
         self.stats.decoded += len(drawn)
         return drawn
 
-    def _token(self, seq: _Sequence, draws: Draws, row: int, turn: int) -> Token:
+    def _token(self, seq: Ongoing, draws: Draws, row: int, turn: int) -> Token:
         token = int(draws.token[row, turn])
         request = seq.request
         if seq.constraint:
@@ -587,11 +616,19 @@ class Engine:
             finish_reason,
         )
 
-    def _guesses(self, seq: _Sequence) -> list[int]:
-        """Tokens that may follow, as far as the answer and pages of its own go."""
-        if self._guess is None or seq.num_drawn < seq.request.min_tokens:
-            return []
-        guesses = list(self._guess(seq.tokens, min(self.config.num_guesses, seq.max_len - len(seq.tokens) - 1)))
+    def _guesses(self, rows: list[Ongoing]) -> list[list[int]]:
+        """Tokens that may follow each row's, as far as its answer and pages of its own go."""
+        guesses: list[list[int]] = [[] for _ in rows]
+        if self._guess is None:
+            return guesses
+        # A minimum of tokens forbids some for a whole step.
+        asked = [i for i, seq in enumerate(rows) if seq.num_drawn >= seq.request.min_tokens]
+        counts = [min(self.config.num_guesses, rows[i].max_len - len(rows[i].tokens) - 1) for i in asked]
+        for i, count, guessed in zip(asked, counts, self._guess([rows[i] for i in asked], counts), strict=True):
+            guesses[i] = self._within_pages(rows[i], list(guessed[:count]))
+        return guesses
+
+    def _within_pages(self, seq: Ongoing, guesses: list[int]) -> list[int]:
         while (seq.num_cached + len(guesses)) // self.config.page_size >= len(seq.pages):
             page = self._pool.take()
             if page is None:
@@ -599,7 +636,7 @@ class Engine:
             seq.pages.append(page)
         return guesses
 
-    def _run(self, rows: list[_Sequence], size: int, guesses: Sequence[Sequence[int]] = ()) -> Draws:
+    def _run(self, rows: list[Ongoing], size: int, guesses: Sequence[Sequence[int]] = ()) -> Draws:
         """The next tokens of `rows`, padded to `size`; arrays of the host."""
         tokens = np.zeros((size, 1 + self.config.num_guesses), np.int32)
         positions = np.full_like(tokens, -1)
@@ -638,7 +675,7 @@ class Engine:
         draws, self._history = _draw(self._history, self._placement, logits, tokens, positions, Rows(**columns), allowed)
         return jax.device_get(draws)
 
-    def _table(self, rows: Sequence[_Sequence], size: int) -> np.ndarray:
+    def _table(self, rows: Sequence[Ongoing], size: int) -> np.ndarray:
         table = np.zeros((size, self._table_width), np.int32)
         for i, seq in enumerate(rows):
             table[i, : len(seq.pages)] = seq.pages
@@ -656,13 +693,13 @@ class Engine:
 
     # --- leaving ------------------------------------------------------------------------------------------------------
 
-    def _preempt(self, seq: _Sequence) -> None:
+    def _preempt(self, seq: Ongoing) -> None:
         """Sends a sequence back to the head of the queue, without its pages."""
         self.stats.preemptions += 1
         self._let_go(seq)
         self._waiting.appendleft(seq)
 
-    def _let_go(self, seq: _Sequence) -> None:
+    def _let_go(self, seq: Ongoing) -> None:
         # The beginning last: what others may share longest is forgotten last.
         for page in reversed(seq.pages):
             self._pool.release(page)

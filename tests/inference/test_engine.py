@@ -279,7 +279,7 @@ def test_tokens_beyond_the_tokenizers_are_never_drawn():
 
 
 def test_a_watcher_ends_its_own_sample():
-    def watch():
+    def watch(_sample):
         seen = []
         return lambda token: seen.append(token) or len(seen) == 3
 
@@ -296,10 +296,13 @@ def test_right_and_wrong_guesses_change_no_answer():
     expected = [[token.token for token in answer] for (answer,) in plain.generate(requests)]
     rows = [[*request.prompt, *tokens] for request, tokens in zip(requests, expected, strict=True)]
 
-    def guess(tokens, count):
-        row = next((row for row in rows if row[: len(tokens)] == tokens), [])
-        right = row[len(tokens) : len(tokens) + count]
-        return [(token + 1) % MODEL.vocab_size if len(tokens) % 4 == 0 else token for token in right]
+    def guess(ongoing, counts):
+        guesses = []
+        for tokens, count in zip((sample.tokens for sample in ongoing), counts, strict=True):
+            row = next((row for row in rows if row[: len(tokens)] == tokens), [])
+            right = row[len(tokens) : len(tokens) + count]
+            guesses.append([(token + 1) % MODEL.vocab_size if len(tokens) % 4 == 0 else token for token in right])
+        return guesses
 
     guessing = Engine(PARAMS, MODEL, dataclasses.replace(ROOMY, num_guesses=3), guess=guess)
     for request, (answer,), tokens in zip(requests, guessing.generate(requests), expected, strict=True):
