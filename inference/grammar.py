@@ -73,8 +73,10 @@ class Grammars:
         }
         check(kind in make, f"constraint {kind!r} is not one of {', '.join(make)}")
         try:
+            if kind == "json_schema":
+                json.loads(text)
             grammar = make[kind](text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the {kind} cannot be read: {error}") from None
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         check(not matcher.is_error(), f"the {kind} cannot be satisfied or is not supported: {matcher.get_error()}")
