@@ -22,6 +22,7 @@ from model.layers import linear, mlp_block, norm, rms_norm
 from model.mla import absorbed_queries, keys_and_values, latents, queries, values_of_latents
 from model.moe import Routing, moe_block
 from model.params import Params, block_layout
+from model.quantize import Quantized
 from model.rope import apply_rope, rope_table
 from model.sharding import Dimensions, Layout, constrain
 
@@ -314,12 +315,15 @@ def forward(
 def head_weights(params: Params, config: ModelConfig) -> tuple[jax.Array, jax.Array | None]:
     """The output matrix [D, V] and its bias [V], of `param_dtype`."""
     matrix = params["embedding"].T if config.tie_embeddings else params["head"]
-    return matrix, params.get("head_bias")
+    return matrix.dequantized() if isinstance(matrix, Quantized) else matrix, params.get("head_bias")
 
 
 def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """float32 logits [..., V] of hidden states [..., D]."""
-    matrix, bias = head_weights(params, config)
-    logits = jnp.matmul(hidden, matrix.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if isinstance(params.get("head"), Quantized):
+        logits, bias = params["head"].dot(hidden), params.get("head_bias")
+    else:
+        matrix, bias = head_weights(params, config)
+        logits = jnp.matmul(hidden, matrix.astype(hidden.dtype), preferred_element_type=jnp.float32)
     logits = logits if bias is None else logits + bias.astype(jnp.float32)
     return soft_cap(logits, config.logit_soft_cap)
