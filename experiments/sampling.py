@@ -9,7 +9,8 @@ from pathlib import Path
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from experiments.config import build
-from inference.sample import SamplingConfig, generate
+from inference.generate import generate
+from inference.sampling import Sampling
 from model.convert.huggingface import save
 from model.params import Params, abstract_params, param_specs
 from train.checkpoint import Checkpoints
@@ -61,18 +62,18 @@ def sample_run(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
     Raises:
       ValueError, FileNotFoundError: as `open_run`, or a sampling option is off limits.
     """
-    sampling = SamplingConfig(arguments.temperature, arguments.top_k, arguments.top_p)
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     config, tokenizer, params = open_run(Path(arguments.run_dir), arguments.step)
     prompts = arguments.prompt or list(config.eval.sample_prompts) or ["The "]
     outputs = generate(
         params,
         config.model,
         [tokenizer.encode_prompt(prompt) for prompt in prompts],
-        max_new_tokens=arguments.max_tokens,
+        max_tokens=arguments.max_tokens,
         seed=arguments.seed,
         sampling=sampling,
         vocab_size=tokenizer.vocab_size,
-        eos_id=-1 if tokenizer.eos_id is None else tokenizer.eos_id,
+        stop_ids=frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id}),
     )
     for prompt, tokens in zip(prompts, outputs, strict=True):
         yield prompt, tokenizer.decode(tokens)

@@ -64,3 +64,15 @@ def keys_and_values(past: Latents, params: Params, layout: Layout | None) -> tup
     shared_BSHR = jnp.broadcast_to(shared_BSR[:, :, None], (*nope_BSHN.shape[:3], shared_BSR.shape[-1]))
     keys = jnp.concatenate([constrain(nope_BSHN, layout, "batch", "sequence", "kv_heads", None), shared_BSHR], axis=-1)
     return keys, linear(latent_BSC, params["value"], layout=layout)
+
+
+def absorbed_queries(q_BTHD: jax.Array, params: Params, mla: MlaConfig) -> jax.Array:
+    """[B, T, H, C + R]: queries to meet latents themselves, as the given ones [B, T, H, N + R] meet keys made from them."""
+    nope, rope = q_BTHD[..., : mla.qk_nope_head_dim], q_BTHD[..., mla.qk_nope_head_dim :]
+    absorbed = jnp.einsum("bthn,chn->bthc", nope, params["key"].astype(nope.dtype))
+    return jnp.concatenate([absorbed, rope], axis=-1)
+
+
+def values_of_latents(mixed_BTHC: jax.Array, params: Params) -> jax.Array:
+    """[B, T, H, V]: the values of a mixture of latents, per head."""
+    return jnp.einsum("bthc,chv->bthv", mixed_BTHC, params["value"].astype(mixed_BTHC.dtype))

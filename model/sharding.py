@@ -39,6 +39,9 @@ TRAIN_RULES: Rules = {
     "layers": (),
 }
 
+# To decode, weights are split by heads and width alone, so that no step gathers them.
+DECODE_RULES: Rules = {axis: over if over == ("tensor",) else () for axis, over in TRAIN_RULES.items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Dimensions:

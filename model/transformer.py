@@ -16,9 +16,10 @@ import jax.numpy as jnp
 
 from model.attention import Pattern, attention, make_pattern
 from model.config import ModelConfig
+from model.kernels.paged_attention import paged_attention
 from model.kernels.xla_attention import soft_cap
 from model.layers import linear, mlp_block, norm, rms_norm
-from model.mla import keys_and_values, latents, queries
+from model.mla import absorbed_queries, keys_and_values, latents, queries, values_of_latents
 from model.moe import Routing, moe_block
 from model.params import Params, block_layout
 from model.rope import apply_rope, rope_table
@@ -30,10 +31,11 @@ class Context:
     """What every layer reads beside its input.
 
     Attributes:
-      positions: int32 [B, T]; also the cache slots that new keys and values go to.
+      positions: int32 [B, T].
       patterns: window size -> which pairs are allowed.
       rope: whether the layer is a sliding-window one -> (cos, sin); empty without RoPE.
       real: bool [B, T], False for padding.
+      page_table: of the cache, if there is one.
       layout: where activations live; None on one device.
     """
 
@@ -41,34 +43,46 @@ class Context:
     patterns: dict[int, Pattern]
     rope: dict[bool, tuple[jax.Array, jax.Array]]
     real: jax.Array
+    page_table: jax.Array | None
     layout: Layout | None = flax.struct.field(pytree_node=False)
 
 
-# Of one layer: keys and values, each [B, max_len, K, head_dim]; with latent attention `model.mla.Latents`.
-LayerCache = tuple[jax.Array, jax.Array]
+# Of one layer: pages of keys and of values, each [pages, K, slots, head_dim]; with latent attention one array of both.
+LayerPages = tuple[jax.Array, ...]
 
 
 @flax.struct.dataclass
 class KVCache:
-    """What attention keeps of past tokens, per layer; slot i of a row holds its position i."""
+    """What attention keeps of past tokens, in pages that rows may share (arXiv:2309.06180).
 
-    layers: tuple[LayerCache, ...]
+    Attributes:
+      pages: per layer.
+      table: int32 [B, P]; slot s of page `table[b, p]` holds position p * slots + s of row b.
+    """
 
-    @classmethod
-    def empty(cls, config: ModelConfig, batch_size: int, max_len: int) -> KVCache:
-        if config.mla:
-            widths = ((config.mla.kv_lora_rank,), (config.mla.qk_rope_head_dim,))
-        else:
-            widths = ((config.num_kv_heads, config.head_dim),) * 2
-        first, second = (jnp.zeros((batch_size, max_len, *width), config.dtype) for width in widths)
-        return cls(((first, second),) * config.num_layers)
+    pages: tuple[LayerPages, ...]
+    table: jax.Array
 
 
-def remember(cache: LayerCache, new: LayerCache, positions: jax.Array) -> LayerCache:
-    """The cache with what belongs to new tokens, each [B, T, ...], at their positions int32 [B, T]."""
-    rows = jnp.arange(positions.shape[0])[:, None]
-    first, second = (old.at[rows, positions].set(x, mode="drop") for old, x in zip(cache, new, strict=True))
-    return first, second
+def empty_pages(config: ModelConfig, num_pages: int, page_size: int) -> tuple[LayerPages, ...]:
+    """Pages for all layers, each array [num_pages, key-value heads, page_size, width] of zeros in `config.dtype`."""
+    if config.mla:
+        widths = (config.mla.kv_lora_rank + config.mla.qk_rope_head_dim,)
+        heads = 1
+    else:
+        widths, heads = (config.head_dim, config.head_dim), config.num_kv_heads
+    make = functools.partial(jnp.zeros, dtype=config.dtype)
+    return tuple(tuple(make((num_pages, heads, page_size, width)) for width in widths) for _ in range(config.num_layers))
+
+
+def remember(pages: LayerPages, new: LayerPages, table: jax.Array, positions: jax.Array) -> LayerPages:
+    """The pages with what belongs to new tokens, each [B, T, K, width], at their positions int32 [B, T]; none if negative."""
+    num_pages, _, page_size, _ = pages[0].shape
+    page = jnp.take_along_axis(table, positions // page_size, axis=1, mode="clip")
+    page = jnp.where(positions < 0, num_pages, page)
+    return tuple(
+        old.at[page, :, positions % page_size].set(x.astype(old.dtype), mode="drop") for old, x in zip(pages, new, strict=True)
+    )
 
 
 def qk_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
@@ -82,42 +96,59 @@ def attention_block(
     params: Params,
     config: ModelConfig,
     context: Context,
-    window: int,
-    cache: LayerCache | None,
-    rotates: bool,
-) -> tuple[jax.Array, LayerCache | None]:
-    layout = context.layout
+    layer: int,
+    pages: LayerPages | None,
+) -> tuple[jax.Array, LayerPages | None]:
+    layout, window = context.layout, config.window(layer)
+    table = context.rope[window > 0] if config.rotates(layer) else None
+    k_BTKD = v_BTKD = None
     if config.mla:
-        table = context.rope[window > 0]
+        assert table is not None
         q_BTHD = queries(x_BTD, params, config, config.mla, table, window, layout)
-        past = latents(x_BTD, params, config, config.mla, table, layout)
-        if cache is not None:
-            past = cache = remember(cache, past, context.positions)
-        k_BSKD, v_BSKD = keys_and_values(past, params, layout)
+        new = latents(x_BTD, params, config, config.mla, table, layout)
+        if pages is None:
+            k_BTKD, v_BTKD = keys_and_values(new, params, layout)
+        else:
+            new = (jnp.concatenate(new, axis=-1)[:, :, None],)
+            q_BTHD = absorbed_queries(q_BTHD, params, config.mla)
     else:
         q_BTHD = linear(x_BTD, params["query"], params.get("query_bias"), layout=layout)
-        k_BSKD = linear(x_BTD, params["key"], params.get("key_bias"), layout=layout)
-        v_BSKD = linear(x_BTD, params["value"], params.get("value_bias"), layout=layout)
+        k_BTKD = linear(x_BTD, params["key"], params.get("key_bias"), layout=layout)
+        v_BTKD = linear(x_BTD, params["value"], params.get("value_bias"), layout=layout)
         if config.qk_norm != "none":
             q_BTHD = qk_norm(q_BTHD, params["query_norm"], config)
-            k_BSKD = qk_norm(k_BSKD, params["key_norm"], config)
-        if rotates:
-            table = context.rope[window > 0]
-            q_BTHD, k_BSKD = apply_rope(q_BTHD, table), apply_rope(k_BSKD, table)
-        if cache is not None:
-            k_BSKD, v_BSKD = cache = remember(cache, (k_BSKD, v_BSKD), context.positions)
-    out_BTHD = attention(
-        constrain(q_BTHD, layout, "batch", "sequence", "heads", None),
-        constrain(k_BSKD, layout, "batch", "sequence", "kv_heads", None),
-        constrain(v_BSKD, layout, "batch", "sequence", "kv_heads", None),
-        context.patterns[window],
-        params.get("sinks"),
-        scale=config.attention_scale or config.head_dim**-0.5,
-        cap=config.attention_soft_cap,
-        backend=config.attention_backend if cache is None else "reference",
-        layout=layout,
-    )
-    return linear(out_BTHD, params["out"], params.get("out_bias"), contract=2, layout=layout), cache
+            k_BTKD = qk_norm(k_BTKD, params["key_norm"], config)
+        if table is not None:
+            q_BTHD, k_BTKD = apply_rope(q_BTHD, table), apply_rope(k_BTKD, table)
+        new = (k_BTKD, v_BTKD)
+    q_BTHD = constrain(q_BTHD, layout, "batch", "sequence", "heads", None)
+    options: dict[str, Any] = {
+        "scale": config.attention_scale or config.head_dim**-0.5,
+        "cap": config.attention_soft_cap,
+    }
+    if pages is None:
+        assert k_BTKD is not None
+        assert v_BTKD is not None
+        out_BTHD = attention(
+            q_BTHD,
+            constrain(k_BTKD, layout, "batch", "sequence", "kv_heads", None),
+            constrain(v_BTKD, layout, "batch", "sequence", "kv_heads", None),
+            context.patterns[window],
+            params.get("sinks"),
+            backend=config.attention_backend,
+            layout=layout,
+            **options,
+        )
+    else:
+        assert context.page_table is not None
+        pages = remember(pages, new, context.page_table, context.positions)
+        keys, values = pages if config.mla is None else (pages[0], pages[0][..., : config.mla.kv_lora_rank])
+        out_BTHD = paged_attention(
+            q_BTHD, keys, values, context.page_table, context.positions, params.get("sinks"), window=window, **options
+        )
+        if config.mla:
+            out_BTHD = values_of_latents(out_BTHD, params)
+    return linear(out_BTHD, params["out"], params.get("out_bias"), contract=2, layout=layout), pages
 
 
 def feed_forward(x_BTD: jax.Array, params: Params, config: ModelConfig, context: Context) -> tuple[jax.Array, Routing | None]:
@@ -133,13 +164,8 @@ def feed_forward(x_BTD: jax.Array, params: Params, config: ModelConfig, context:
 
 
 def block(
-    x_BTD: jax.Array,
-    params: Params,
-    config: ModelConfig,
-    context: Context,
-    layer: int,
-    cache: LayerCache | None = None,
-) -> tuple[jax.Array, LayerCache | None, Routing | None]:
+    x_BTD: jax.Array, params: Params, config: ModelConfig, context: Context, layer: int, pages: LayerPages | None = None
+) -> tuple[jax.Array, LayerPages | None, Routing | None]:
     """One layer, of the window and rotation of layer number `layer`. The norms that exist in `params` say where they stand
     (`norm_placement`)."""
     layout = context.layout
@@ -155,14 +181,13 @@ def block(
         return constrain(x, layout, "batch", "residual", None)
 
     attention_in = gathered(norm_if("attention_norm", x_BTD))
-    window, rotates = config.window(layer), config.rotates(layer)
-    attention_out, cache = attention_block(attention_in, params["attention"], config, context, window, cache, rotates)
+    attention_out, pages = attention_block(attention_in, params["attention"], config, context, layer, pages)
     if config.parallel_block:
         mlp_out, routing = feed_forward(attention_in, params, config, context)
-        return x_BTD + scattered(attention_out + mlp_out), cache, routing
+        return x_BTD + scattered(attention_out + mlp_out), pages, routing
     x_BTD = x_BTD + norm_if("attention_out_norm", scattered(attention_out))
     mlp_out, routing = feed_forward(gathered(norm_if("mlp_norm", x_BTD)), params, config, context)
-    return x_BTD + norm_if("mlp_out_norm", scattered(mlp_out)), cache, routing
+    return x_BTD + norm_if("mlp_out_norm", scattered(mlp_out)), pages, routing
 
 
 def remat(function: Callable[..., Any], config: ModelConfig, **static: Any) -> Callable[..., Any]:
@@ -201,9 +226,9 @@ def forward(
     """Runs the network up to the final norm; `unembed` turns the result into logits.
 
     Args:
-      tokens, positions: int32 [B, T]. Positions ascend along a row within a segment. With a cache, a token at position p is
-        written to slot p and sees slots 0..p, so every slot up to p must have been written by then; a position of max_len or
-        more is computed but not written.
+      tokens, positions: int32 [B, T]. Positions ascend along a row within a segment. With a cache, a token is written to the
+        slot of its position and sees those up to it, which must have been written by then; one at a negative position is
+        padding.
       segment_ids: int32 [B, T]; tokens see only their own segment, those of segment 0 (padding) nothing. None is one segment
         per row. Not with a cache.
       layout: where activations live on a mesh. None is one device, or the inside of a shard_map. Tokens that lie over several
@@ -224,26 +249,20 @@ def forward(
     if config.positions == "learned":
         x_BTD = x_BTD + params["position_embedding"][positions].astype(config.dtype)
 
-    if cache is None:
-        kv_positions = positions
-    else:
-        slots = cache.layers[0][0].shape[1]
-        kv_positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (tokens.shape[0], slots))
-    segments = segment_ids if segment_ids is not None else jnp.ones_like(positions)
-    kv_segments = segments if cache is None else jnp.ones_like(kv_positions)
-    backend = config.attention_backend if cache is None else "reference"
-    itemsize = jnp.dtype(config.dtype).itemsize
-    patterns = functools.partial(
-        make_pattern, segments, positions, kv_segments, kv_positions, backend=backend, itemsize=itemsize
-    )
     windows = set(config.window_pattern)
+    segments = segment_ids if segment_ids is not None else jnp.ones_like(positions)
+    patterns: dict[int, Pattern] = {}
+    if cache is None:
+        make = functools.partial(make_pattern, backend=config.attention_backend, itemsize=jnp.dtype(config.dtype).itemsize)
+        patterns = {w: make(segments, positions, segments, positions, window=w, layout=layout) for w in windows}
     context = Context(
         positions,
-        {w: patterns(window=w, layout=layout) for w in windows},
+        patterns,
         {w > 0: rope_table(positions, config.rope, config.rotary_dim, w > 0) for w in windows}
         if config.positions == "rope"
         else {},
-        segments > 0,
+        segments > 0 if cache is None else positions >= 0,
+        None if cache is None else cache.table,
         layout,
     )
 
@@ -282,11 +301,11 @@ def forward(
         # After a scan these are the layers left over; it ran whole periods of the pattern.
         x_BTD = run(x_BTD, params["blocks"], first)
     else:
-        layers = []
+        written = []
         for i, layer_params in enumerate(params["blocks"]):
-            x_BTD, written, _ = block(x_BTD, layer_params, config, context, i, cache.layers[i])
-            layers.append(written)
-        cache = KVCache(tuple(layers))
+            x_BTD, pages, _ = block(x_BTD, layer_params, config, context, i, cache.pages[i])
+            written.append(pages)
+        cache = KVCache(tuple(written), cache.table)
     routing = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routings) if routings else None
     return norm(x_BTD, params["final_norm"], config), cache, routing
 

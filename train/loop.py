@@ -32,7 +32,8 @@ import numpy as np
 
 from data.loader import Batches, held_out_batches, load, num_held_out_batches
 from data.prepare import PreparedData, prepare
-from inference.sample import SamplingConfig, generate
+from inference.generate import generate
+from inference.sampling import Sampling
 from model.flops import train_flops_per_token
 from train.baseline import xz_bits_per_byte
 from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, check_room
@@ -534,11 +535,11 @@ class Loop:
             self._eval_params(),
             self.config.model,
             [tokenizer.encode_prompt(prompt) for prompt in settings.sample_prompts],
-            max_new_tokens=settings.sample_tokens,
+            max_tokens=settings.sample_tokens,
             seed=self.config.seed,
-            sampling=SamplingConfig(temperature=settings.sample_temperature),
+            sampling=Sampling(temperature=settings.sample_temperature),
             vocab_size=tokenizer.vocab_size,
-            eos_id=-1 if tokenizer.eos_id is None else tokenizer.eos_id,
+            stop_ids=frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id}),
         )
         for prompt, tokens in zip(settings.sample_prompts, outputs, strict=True):
             yield prompt, tokenizer.decode(tokens)

@@ -12,7 +12,7 @@ import pytest
 from model.config import MlaConfig, ModelConfig, MoeConfig, RopeConfig
 from model.presets import PRESETS, preset
 from model.rope import inverse_frequencies
-from model.transformer import KVCache, forward, unembed
+from model.transformer import KVCache, empty_pages, forward, unembed
 from tests.networks import SMALL, packed_rows, random_params
 
 TINY = sorted(name for name in PRESETS if name.startswith("tiny-"))
@@ -305,25 +305,34 @@ def test_prefill_and_decode_equal_the_full_forward(name):
     prompt = tokens[:, :prompt_len].copy()
     padding = np.arange(prompt_len) >= lengths[:, None]
     prompt[padding] = 0
-    # padding is written nowhere: its position lies behind the last slot
-    prompt_positions = np.where(padding, max_len, positions[:, :prompt_len])
-    logits, cache = step(prompt, prompt_positions, KVCache.empty(config, rows, max_len))
+    # Padding is written nowhere: its position is negative. Pages lie in the pool in no order, one of them is nobody's.
+    prompt_positions = np.where(padding, -1, positions[:, :prompt_len])
+    table = np.random.default_rng(3).permutation(rows * 5 + 1).astype(np.int32)
+    spare, table = table[-1], table[:-1].reshape(rows, 5)
+    logits, cache = step(prompt, prompt_positions, KVCache(empty_pages(config, rows * 5 + 1, 4), table))
     for row in range(rows):
         np.testing.assert_allclose(logits[row, : lengths[row]], expected[row, : lengths[row]], atol=2e-4)
-        assert not np.asarray(cache.layers[0][0][row, lengths[row] :]).any()
+        slots = np.asarray(cache.pages[0][0])[table[row]].swapaxes(1, 2).reshape(max_len, -1)
+        assert slots[: lengths[row]].any(axis=1).all()
+        assert not slots[lengths[row] :].any()
+    assert not np.asarray(cache.pages[0][0])[spare].any()
     for i in range(max_len - prompt_len):
         at = lengths + i
         logits, cache = step(tokens[np.arange(rows), at][:, None], at[:, None].astype(np.int32), cache)
         np.testing.assert_allclose(logits[:, 0], expected[np.arange(rows), at], atol=2e-4)
 
 
+def a_cache(config):
+    return KVCache(empty_pages(config, 1, 4), np.zeros((1, 1), np.int32))
+
+
 def test_cache_refuses_scan_and_segments():
     config = dataclasses.replace(SMALL, scan_layers=True)
     tokens = positions = np.zeros((1, 2), np.int32)
     with pytest.raises(ValueError, match="unstack_layers"):
-        forward(random_params(config), config, tokens, positions, cache=KVCache.empty(config, 1, 4))
+        forward(random_params(config), config, tokens, positions, cache=a_cache(config))
     with pytest.raises(ValueError, match="no segment_ids"):
-        forward(random_params(SMALL), SMALL, tokens, positions, tokens, cache=KVCache.empty(SMALL, 1, 4))
+        forward(random_params(SMALL), SMALL, tokens, positions, tokens, cache=a_cache(SMALL))
 
 
 # --- configurations that are refused ---

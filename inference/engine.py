@@ -1,0 +1,722 @@
+"""The decode engine: many requests at once over a paged KV cache, for rollouts, evaluation and serving alike.
+
+Token ids in, token ids and their log-probabilities out. `step` computes at most `prefill_chunk` tokens of waiting prompts and
+one more token for every running sequence; requests join and leave between steps. A prompt's last token is not part of its
+prefill: decoding takes it, so every token is drawn by one program, and samples of one prompt share all that was computed of it.
+
+Shapes come in a few sizes, which `warm_up` compiles: powers of two of rows and of prefilled tokens. Nothing compiles after it.
+
+When pages run out, the sequence that came last gives up its own and waits; it goes on where it was, with the same random
+numbers.
+
+Not safe to use from several threads; `inference/service.py` is.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from inference.pages import PagePool
+from inference.sampling import SAMPLING, TOP_LOGPROBS, Draws, History, Rows, Sampling, draw_in_turn
+from model.config import ModelConfig, check
+from model.params import Params, unstack_layers
+from model.transformer import KVCache, LayerPages, empty_pages, forward, unembed
+
+FinishReason = Literal["stop", "length"]
+Tree = TypeVar("Tree")
+
+
+class Constraint(Protocol):
+    """What an answer may consist of, token by token (`inference/grammar.py`)."""
+
+    def allowed(self) -> np.ndarray:
+        """uint32 [words]: bit i of word w is set where token 32 w + i may come next. At least one may."""
+        ...
+
+    def advance(self, token: int) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Attributes:
+    max_batch: sequences that are decoded at once.
+    cache_tokens: tokens that the pages hold together, at least those of one request.
+    page_size: tokens of a page, the unit in which sequences share and grow.
+    prefill_chunk: tokens of prompts computed in a step, at most; running sequences wait for them.
+    num_guesses: tokens of a sequence that a step may check beside the one it is at (speculative decoding); 0 is off.
+    """
+
+    max_batch: int = 32
+    cache_tokens: int = 16_384
+    page_size: int = 32
+    prefill_chunk: int = 256
+    num_guesses: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "cache_tokens", "page_size", "prefill_chunk"):
+            check(getattr(self, name) > 0, f"engine.{name}={getattr(self, name)} must be positive")
+        check(self.num_guesses >= 0, f"engine.num_guesses={self.num_guesses} must not be negative (0 is off)")
+        check(
+            self.cache_tokens >= self.page_size,
+            f"engine.cache_tokens={self.cache_tokens} is less than a page of engine.page_size={self.page_size}: raise it",
+        )
+
+    @property
+    def num_pages(self) -> int:
+        return self.cache_tokens // self.page_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Attributes:
+    prompt: token ids, at least one.
+    num_samples: answers that are drawn independently of each other.
+    first_sample: number of the first of them; samples of a seed differ by their number alone.
+    answer: tokens that were drawn before, as of an answer that was broken off; what is drawn goes on from there.
+    max_tokens: of an answer, with what was drawn before; None is as many as the context holds.
+    min_tokens: before them no token of `stop_ids` is drawn.
+    stop_ids: tokens that end an answer and are its last.
+    seed: with it and the weights, an answer is always the same, whatever else the engine does.
+    top_logprobs: alternatives reported for each token.
+    watch: makes, for a sample by its number, a function that is told its tokens and says whether to stop there.
+    constraint: makes, for each sample, what its tokens must satisfy.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling = SAMPLING
+    num_samples: int = 1
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    first_sample: int = 0
+    answer: Sequence[int] = ()
+    stop_ids: frozenset[int] = frozenset()
+    seed: int = 0
+    top_logprobs: int = 0
+    watch: Callable[[int], Callable[[int], bool]] | None = None
+    constraint: Callable[[], Constraint] | None = None
+
+    def __post_init__(self) -> None:
+        check(len(self.prompt) > 0, "a prompt needs at least one token: give some text, or a <bos> token")
+        check(self.num_samples > 0, f"num_samples={self.num_samples} must be positive")
+        check(self.max_tokens is None or self.max_tokens > 0, f"max_tokens={self.max_tokens} must be positive")
+        check(self.min_tokens >= 0, f"min_tokens={self.min_tokens} must not be negative")
+        check(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}",
+        )
+        check(
+            self.max_tokens is None or len(self.answer) < self.max_tokens,
+            f"the answer has {len(self.answer)} tokens already, and max_tokens={self.max_tokens}",
+        )
+        check(
+            not (self.answer and (self.watch or self.constraint)),
+            "an answer that was broken off cannot be watched or constrained: leave it out, and it is drawn again the same",
+        )
+        check(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
+        check(0 <= self.first_sample < 2**31, f"first_sample={self.first_sample} must lie in [0, 2^31)")
+        check(0 <= self.top_logprobs <= TOP_LOGPROBS, f"top_logprobs={self.top_logprobs} must lie in [0, {TOP_LOGPROBS}]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternatives:
+    """The most probable tokens at a place and their log-probabilities, the most probable first."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One token of an answer.
+
+    Attributes:
+      request, sample: whose.
+      logprob: under the distribution it was drawn from (0 where the most likely one was taken).
+      raw_logprob: under the model's own distribution, as the trainer computes it.
+      finish_reason: `stop` (a stop token, or the watcher said so) or `length` if it is the last.
+    """
+
+    request: int
+    sample: int
+    token: int
+    logprob: float
+    raw_logprob: float
+    top: Alternatives | None
+    raw_top: Alternatives | None
+    finish_reason: FinishReason | None
+
+
+@dataclasses.dataclass
+class Stats:
+    """Counts since the engine was made.
+
+    Attributes:
+      prefilled: tokens of prompts that were computed; shared: those that were taken from known pages instead.
+      decoded: tokens that were drawn and stand; guessed, guessed_right: of speculative decoding.
+    """
+
+    prefilled: int = 0
+    shared: int = 0
+    decoded: int = 0
+    guessed: int = 0
+    guessed_right: int = 0
+    preemptions: int = 0
+    steps: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class Ongoing:
+    """One sample of a request, on its way.
+
+    Attributes:
+      order: in which it came.
+      tokens: of the prompt and the answer so far.
+      max_len: how many they may become.
+      pages: that hold the first `num_cached` of its tokens.
+      slot: its row of the history; negative while it waits.
+    """
+
+    request_id: int
+    request: Request
+    sample: int
+    order: int
+    tokens: list[int]
+    max_len: int
+    watcher: Callable[[int], bool] | None
+    constraint: Constraint | None
+    pages: list[int] = dataclasses.field(default_factory=list)
+    num_cached: int = 0
+    slot: int = -1
+
+    @property
+    def num_drawn(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+
+# For speculative decoding: up to so many tokens each that may follow (`inference/speculate.py`).
+Guess = Callable[[Sequence[Ongoing], Sequence[int]], Sequence[Sequence[int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the engine's own arrays live: on the mesh of the weights, key-value heads over `tensor` where it divides them."""
+
+    mesh: Mesh | None
+    kv_heads: str | None
+
+    @classmethod
+    def beside(cls, params: Params, kv_heads: int) -> Placement:
+        sharding = jax.tree.leaves(params)[0].sharding
+        if not isinstance(sharding, NamedSharding):
+            return cls(None, None)
+        mesh = sharding.mesh
+        assert isinstance(mesh, Mesh)
+        divides = "tensor" in mesh.shape and kv_heads % mesh.shape["tensor"] == 0
+        return cls(mesh, "tensor" if divides else None)
+
+    def pages(self, tree: Tree) -> Tree:
+        return self._constrain(tree, PartitionSpec(None, self.kv_heads))
+
+    def everywhere(self, tree: Tree) -> Tree:
+        return self._constrain(tree, PartitionSpec())
+
+    def _constrain(self, tree: Tree, spec: PartitionSpec) -> Tree:
+        return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, spec))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "engine", "placement"))
+def _start(config: ModelConfig, engine: EngineConfig, placement: Placement) -> tuple[tuple[LayerPages, ...], History]:
+    pages = empty_pages(config, engine.num_pages, engine.page_size)
+    return placement.pages(pages), placement.everywhere(History.empty(engine.max_batch, config.vocab_size))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "placement"), donate_argnames="pages")
+def _prefill(
+    params: Params,
+    config: ModelConfig,
+    placement: Placement,
+    pages: tuple[LayerPages, ...],
+    table: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
+) -> tuple[LayerPages, ...]:
+    """Writes keys and values of int32 tokens [B, T] to their pages."""
+    _, cache, _ = forward(params, config, tokens, positions, cache=KVCache(pages, table))
+    assert cache is not None
+    return placement.pages(cache.pages)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "placement"), donate_argnames="pages")
+def _decode(
+    params: Params,
+    config: ModelConfig,
+    placement: Placement,
+    pages: tuple[LayerPages, ...],
+    table: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
+) -> tuple[tuple[LayerPages, ...], jax.Array]:
+    """`_prefill`, and the float32 logits [B, T, V] after each token."""
+    hidden, cache, _ = forward(params, config, tokens, positions, cache=KVCache(pages, table))
+    assert cache is not None
+    return placement.pages(cache.pages), unembed(params, config, hidden)
+
+
+# Apart from `_decode`, so that networks of one vocabulary share it.
+@functools.partial(jax.jit, static_argnames="placement", donate_argnames="history")
+def _draw(
+    history: History,
+    placement: Placement,
+    logits: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
+    rows: Rows,
+    allowed: jax.Array,
+) -> tuple[Draws, History]:
+    return placement.everywhere(draw_in_turn(logits, tokens, positions >= 0, rows, history, allowed))
+
+
+@functools.partial(jax.jit, static_argnames="placement", donate_argnames="pages")
+def _copy_page(
+    pages: tuple[LayerPages, ...], placement: Placement, source: jax.Array, target: jax.Array
+) -> tuple[LayerPages, ...]:
+    return placement.pages(jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source]), pages))
+
+
+@functools.partial(jax.jit, static_argnames="placement", donate_argnames="history")
+def _set_history(history: History, placement: Placement, slot: jax.Array, row: History) -> History:
+    return placement.everywhere(jax.tree.map(lambda leaf, new: leaf.at[slot].set(new), history, row))
+
+
+def _sizes(largest: int, smallest: int = 1) -> list[int]:
+    """Powers of two below `largest`, and itself."""
+    powers = itertools.takewhile(lambda size: size < largest, (smallest << i for i in itertools.count()))
+    return [*powers, largest]
+
+
+def _fitting(sizes: list[int], count: int) -> int:
+    return next(size for size in sizes if size >= count)
+
+
+class Engine:
+    """Attributes:
+    model: the network, as it is run here.
+    vocab_size: tokens beyond it are never drawn.
+    stats: what was done so far.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        model: ModelConfig,
+        config: EngineConfig = EngineConfig(),
+        *,
+        vocab_size: int | None = None,
+        guess: Guess | None = None,
+    ):
+        """
+        Args:
+          params: of the trainer or a file, with or without stacked layers; they stay where they are, on one device or a mesh.
+          vocab_size: of the tokenizer; None is that of the model.
+          guess: for speculative decoding, with `num_guesses`.
+        """
+        self.params, self.model = unstack_layers(params, model)
+        self.config = config
+        self.vocab_size = model.vocab_size if vocab_size is None else vocab_size
+        check(
+            0 < self.vocab_size <= model.vocab_size,
+            f"vocab_size={self.vocab_size} must lie in (0, model.vocab_size={model.vocab_size}]: whose tokenizer is it?",
+        )
+        check(
+            (guess is None) == (config.num_guesses == 0),
+            f"engine.num_guesses={config.num_guesses}, but {'no' if guess is None else 'a'} function that guesses: give both "
+            "or neither",
+        )
+        self.stats = Stats()
+        self._guess = guess
+        self._pool = PagePool(config.num_pages, config.page_size)
+        self._placement = Placement.beside(self.params, 1 if model.mla else model.num_kv_heads)
+        self._pages, self._history = _start(self.model, config, self._placement)
+        self._table_width = min(-(-self.model.max_seq_len // config.page_size), config.num_pages)
+        self._row_sizes = _sizes(config.max_batch)
+        self._chunk_sizes = _sizes(config.prefill_chunk, smallest=min(16, config.prefill_chunk))
+        words = -(-model.vocab_size // 32)
+        in_vocabulary = np.arange(words * 32) < self.vocab_size
+        self._in_vocabulary = np.packbits(in_vocabulary, bitorder="little").view(np.uint32)
+        self._waiting: collections.deque[Ongoing] = collections.deque()
+        self._filling: Ongoing | None = None
+        self._running: list[Ongoing] = []
+        self._slots = list(range(config.max_batch - 1, -1, -1))
+        self._ids = itertools.count()
+        self._orders = itertools.count()
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> int:
+        """Queues a request and returns its number.
+
+        Raises:
+          ValueError: what no state of the engine could answer: tokens outside the vocabulary, a prompt or an answer beyond the
+            context or the pages, options that do not go together.
+        """
+        given = (*request.prompt, *request.answer)
+        lowest, highest = min(given), max(given)
+        check(
+            lowest >= 0 and highest < self.model.vocab_size,
+            f"a prompt holds token ids {lowest}..{highest}, but the vocabulary is 0..{self.model.vocab_size - 1}: was it "
+            "encoded with another tokenizer?",
+        )
+        length, wanted = len(request.prompt), request.max_tokens or len(request.answer) + 1
+        for name, limit in (("model.max_seq_len", self.model.max_seq_len), ("engine.cache_tokens", self.max_len)):
+            check(
+                length + wanted <= limit,
+                f"a prompt of {length} tokens and {wanted} new ones exceed {name}={limit}: shorten one of them",
+            )
+        biased = [*(token for token, _ in request.sampling.logit_bias), *request.stop_ids]
+        check(
+            all(0 <= token < self.model.vocab_size for token in biased),
+            f"logit_bias and stop_ids name tokens {sorted(biased)}, but the vocabulary is 0..{self.model.vocab_size - 1}",
+        )
+        check(
+            not (self.config.num_guesses and request.constraint),
+            "a constrained answer does not go with speculative decoding: set engine.num_guesses=0",
+        )
+        request_id = next(self._ids)
+        for sample in range(request.num_samples):
+            self._waiting.append(
+                Ongoing(
+                    request_id,
+                    request,
+                    request.first_sample + sample,
+                    next(self._orders),
+                    [*map(int, request.prompt), *map(int, request.answer)],
+                    self.max_len if request.max_tokens is None else length + request.max_tokens,
+                    request.watch(request.first_sample + sample) if request.watch else None,
+                    request.constraint() if request.constraint else None,
+                )
+            )
+        return request_id
+
+    def abort(self, request_id: int) -> None:
+        """Drops what is left of a request; nothing if it has ended."""
+        self._waiting = collections.deque(seq for seq in self._waiting if seq.request_id != request_id)
+        for seq in self._holding():
+            if seq.request_id == request_id:
+                self._let_go(seq)
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return min(self.model.max_seq_len, self.config.num_pages * self.config.page_size)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._holding())
+
+    @property
+    def num_pages_held(self) -> int:
+        return self.config.num_pages - self._pool.num_available
+
+    def load(self, params: Params, model: ModelConfig) -> None:
+        """Takes other weights of the same network, as after an update of the trainer.
+
+        What was computed with the old ones is forgotten; sequences that are running go on with their tokens, whose keys and
+        values are computed anew.
+        """
+        params, model = unstack_layers(params, model)
+        check(model == self.model, "the new weights are of another network: make a new Engine")
+        for seq in sorted(self._holding(), key=lambda seq: seq.order, reverse=True):
+            self._preempt(seq)
+        self._pool.forget_all()
+        self.params = params
+
+    def generate(self, requests: Iterable[Request]) -> list[list[list[Token]]]:
+        """The answers of each request, a list of tokens per sample; what else is queued goes on beside, its tokens are lost."""
+        requests = list(requests)
+        ids = [self.submit(request) for request in requests]
+        answers = {
+            i: {request.first_sample + n: [] for n in range(request.num_samples)}
+            for i, request in zip(ids, requests, strict=True)
+        }
+        unfinished = sum(len(samples) for samples in answers.values())
+        while unfinished:
+            for token in self.step():
+                if token.request in answers:
+                    answers[token.request][token.sample].append(token)
+                    unfinished -= token.finish_reason is not None
+        return [list(samples.values()) for samples in answers.values()]
+
+    def warm_up(self) -> None:
+        """Compiles every shape."""
+        nowhere = np.zeros((1, self._table_width), np.int32)
+        for size in self._chunk_sizes:
+            padding = np.full((1, size), -1, np.int32)
+            self._pages = _prefill(
+                self.params, self.model, self._placement, self._pages, nowhere, np.zeros_like(padding), padding
+            )
+        for size in self._row_sizes:
+            self._run([], size)
+        self._pages = _copy_page(self._pages, self._placement, np.int32(0), np.int32(0))
+        self._history = _set_history(self._history, self._placement, np.int32(0), self._history_row(Sampling(), [], []))
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Token]:
+        """Goes on with what there is to do; returns the tokens that were drawn, in no particular order."""
+        self.stats.steps += 1
+        self._fill()
+        self._find_room()
+        return self._advance() if self._running else []
+
+    def _holding(self) -> list[Ongoing]:
+        return [*self._running, *([self._filling] if self._filling else [])]
+
+    def _fill(self) -> None:
+        """Admits what is waiting, and computes up to `prefill_chunk` tokens of it."""
+        budget = self.config.prefill_chunk
+        while budget and (self._filling or self._admit()):
+            seq = self._filling
+            assert seq is not None
+            count = min(len(seq.tokens) - 1 - seq.num_cached, budget)
+            if count > 0:
+                self._prefill(seq, count)
+                budget -= count
+            if seq.num_cached == len(seq.tokens) - 1:
+                self._pool.learn(seq.pages, seq.tokens[: seq.num_cached], partial=True)
+                self._running.append(seq)
+                self._filling = None
+
+    def _admit(self) -> bool:
+        """Makes the sequence that has waited longest the one that is filled, if there is room for it."""
+        if not self._waiting or not self._slots:
+            return False
+        seq = self._waiting[0]
+        pages, num_cached = self._pool.match(seq.tokens[:-1])
+        wanted = -(-len(seq.tokens) // self.config.page_size) - len(pages)
+        # Everyone who is running may need a page next, and who comes now would be the first to give its own up. A last page
+        # that others hold too is copied.
+        margin = len(self._running) + (num_cached % self.config.page_size > 0) if self._running else 0
+        if self._pool.num_available < wanted + margin:
+            for page in reversed(pages):
+                self._pool.release(page)
+            return False
+        self._waiting.popleft()
+        seq.pages, seq.num_cached = pages, num_cached
+        self.stats.shared += num_cached
+        for _ in range(wanted):
+            page = self._pool.take()
+            assert page is not None
+            seq.pages.append(page)
+        seq.slot = self._slots.pop()
+        if seq.request.sampling.reads_history:
+            prompt, answer = seq.tokens[: len(seq.request.prompt)], seq.tokens[len(seq.request.prompt) :]
+            row = self._history_row(seq.request.sampling, prompt, answer)
+            self._history = _set_history(self._history, self._placement, np.int32(seq.slot), row)
+        self._filling = seq
+        return True
+
+    def _prefill(self, seq: Ongoing, count: int) -> None:
+        owned = self._own_page(seq, seq.num_cached // self.config.page_size)
+        assert owned, "admission left no page for a copy"
+        size = _fitting(self._chunk_sizes, count)
+        tokens = np.zeros((1, size), np.int32)
+        positions = np.full((1, size), -1, np.int32)
+        tokens[0, :count] = seq.tokens[seq.num_cached : seq.num_cached + count]
+        positions[0, :count] = np.arange(seq.num_cached, seq.num_cached + count)
+        self._pages = _prefill(self.params, self.model, self._placement, self._pages, self._table([seq], 1), tokens, positions)
+        seq.num_cached += count
+        self.stats.prefilled += count
+        self._pool.learn(seq.pages, seq.tokens[: seq.num_cached])
+
+    def _find_room(self) -> None:
+        """Gives every running sequence a page for its next token; who came last gives up its own for the others."""
+        for seq in sorted(self._running, key=lambda seq: seq.order):
+            while seq.slot >= 0 and not self._has_room(seq):
+                self._preempt(max(self._holding(), key=lambda other: other.order))
+
+    def _has_room(self, seq: Ongoing) -> bool:
+        index = seq.num_cached // self.config.page_size
+        if index == len(seq.pages):
+            page = self._pool.take()
+            if page is None:
+                return False
+            seq.pages.append(page)
+        return self._own_page(seq, index)
+
+    def _own_page(self, seq: Ongoing, index: int) -> bool:
+        """Makes a page one that nobody else holds, by copying if need be; False if there is none left."""
+        shared = seq.pages[index]
+        if self._pool.holders(shared) == 1:
+            return True
+        page = self._pool.take()
+        if page is None:
+            return False
+        self._pages = _copy_page(self._pages, self._placement, np.int32(shared), np.int32(page))
+        self._pool.release(shared)
+        seq.pages[index] = page
+        return True
+
+    def _advance(self) -> list[Token]:
+        """One token, or more where guesses were right, for every running sequence."""
+        rows = list(self._running)
+        guesses = self._guesses(rows)
+        draws = self._run(rows, _fitting(self._row_sizes, len(rows)), guesses)
+        drawn: list[Token] = []
+        for row, seq in enumerate(rows):
+            self.stats.guessed += len(guesses[row])
+            for turn in range(len(guesses[row]) + 1):
+                token = self._token(seq, draws, row, turn)
+                drawn.append(token)
+                seq.num_cached = len(seq.tokens)
+                seq.tokens.append(token.token)
+                if seq.num_cached % self.config.page_size == 0:
+                    self._pool.learn(seq.pages, seq.tokens[: seq.num_cached])
+                if token.finish_reason:
+                    self._pool.learn(seq.pages, seq.tokens[: seq.num_cached], partial=True)
+                    self._let_go(seq)
+                    break
+                if turn == len(guesses[row]) or guesses[row][turn] != token.token:
+                    break
+                self.stats.guessed_right += 1
+        self.stats.decoded += len(drawn)
+        return drawn
+
+    def _token(self, seq: Ongoing, draws: Draws, row: int, turn: int) -> Token:
+        token = int(draws.token[row, turn])
+        request = seq.request
+        if seq.constraint:
+            seq.constraint.advance(token)
+        stops = (seq.watcher is not None and seq.watcher(token)) or token in request.stop_ids
+        finish_reason: FinishReason | None = "stop" if stops else "length" if len(seq.tokens) + 1 == seq.max_len else None
+
+        def best(tokens: jax.Array, logprobs: jax.Array) -> Alternatives | None:
+            if not request.top_logprobs:
+                return None
+            ids, values = tokens[row, turn, : request.top_logprobs], logprobs[row, turn, : request.top_logprobs]
+            return Alternatives(tuple(map(int, ids)), tuple(map(float, values)))
+
+        return Token(
+            seq.request_id,
+            seq.sample,
+            token,
+            float(draws.logprob[row, turn]),
+            float(draws.raw_logprob[row, turn]),
+            best(draws.top_tokens, draws.top_logprobs),
+            best(draws.raw_top_tokens, draws.raw_top_logprobs),
+            finish_reason,
+        )
+
+    def _guesses(self, rows: list[Ongoing]) -> list[list[int]]:
+        """Tokens that may follow each row's, as far as its answer and pages of its own go."""
+        guesses: list[list[int]] = [[] for _ in rows]
+        if self._guess is None:
+            return guesses
+        # A minimum of tokens forbids some for a whole step.
+        asked = [i for i, seq in enumerate(rows) if seq.num_drawn >= seq.request.min_tokens]
+        counts = [min(self.config.num_guesses, rows[i].max_len - len(rows[i].tokens) - 1) for i in asked]
+        for i, count, guessed in zip(asked, counts, self._guess([rows[i] for i in asked], counts), strict=True):
+            guesses[i] = self._within_pages(rows[i], list(guessed[:count]))
+        return guesses
+
+    def _within_pages(self, seq: Ongoing, guesses: list[int]) -> list[int]:
+        while (seq.num_cached + len(guesses)) // self.config.page_size >= len(seq.pages):
+            page = self._pool.take()
+            if page is None:
+                return guesses[: len(seq.pages) * self.config.page_size - seq.num_cached - 1]
+            seq.pages.append(page)
+        return guesses
+
+    def _run(self, rows: list[Ongoing], size: int, guesses: Sequence[Sequence[int]] = ()) -> Draws:
+        """The next tokens of `rows`, padded to `size`; arrays of the host."""
+        tokens = np.zeros((size, 1 + self.config.num_guesses), np.int32)
+        positions = np.full_like(tokens, -1)
+        allowed = np.tile(self._in_vocabulary, (size, 1))
+        for i, (seq, guessed) in enumerate(zip(rows, guesses, strict=True)):
+            count = 1 + len(guessed)
+            tokens[i, :count] = seq.tokens[-1], *guessed
+            positions[i, :count] = np.arange(seq.num_cached, seq.num_cached + count)
+            if seq.constraint:
+                allowed[i] &= seq.constraint.allowed()
+            if seq.num_drawn < seq.request.min_tokens:
+                for token in seq.request.stop_ids:
+                    allowed[i, token // 32] &= ~np.uint32(1 << (token % 32))
+        # Rows without a sequence name a slot that does not exist, and what they add to it is dropped.
+        none = dataclasses.asdict(Sampling()) | {"temperature": 0.0, "slot": self.config.max_batch}
+        none |= dict.fromkeys(("reads_history", "seed", "sample", "num_drawn", "top_logprobs"), 0)
+        wanted = [
+            dataclasses.asdict(seq.request.sampling)
+            | {
+                "slot": seq.slot,
+                "reads_history": seq.request.sampling.reads_history,
+                "seed": seq.request.seed,
+                "sample": seq.sample,
+                "num_drawn": seq.num_drawn,
+                "top_logprobs": seq.request.top_logprobs,
+            }
+            for seq in rows
+        ]
+        wanted += [none] * (size - len(rows))
+        columns = {
+            field.name: np.array([row[field.name] for row in wanted], _DTYPES.get(field.name, np.float32))
+            for field in dataclasses.fields(Rows)
+        }
+        table = self._table(rows, size)
+        self._pages, logits = _decode(self.params, self.model, self._placement, self._pages, table, tokens, positions)
+        draws, self._history = _draw(self._history, self._placement, logits, tokens, positions, Rows(**columns), allowed)
+        return jax.device_get(draws)
+
+    def _table(self, rows: Sequence[Ongoing], size: int) -> np.ndarray:
+        table = np.zeros((size, self._table_width), np.int32)
+        for i, seq in enumerate(rows):
+            table[i, : len(seq.pages)] = seq.pages
+        return table
+
+    def _history_row(self, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> History:
+        size = self.model.vocab_size
+        bias = np.zeros(size, np.float32)
+        for token, value in sampling.logit_bias:
+            bias[token] = value
+        counts = np.bincount(np.asarray(answer, np.int64), minlength=size).astype(np.int32)
+        in_prompt = np.zeros(size, bool)
+        in_prompt[np.asarray(prompt, np.int64)] = True
+        return History(*map(jnp.asarray, (bias, counts, in_prompt)))
+
+    # --- leaving ------------------------------------------------------------------------------------------------------
+
+    def _preempt(self, seq: Ongoing) -> None:
+        """Sends a sequence back to the head of the queue, without its pages."""
+        self.stats.preemptions += 1
+        self._let_go(seq)
+        self._waiting.appendleft(seq)
+
+    def _let_go(self, seq: Ongoing) -> None:
+        # The beginning last: what others may share longest is forgotten last.
+        for page in reversed(seq.pages):
+            self._pool.release(page)
+        self._slots.append(seq.slot)
+        seq.pages, seq.num_cached, seq.slot = [], 0, -1
+        if seq is self._filling:
+            self._filling = None
+        else:
+            self._running.remove(seq)
+
+
+_DTYPES = {
+    "slot": np.int32,
+    "reads_history": bool,
+    "top_k": np.int32,
+    "seed": np.uint32,
+    "sample": np.uint32,
+    "num_drawn": np.uint32,
+    "top_logprobs": np.int32,
+}

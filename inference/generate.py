@@ -1,0 +1,42 @@
+"""Continues a few prompts with an engine of their own, for `loam sample` and samples during training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from inference.engine import Engine, EngineConfig, Request
+from inference.sampling import Sampling
+from model.config import ModelConfig, check
+from model.params import Params
+
+
+def generate(
+    params: Params,
+    model: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    vocab_size: int | None = None,
+    stop_ids: frozenset[int] = frozenset(),
+) -> list[list[int]]:
+    """The answer to each prompt; it depends on the prompt, its place and the seed. On several processes all make this call.
+
+    Raises:
+      ValueError: see `Request` and `Engine.submit`.
+    """
+    requests = [
+        Request(prompt, sampling, max_tokens=max_tokens, stop_ids=stop_ids, seed=(seed + i) % 2**32)
+        for i, prompt in enumerate(prompts)
+    ]
+    check(bool(requests), "a prompt needs at least one token: give some text, or a <bos> token")
+    page_size = EngineConfig.page_size
+    pages = sum(-(-(len(prompt) + max_tokens) // page_size) for prompt in prompts)
+    engine = Engine(
+        params,
+        model,
+        EngineConfig(max_batch=len(requests), cache_tokens=pages * page_size),
+        vocab_size=vocab_size,
+    )
+    return [[token.token for token in answer] for (answer,) in engine.generate(requests)]

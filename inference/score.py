@@ -1,0 +1,73 @@
+"""Log-probabilities of given tokens, for evaluation, by the trainer's own forward and log-probability functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.config import ModelConfig, check
+from model.logprobs import token_logprobs
+from model.params import Params
+from model.transformer import forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Attributes:
+    logprobs: float32, of each token after those before it.
+    greedy: bool, whether it is the most likely one there.
+    """
+
+    logprobs: np.ndarray
+    greedy: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk_tokens"))
+def _score(params: Params, config: ModelConfig, tokens: jax.Array, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Of int32 tokens [B, T + 1] but the first ones, [B, T] each."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1, dtype=jnp.int32), (len(tokens), tokens.shape[1] - 1))
+    hidden, _, _ = forward(params, config, tokens[:, :-1], positions)
+    scores = token_logprobs(params, config, hidden, tokens[:, 1:], chunk_tokens)
+    return scores.logprobs, scores.correct
+
+
+def score(
+    params: Params, config: ModelConfig, rows: Sequence[Sequence[int]], *, tokens_per_batch: int = 4096
+) -> Iterator[tuple[int, Scores]]:
+    """(index of a row, scores of its tokens but the first), the longest rows first, so that what does not fit fails at once.
+
+    Rows are padded to few lengths, and as many are taken together as `tokens_per_batch` allows.
+
+    Raises:
+      ValueError: a row of less than two tokens, of a token outside the vocabulary, or beyond the context.
+    """
+    for i, row in enumerate(rows):
+        check(len(row) >= 2, f"row {i} has {len(row)} tokens: two are needed, for the first has nothing before it")
+        check(len(row) <= config.max_seq_len + 1, f"row {i} has {len(row)} tokens, but model.max_seq_len={config.max_seq_len}")
+        check(
+            min(row) >= 0 and max(row) < config.vocab_size,
+            f"row {i} holds token ids {min(row)}..{max(row)}, but the vocabulary is 0..{config.vocab_size - 1}",
+        )
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    while order:
+        length = _padded_length(len(rows[order[0]]) - 1)
+        count = max(1, tokens_per_batch // length)
+        batch, order = order[:count], order[count:]
+        tokens = np.zeros((count, length + 1), np.int32)
+        for row, i in zip(tokens, batch, strict=False):
+            row[: len(rows[i])] = rows[i]
+        logprobs, greedy = jax.device_get(_score(params, config, tokens, max(256, length)))
+        for row, i in enumerate(batch):
+            used = slice(0, len(rows[i]) - 1)
+            yield i, Scores(logprobs[row, used], greedy[row, used] > 0)
+
+
+def _padded_length(length: int) -> int:
+    """The next of 16, 24, 32, 48, 64, ...: at most half is padding, two shapes for each doubling."""
+    power = max(16, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power

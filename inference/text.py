@@ -1,0 +1,74 @@
+"""Tokens to text as they come: whole characters only, and nothing of a stop string, across the borders of tokens."""
+
+from __future__ import annotations
+
+import codecs
+import collections
+from collections.abc import Callable, Sequence
+
+from inference.engine import Token
+
+
+def _length_of_beginning(text: str, stop: str) -> int:
+    """How many of the last characters of `text` could be the first of `stop`, at most all but one of them."""
+    longest = min(len(text), len(stop) - 1)
+    return next(length for length in range(longest, -1, -1) if text.endswith(stop[:length]))
+
+
+class TextStream:
+    """The text of one answer. Bytes that are not UTF-8 become U+FFFD.
+
+    Args:
+      token_bytes: what each id decodes to, empty for special tokens.
+      stop: strings that end the answer and are not part of it.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()):
+        self._token_bytes = token_bytes
+        self._stop = tuple(stop)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """What can be shown now that `token` has come."""
+        data = self._token_bytes[token] if token < len(self._token_bytes) else b""
+        self._held += self._decoder.decode(data)
+        ends = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if ends:
+            self.stopped = True
+            shown, self._held = self._held[: min(ends)], ""
+            return shown
+        held = max((_length_of_beginning(self._held, stop) for stop in self._stop), default=0)
+        shown, self._held = self._held[: len(self._held) - held], self._held[len(self._held) - held :]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back, once no token follows."""
+        rest = "" if self.stopped else self._held + self._decoder.decode(b"", final=True)
+        self._held = ""
+        return rest
+
+
+class Answers:
+    """Text beside the tokens of one request: `watch` goes into the request, and `text` is asked once for each of its tokens."""
+
+    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()):
+        if not all(stop):
+            raise ValueError("a stop string is empty: leave it out")
+        self._arguments = (token_bytes, stop)
+        self._samples: dict[int, tuple[TextStream, collections.deque[str]]] = {}
+
+    def watch(self, sample: int) -> Callable[[int], bool]:
+        stream, pieces = self._samples[sample] = TextStream(*self._arguments), collections.deque[str]()
+
+        def see(token: int) -> bool:
+            pieces.append(stream.push(token))
+            return stream.stopped
+
+        return see
+
+    def text(self, token: Token) -> str:
+        """What `token` adds to its answer; of the last one, with what was held back."""
+        stream, pieces = self._samples[token.sample]
+        return pieces.popleft() + (stream.finish() if token.finish_reason else "")

@@ -1,0 +1,400 @@
+"""The engine against recomputation in full: whatever joins, leaves, waits, shares or is sent back, an answer is its own."""
+
+import collections
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from inference.engine import Engine, EngineConfig, Request
+from inference.sampling import History, Rows, Sampling, draw
+from model.params import param_shardings, param_specs
+from model.presets import preset
+from model.sharding import MESH_AXES, TRAIN_RULES, Layout, make_mesh
+from model.transformer import forward, unembed
+from tests.networks import SMALL, random_params
+
+CONTEXT = 32
+MODEL = dataclasses.replace(SMALL, num_layers=2, window_pattern=(0, 6), max_seq_len=CONTEXT)
+PARAMS = random_params(MODEL)
+GREEDY = Sampling(temperature=0.0)
+
+
+@functools.cache
+def full_forward(model):
+    def run(params, tokens):
+        positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+        hidden, _, _ = forward(params, model, tokens, positions)
+        return unembed(params, model, hidden)[0]
+
+    return jax.jit(run)
+
+
+def logits_after(tokens, params, model):
+    """float32 [len(tokens), V] of the whole row at once, without a cache."""
+    padded = np.zeros((1, model.max_seq_len), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(full_forward(model)(params, padded))[: len(tokens)]
+
+
+ALL = np.full((1, -(-MODEL.vocab_size // 32)), 2**32 - 1, np.uint32)
+draw_one = jax.jit(draw)
+
+
+def redraw(request, sample, logits, prompt, answer):
+    """The next token of a request by the logits of full recomputation, alone."""
+    sampling = dataclasses.asdict(request.sampling)
+    del sampling["logit_bias"]
+    bias = np.zeros(MODEL.vocab_size, np.float32)
+    for token, value in request.sampling.logit_bias:
+        bias[token] = value
+    in_prompt = np.isin(np.arange(MODEL.vocab_size), prompt)
+    history = History(bias[None], np.bincount(answer, minlength=MODEL.vocab_size).astype(np.int32)[None], in_prompt[None])
+    rows = Rows(
+        slot=np.zeros(1, np.int32),
+        reads_history=np.array([request.sampling.reads_history]),
+        **{name: np.array([value], np.int32 if name == "top_k" else np.float32) for name, value in sampling.items()},
+        seed=np.array([request.seed], np.uint32),
+        sample=np.array([sample], np.uint32),
+        num_drawn=np.array([len(answer)], np.uint32),
+        top_logprobs=np.zeros(1, np.int32),
+    )
+    return draw_one(logits[None], rows, history, ALL)
+
+
+def check_answer(request, sample, answer, params=PARAMS, model=MODEL):
+    """Every token and log-probability of an answer is that of recomputation, and it ends where it should."""
+    prompt, tokens = list(request.prompt), [token.token for token in answer]
+    logits = logits_after(prompt + tokens, params, model)
+    for i, token in enumerate(answer):
+        at = logits[len(prompt) + i - 1]
+        if request.sampling.temperature == 0 and not request.sampling.reads_history:
+            assert at[token.token] >= np.max(at) - 1e-5
+            assert token.logprob == 0
+        else:
+            again = redraw(request, sample, at, prompt, tokens[:i])
+            assert token.token == int(again.token[0])
+            assert token.logprob == pytest.approx(float(again.logprob[0]), abs=1e-5)
+        raw = at.astype(np.float64) - np.log(np.sum(np.exp(at.astype(np.float64))))
+        assert token.raw_logprob == pytest.approx(raw[token.token], abs=1e-5)
+        ends = token.token in request.stop_ids
+        full = i + 1 == (request.max_tokens or model.max_seq_len - len(prompt))
+        assert token.finish_reason == ("stop" if ends else "length" if full else None)
+    assert answer[-1].finish_reason is not None
+
+
+def run_to_end(engine):
+    answers = collections.defaultdict(list)
+    while engine.has_work:
+        for token in engine.step():
+            answers[token.request, token.sample].append(token)
+    return answers
+
+
+# --- Random traces ----------------------------------------------------------------------------------------------------
+
+# Few pages, so that sequences are sent back; small pages and chunks, so that borders are everywhere.
+CONFIGS = [
+    EngineConfig(max_batch=4, cache_tokens=40, page_size=4, prefill_chunk=5),
+    EngineConfig(max_batch=3, cache_tokens=96, page_size=3, prefill_chunk=16),
+    EngineConfig(max_batch=2, cache_tokens=32, page_size=8, prefill_chunk=1),
+]
+SAMPLINGS = [
+    GREEDY,
+    Sampling(),
+    Sampling(temperature=1.7, top_k=5, repetition_penalty=1.3),
+    Sampling(temperature=0.8, top_p=0.8, min_p=0.05, frequency_penalty=0.5, presence_penalty=0.2, logit_bias=((3, 4.0),)),
+]
+# Prompts that begin alike: a chain, of which a prompt takes a beginning, and then one of two tokens a few times.
+CHAIN = np.random.default_rng(5).integers(0, MODEL.vocab_size, CONTEXT).tolist()
+PROMPTS = st.builds(
+    lambda shared, own: (CHAIN[:shared] + own) or [7], st.integers(0, 20), st.lists(st.sampled_from([1, 2]), max_size=4)
+)
+
+
+class Traces(RuleBasedStateMachine):
+    """Requests join and are dropped between steps; what is finished is compared, and nothing is left held."""
+
+    @initialize(config=st.sampled_from(CONFIGS))
+    def start(self, config):
+        self.engine = Engine(PARAMS, MODEL, config)
+        self.requests, self.answers, self.dropped = {}, collections.defaultdict(list), set()
+
+    @rule(
+        prompt=PROMPTS,
+        num_samples=st.integers(1, 3),
+        max_tokens=st.one_of(st.none(), st.integers(1, 8)),
+        sampling=st.sampled_from(SAMPLINGS),
+        stop_ids=st.sampled_from([frozenset(), frozenset(range(12))]),
+        seed=st.integers(0, 3),
+    )
+    def submit(self, prompt, num_samples, max_tokens, sampling, stop_ids, seed):
+        request = Request(prompt, sampling, num_samples, max_tokens, stop_ids=stop_ids, seed=seed)
+        self.requests[self.engine.submit(request)] = request
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps):
+        for _ in range(steps):
+            for token in self.engine.step():
+                assert token.request not in self.dropped
+                self.answers[token.request, token.sample].append(token)
+
+    @rule(data=st.data())
+    def abort(self, data):
+        if self.requests:
+            request_id = data.draw(st.sampled_from(sorted(self.requests)))
+            self.engine.abort(request_id)
+            self.dropped.add(request_id)
+
+    @rule()
+    def load(self):
+        self.engine.load(PARAMS, MODEL)
+
+    @invariant()
+    def every_page_is_held_by_those_who_name_it(self):
+        if not hasattr(self, "engine"):
+            return
+        pool, holders = self.engine._pool, collections.Counter()
+        for seq in self.engine._holding():
+            assert len(set(seq.pages)) == len(seq.pages)
+            holders.update(seq.pages)
+        for page in range(self.engine.config.num_pages):
+            assert pool.holders(page) == holders[page]
+        assert sorted([*pool._free, *pool._unheld, *holders]) == list(range(self.engine.config.num_pages))
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        for key, tokens in run_to_end(self.engine).items():
+            self.answers[key] += tokens
+        assert self.engine.num_pages_held == 0
+        assert len(self.engine._slots) == self.engine.config.max_batch
+        for request_id, request in self.requests.items():
+            for sample in range(request.num_samples):
+                answer = self.answers[request_id, sample]
+                if request_id not in self.dropped or (answer and answer[-1].finish_reason):
+                    check_answer(request, sample, answer)
+
+
+_SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+TestTraces = Traces.TestCase
+TestTraces.settings = settings(max_examples=25, stateful_step_count=20, **_SETTINGS)
+
+
+class ManyTraces(Traces):
+    pass
+
+
+TestManyTraces = pytest.mark.slow(ManyTraces.TestCase)
+TestManyTraces.settings = settings(max_examples=2000, stateful_step_count=30, **_SETTINGS)
+
+
+# --- What sharing, batching and weights promise -----------------------------------------------------------------------
+
+ROOMY = EngineConfig(max_batch=8, cache_tokens=512, page_size=4, prefill_chunk=8)
+
+
+def small_pairs(answer):
+    return [(token.token, token.logprob, token.raw_logprob) for token in answer]
+
+
+def test_an_answer_does_not_depend_on_the_requests_beside_it():
+    """In one shape of batch, which is what one size allows, not in a bit."""
+    one_size = dataclasses.replace(ROOMY, max_batch=1)
+    requests = [Request(CHAIN[i : 2 * i + 3], SAMPLINGS[i % 4], max_tokens=9, seed=i) for i in range(8)]
+    alone = [small_pairs(Engine(PARAMS, MODEL, one_size).generate([request])[0][0]) for request in requests]
+    together = Engine(PARAMS, MODEL, ROOMY).generate(requests)
+    for request, single, (answer,) in zip(requests, alone, together, strict=True):
+        check_answer(request, 0, answer)
+        assert [token for token, *_ in single] == [token.token for token in answer]
+    again = Engine(PARAMS, MODEL, ROOMY).generate([*requests[4:], *requests[:4]])
+    for (answer,), (same,) in zip(together, [*again[4:], *again[:4]], strict=True):
+        assert small_pairs(answer) == small_pairs(same)
+
+
+def test_samples_of_one_prompt_cost_one_prefill():
+    engine = Engine(PARAMS, MODEL, ROOMY)
+    prompt = CHAIN[:23]
+    (answers,) = engine.generate([Request(prompt, num_samples=8, max_tokens=6)])
+    assert engine.stats.prefilled == len(prompt) - 1
+    assert len({tuple(token.token for token in answer) for answer in answers}) > 4
+    engine.generate([Request(prompt, num_samples=3, max_tokens=6, seed=1)])
+    assert engine.stats.prefilled == len(prompt) - 1
+    engine.load(PARAMS, MODEL)
+    engine.generate([Request(prompt, max_tokens=6)])
+    assert engine.stats.prefilled == 2 * (len(prompt) - 1)
+
+
+def test_new_weights_take_over_in_the_midst_of_an_answer():
+    other = random_params(MODEL, seed=1)
+    engine, request = Engine(PARAMS, MODEL, ROOMY), Request(CHAIN[:9], GREEDY, max_tokens=10)
+    engine.submit(request)
+    first = [token for _ in range(5) for token in engine.step()]
+    assert 0 < len(first) < 10
+    engine.load(other, MODEL)
+    rest = [token for tokens in run_to_end(engine).values() for token in tokens]
+    tokens = [*CHAIN[:9], *(token.token for token in (*first, *rest))]
+    before, after = logits_after(tokens, PARAMS, MODEL), logits_after(tokens, other, MODEL)
+    for i, token in enumerate((*first, *rest)):
+        at = (before if i < len(first) else after)[8 + i]
+        assert at[token.token] >= np.max(at) - 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny-gpt2", "tiny-qwen3", "tiny-gemma2", "tiny-gemma3", "tiny-falcon", "tiny-mixtral", "tiny-deepseek"]
+)
+def test_every_kind_of_network_decodes_as_it_is_trained(name):
+    model = preset(name, vocab_size=48, max_seq_len=CONTEXT)
+    params = random_params(model)
+    requests = [Request(CHAIN[:length], max_tokens=8, seed=length) for length in (3, 9, 14)]
+    for request, (answer,) in zip(requests, Engine(params, model, ROOMY).generate(requests), strict=True):
+        check_answer(request, 0, answer, params, model)
+
+
+def test_stacked_layers_decode_like_separate_ones():
+    stacked = dataclasses.replace(MODEL, scan_layers=True)
+    engine = Engine(random_params(stacked), stacked, ROOMY)
+    request = Request(CHAIN[:5], GREEDY, max_tokens=6)
+    check_answer(request, 0, engine.generate([request])[0][0], engine.params, engine.model)
+
+
+def test_a_minimum_of_tokens_keeps_stop_tokens_away():
+    stops = frozenset(range(40))
+    engine = Engine(PARAMS, MODEL, ROOMY)
+    (answers,) = engine.generate([Request(CHAIN[:5], num_samples=8, max_tokens=8, min_tokens=3, stop_ids=stops)])
+    for answer in answers:
+        assert all(token.token not in stops for token in answer[:3])
+    assert any(answer[-1].finish_reason == "stop" and len(answer) == 4 for answer in answers)
+
+
+def test_tokens_beyond_the_tokenizers_are_never_drawn():
+    engine = Engine(PARAMS, MODEL, ROOMY, vocab_size=3)
+    (answers,) = engine.generate([Request(CHAIN[:5], Sampling(temperature=50.0), num_samples=8, max_tokens=8)])
+    assert {token.token for answer in answers for token in answer} == {0, 1, 2}
+
+
+def test_a_watcher_ends_its_own_sample():
+    def watch(_sample):
+        seen = []
+        return lambda token: seen.append(token) or len(seen) == 3
+
+    engine = Engine(PARAMS, MODEL, ROOMY)
+    (answers,) = engine.generate([Request(CHAIN[:5], num_samples=2, max_tokens=8, watch=watch)])
+    assert [len(answer) for answer in answers] == [3, 3]
+    assert {answer[-1].finish_reason for answer in answers} == {"stop"}
+
+
+def test_right_and_wrong_guesses_change_no_answer():
+    """An oracle that is right half of the time: the same tokens, in fewer steps."""
+    requests = [Request(CHAIN[:length], SAMPLINGS[length % 4], 1, 12, seed=length) for length in (3, 6, 9, 12)]
+    plain = Engine(PARAMS, MODEL, ROOMY)
+    expected = [[token.token for token in answer] for (answer,) in plain.generate(requests)]
+    rows = [[*request.prompt, *tokens] for request, tokens in zip(requests, expected, strict=True)]
+
+    def guess(ongoing, counts):
+        guesses = []
+        for tokens, count in zip((sample.tokens for sample in ongoing), counts, strict=True):
+            row = next((row for row in rows if row[: len(tokens)] == tokens), [])
+            right = row[len(tokens) : len(tokens) + count]
+            guesses.append([(token + 1) % MODEL.vocab_size if len(tokens) % 4 == 0 else token for token in right])
+        return guesses
+
+    guessing = Engine(PARAMS, MODEL, dataclasses.replace(ROOMY, num_guesses=3), guess=guess)
+    for request, (answer,), tokens in zip(requests, guessing.generate(requests), expected, strict=True):
+        assert [token.token for token in answer] == tokens
+        check_answer(request, 0, answer)
+    assert 0 < guessing.stats.guessed_right < guessing.stats.guessed
+    assert guessing.stats.steps < plain.stats.steps
+
+
+def test_weights_on_a_mesh_decode_as_on_one_device():
+    sizes = dict.fromkeys(MESH_AXES, 1) | {"tensor": 2, "fsdp": 4}
+    layout = Layout.of(make_mesh(sizes), TRAIN_RULES)
+    params = jax.device_put(PARAMS, param_shardings(param_specs(MODEL), layout))
+    engine = Engine(params, MODEL, ROOMY)
+    requests = [Request(CHAIN[:length], SAMPLINGS[length % 4], 1, 8, seed=length) for length in (3, 9, 14)]
+    for request, (answer,) in zip(requests, engine.generate(requests), strict=True):
+        check_answer(request, 0, answer)
+    assert engine._pages[0][0].sharding.spec[1] == "tensor"
+
+
+# --- Compilation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compilations():
+    """Names of what is compiled while the test runs."""
+    compiled = []
+
+    def listen(event, _seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_is_compiled_after_the_warm_up(compilations):
+    model = dataclasses.replace(MODEL, d_ff=20)  # whose programs no other test has made
+    config = EngineConfig(max_batch=4, cache_tokens=40, page_size=4, prefill_chunk=16)
+    engine = Engine(random_params(model), model, config)
+    engine.warm_up()
+    assert compilations
+    compilations.clear()
+    rng = np.random.default_rng(0)
+    for i in range(1000):
+        length = int(rng.integers(1, 20))
+        prompt = CHAIN[:length] if i % 3 else rng.integers(0, 48, length).tolist()
+        sampling = SAMPLINGS[int(rng.integers(4))]
+        top_logprobs = int(rng.integers(3))
+        samples, tokens = int(rng.integers(1, 3)), int(rng.integers(1, 5))
+        engine.submit(Request(prompt, sampling, samples, tokens, seed=i, top_logprobs=top_logprobs))
+        for _ in range(int(rng.integers(3))):
+            engine.step()
+    run_to_end(engine)
+    assert engine.stats.preemptions > 0
+    assert not compilations
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": []}, "at least one token"),
+        ({"prompt": [1, 48]}, r"token ids 1\.\.48, but the vocabulary is 0\.\.47"),
+        ({"prompt": [-1]}, r"token ids -1\.\.-1"),
+        ({"prompt": [1] * 29, "max_tokens": 4}, r"29 tokens and 4 new ones exceed model\.max_seq_len=32"),
+        ({"prompt": [1] * 32}, r"32 tokens and 1 new ones exceed"),
+        ({"max_tokens": 0}, "max_tokens=0 must be positive"),
+        ({"num_samples": 0}, "num_samples=0 must be positive"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 is more than max_tokens=4"),
+        ({"seed": -1}, "seed=-1"),
+        ({"top_logprobs": 21}, "top_logprobs=21"),
+        ({"stop_ids": frozenset({48})}, r"stop_ids name tokens \[48\]"),
+        ({"sampling": Sampling(logit_bias=((99, 1.0),))}, r"logit_bias and stop_ids name tokens \[99\]"),
+    ],
+)
+def test_requests_that_cannot_be_answered_are_refused(options, message):
+    engine = Engine(PARAMS, MODEL, ROOMY)
+    with pytest.raises(ValueError, match=message):
+        engine.submit(Request(**{"prompt": [1, 2, 3], **options}))
+    assert not engine.has_work
+
+
+def test_engines_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match=r"engine\.cache_tokens=3 is less than a page"):
+        EngineConfig(cache_tokens=3)
+    with pytest.raises(ValueError, match=r"vocab_size=49"):
+        Engine(PARAMS, MODEL, ROOMY, vocab_size=49)
+    with pytest.raises(ValueError, match=r"num_guesses=2, but no function"):
+        Engine(PARAMS, MODEL, dataclasses.replace(ROOMY, num_guesses=2))
+    with pytest.raises(ValueError, match="another network"):
+        Engine(PARAMS, MODEL, ROOMY).load(PARAMS, dataclasses.replace(MODEL, norm_eps=1e-6))

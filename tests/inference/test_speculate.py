@@ -1,0 +1,79 @@
+"""Guesses: where they come from, and that answers do not change for them."""
+
+import dataclasses
+
+import pytest
+
+from inference.engine import Engine, Ongoing, Request
+from inference.sampling import Sampling
+from inference.speculate import DraftModel, prompt_lookup
+from tests.inference.test_engine import CHAIN, GREEDY, MODEL, PARAMS, ROOMY, SAMPLINGS, check_answer
+from tests.networks import random_params
+
+
+def ongoing(tokens):
+    return Ongoing(0, Request(tokens[:1]), 0, 0, list(tokens), 99, None, None)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count", "expected"),
+    [
+        ([1, 2, 3, 4, 9, 1, 2, 3], 3, [4, 9, 1]),
+        ([1, 2, 3, 4, 9, 1, 2, 3], 0, []),
+        ([1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3], 1, [5]),  # the later of two places
+        ([7, 2, 3, 4, 9, 3], 2, [4, 9]),  # one token is enough if more do not match
+        ([2, 3, 8, 1, 3, 9, 2, 3], 1, [8]),  # but more tokens go first, though earlier
+        ([1, 2, 3], 4, []),
+        ([5], 4, []),
+        ([5, 5], 4, [5]),
+    ],
+)
+def test_prompt_lookup_says_what_followed_before(tokens, count, expected):
+    assert prompt_lookup([ongoing(tokens)], [count]) == [expected]
+
+
+REPEATS = (CHAIN[:5] * 4)[:17]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_prompt_lookup_changes_no_answer(sampling):
+    request = Request(REPEATS, sampling, 3, 12, seed=4)
+    (plain,) = Engine(PARAMS, MODEL, ROOMY).generate([request])
+    guessing = Engine(PARAMS, MODEL, dataclasses.replace(ROOMY, num_guesses=3), guess=prompt_lookup)
+    (answers,) = guessing.generate([request])
+    assert guessing.stats.guessed > 0
+    for sample, (answer, same) in enumerate(zip(answers, plain, strict=True)):
+        check_answer(request, sample, answer)
+        assert [token.token for token in answer] == [token.token for token in same]
+
+
+def near(params):
+    """The weights of a draft that mostly agrees."""
+    import jax
+
+    noise = random_params(MODEL, seed=9)
+    return jax.tree.map(lambda leaf, other: leaf + 0.02 * other, params, noise)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.3), SAMPLINGS[3]], ids=["greedy", "sampled", "penalties"])
+def test_a_draft_model_changes_no_answer_and_is_mostly_right(sampling):
+    draft = DraftModel(Engine(near(PARAMS), MODEL, ROOMY))
+    guessing = Engine(PARAMS, MODEL, dataclasses.replace(ROOMY, num_guesses=3), guess=draft)
+    request = Request(CHAIN[:9], sampling, 4, 14, seed=4)
+    (plain,) = Engine(PARAMS, MODEL, ROOMY).generate([request])
+    (answers,) = guessing.generate([request])
+    for sample, (answer, same) in enumerate(zip(answers, plain, strict=True)):
+        check_answer(request, sample, answer)
+        assert [token.token for token in answer] == [token.token for token in same]
+    # Both draw with the same random numbers, so that they agree wherever their distributions are close.
+    assert guessing.stats.guessed_right > 0.6 * guessing.stats.guessed
+
+
+def test_an_answer_goes_on_where_it_was_broken_off():
+    engine, request = Engine(PARAMS, MODEL, ROOMY), Request(CHAIN[:9], SAMPLINGS[2], 1, 12, seed=4, first_sample=2)
+    ((whole,),) = engine.generate([request])
+    tokens = [token.token for token in whole]
+    ((rest,),) = engine.generate([dataclasses.replace(request, answer=tuple(tokens[:5]))])
+    assert [token.token for token in rest] == tokens[5:]
+    with pytest.raises(ValueError, match="has 12 tokens already, and max_tokens=12"):
+        dataclasses.replace(request, answer=tuple(tokens))

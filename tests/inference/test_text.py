@@ -1,0 +1,79 @@
+"""Streams of text: every border of bytes, characters and stop strings, against decoding the whole at once."""
+
+import collections
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference.engine import Token
+from inference.text import Answers, TextStream
+
+BYTES = (*(bytes([i]) for i in range(256)), b"")
+STRINGS = st.text(st.sampled_from("abc€😀é "), max_size=12)
+
+
+def streamed(data, stop=()):
+    """(pieces, whether it stopped) of the bytes of `data` as tokens, as far as they are needed."""
+    stream, pieces = TextStream(BYTES, stop), []
+    for token in data:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            break
+    return [*pieces, stream.finish()], stream.stopped
+
+
+@given(st.binary(max_size=24))
+def test_pieces_together_are_the_text_and_none_breaks_a_character(data):
+    pieces, _ = streamed(data)
+    assert "".join(pieces) == data.decode("utf-8", errors="replace")
+    for end in range(len(pieces)):
+        shown = "".join(pieces[:end])
+        assert "".join(pieces).startswith(shown)
+
+
+@given(STRINGS, st.lists(STRINGS.filter(bool), min_size=1, max_size=3))
+def test_nothing_of_a_stop_string_is_ever_shown(text, stop):
+    pieces, stopped = streamed(text.encode(), stop)
+    # The stop string that is complete first ends the answer; of those that are at once, the one that began first.
+    prefixes = [text[:end] for end in range(len(text) + 1)]
+    complete = next((prefix for prefix in prefixes if any(s in prefix for s in stop)), None)
+    assert stopped == (complete is not None)
+    expected = text if complete is None else complete[: min(complete.find(s) for s in stop if s in complete)]
+    assert "".join(pieces) == expected
+
+
+@given(STRINGS, st.lists(STRINGS.filter(bool), max_size=2))
+def test_text_is_held_back_only_while_it_could_become_a_stop_string(text, stop):
+    stream, shown = TextStream(BYTES, stop), ""
+    for token in text.encode():
+        shown += stream.push(token)
+        if stream.stopped:
+            return
+        seen = text.encode()[: len(shown.encode()) + 40].decode(errors="ignore")
+        held = text[len(shown) :]
+        assert seen.startswith(shown)
+        assert len(held) == 0 or text.startswith(shown)
+    held = text[len(shown) :]
+    assert not held or any(s.startswith(held) for s in stop)
+
+
+def test_special_tokens_and_those_beyond_the_tokenizer_have_no_text():
+    stream = TextStream(BYTES)
+    assert [stream.push(token) for token in (65, 256, 999, 66)] == ["A", "", "", "B"]
+
+
+def test_each_sample_of_a_request_has_its_own_text():
+    answers = Answers(BYTES, ["b"])
+    watchers = {sample: answers.watch(sample) for sample in (3, 4)}
+    texts = collections.defaultdict(str)
+    for sample, token in [(3, 65), (4, 0xE2), (4, 0x82), (3, 98), (4, 0xAC), (4, 65)]:
+        stops = watchers[sample](token)
+        reason = "stop" if stops else "length" if (sample, token) == (4, 65) else None
+        texts[sample] += answers.text(Token(0, sample, token, 0.0, 0.0, None, None, reason))
+    assert texts == {3: "A", 4: "€A"}
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        Answers(BYTES, ["a", ""])
