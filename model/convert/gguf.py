@@ -178,7 +178,10 @@ def read_config(file: GgufFile) -> tuple[str, Family, ModelConfig]:
             f"{file.path}: general.architecture={name!r} is not one that this converter knows. The nearest is {near!r}; it "
             f"knows {', '.join(sorted(ARCHITECTURES))}"
         )
-    values = _config_json(file, name, ARCHITECTURES[name])
+    try:
+        values = _config_json(file, name, ARCHITECTURES[name])
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{file.path} has a value of another kind than it should ({error}): download it again") from error
     return name, *parse_config(values, str(file.path))
 
 
@@ -404,7 +407,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     elif isinstance(value, str):
         writer.add_string(key, value)
     else:
-        writer.add_array(key, value)
+        writer.add_array(key, value.tolist() if isinstance(value, np.ndarray) else value)
 
 
 def _kind_of(shape: tuple[int, ...], kind: FileType) -> gguf.GGMLQuantizationType:

@@ -151,7 +151,7 @@ def _parse(path: Path, cursor: _Cursor) -> GgufFile:
 
 def _stored(path: Path, cursor: _Cursor) -> StoredBlocks:
     name, rank = cursor.string(), cursor.number("I")
-    if rank > _MAX_DIMENSIONS:
+    if not 1 <= rank <= _MAX_DIMENSIONS:
         raise ValueError(f"tensor {name!r} has {rank} dimensions")
     shape = tuple(cursor.number("Q") for _ in range(rank))[::-1]
     kind = gguf.GGMLQuantizationType(cursor.number("I"))
