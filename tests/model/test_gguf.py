@@ -16,8 +16,8 @@ from model.convert.config_json import differences
 from model.convert.gguf import ARCHITECTURES, load, read_config, rope_freqs, save
 from model.convert.gguf_file import read_gguf
 from model.convert.safetensors import read_headers
-from model.params import param_shardings
-from model.sharding import MESH_AXES, TRAIN_RULES, make_mesh
+from model.params import param_shardings, param_specs
+from model.sharding import MESH_AXES, TRAIN_RULES, Layout, make_mesh
 from tests.data.gguf_metadata import byte_bpe_metadata
 from tests.hugging_face import FIXTURE, write_checkpoint
 
@@ -180,11 +180,11 @@ def test_metadata_and_tokenizer_are_those_that_the_librarys_reader_finds(llama, 
 def test_leaves_go_straight_into_their_shardings(llama, tmp_path):
     path = write(tmp_path / "model.gguf", llama, "llama")
     expected, config = load(path)
-    mesh = make_mesh({**dict.fromkeys(MESH_AXES, 1), "fsdp": 2, "tensor": 2})
     stacked = dataclasses.replace(config, scan_layers=True)
-    shardings = param_shardings(stacked, mesh, TRAIN_RULES)
+    layout = Layout.of(make_mesh({**dict.fromkeys(MESH_AXES, 1), "fsdp": 4, "tensor": 2}, jax.devices()), TRAIN_RULES)
+    shardings = param_shardings(param_specs(stacked), layout)
     params, _ = load(path, stacked, shardings)
-    jax.tree.map(lambda x, sharding: pytest.fail("elsewhere") if x.sharding != sharding else None, params, shardings)
+    assert jax.tree.map(lambda x: x.sharding, params) == shardings
     query = np.stack([block["attention"]["query"] for block in expected["blocks"]])
     np.testing.assert_array_equal(params["scanned_blocks"][0]["attention"]["query"], query)
 
