@@ -51,7 +51,7 @@ def open_run(run_dir: Path, step: int) -> tuple[TrainConfig, Tokenizer, Params]:
 
 
 def _is_run(source: str) -> bool:
-    return (Path(source) / "checkpoints").is_dir()
+    return any((Path(source) / part).is_dir() for part in ("checkpoints", "tokenizer"))
 
 
 def open_any(source: str, step: int = -1) -> LoadedModel:
@@ -61,6 +61,11 @@ def open_any(source: str, step: int = -1) -> LoadedModel:
       ValueError, FileNotFoundError: see `open_run` and `open_model`.
     """
     if not _is_run(source):
+        if Path(source).is_dir() and not (Path(source) / "config.json").is_file() and not [*Path(source).glob("*.gguf")]:
+            raise FileNotFoundError(
+                f"{source} is not the directory of a run, nor of a checkpoint (it has no config.json): give one under runs/, a "
+                "model's directory, or a .gguf file"
+            )
         check(step < 0, f"--step is for runs, and {source} is none: leave it out")
         return open_model(source)
     config, tokenizer, params = open_run(Path(source), step)

@@ -301,13 +301,7 @@ def test_smollm2_agrees_with_transformers_on_the_same_file(smollm2):
     assert prompt == library.encode(text, add_special_tokens=False)
     answer = generate(ours.params, ours.config, [prompt], max_tokens=64, sampling=Sampling(temperature=0.0))[0]
     with torch.no_grad():
-        greedy = theirs.generate(
-            torch.tensor([prompt]),
-            do_sample=False,
-            min_new_tokens=64,
-            max_new_tokens=64,
-            attention_mask=torch.ones(1, len(prompt)),
-        )[0, len(prompt) :].tolist()
+        greedy = greedy_with(torch, theirs, prompt)
         assert answer == greedy
         expected = theirs(torch.tensor([prompt + greedy])).logits[0].numpy()
     tokens = np.array([prompt + greedy], np.int32)
