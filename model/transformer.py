@@ -22,6 +22,7 @@ from model.layers import linear, mlp_block, norm, rms_norm
 from model.mla import absorbed_queries, keys_and_values, latents, queries, values_of_latents
 from model.moe import Routing, moe_block
 from model.params import Params, block_layout
+from model.quantize import Quantized
 from model.rope import apply_rope, rope_table
 from model.sharding import Dimensions, Layout, constrain
 
@@ -96,11 +97,11 @@ def attention_block(
     params: Params,
     config: ModelConfig,
     context: Context,
-    layer: int,
+    window: int,
     pages: LayerPages | None,
+    rotates: bool,
 ) -> tuple[jax.Array, LayerPages | None]:
-    layout, window = context.layout, config.window(layer)
-    table = context.rope[window > 0] if config.rotates(layer) else None
+    layout, table = context.layout, context.rope[window > 0] if rotates else None
     k_BTKD = v_BTKD = None
     if config.mla:
         assert table is not None
@@ -181,7 +182,8 @@ def block(
         return constrain(x, layout, "batch", "residual", None)
 
     attention_in = gathered(norm_if("attention_norm", x_BTD))
-    attention_out, pages = attention_block(attention_in, params["attention"], config, context, layer, pages)
+    window, rotates = config.window(layer), config.rotates(layer)
+    attention_out, pages = attention_block(attention_in, params["attention"], config, context, window, pages, rotates)
     if config.parallel_block:
         mlp_out, routing = feed_forward(attention_in, params, config, context)
         return x_BTD + scattered(attention_out + mlp_out), pages, routing
@@ -313,12 +315,15 @@ def forward(
 def head_weights(params: Params, config: ModelConfig) -> tuple[jax.Array, jax.Array | None]:
     """The output matrix [D, V] and its bias [V], of `param_dtype`."""
     matrix = params["embedding"].T if config.tie_embeddings else params["head"]
-    return matrix, params.get("head_bias")
+    return matrix.dequantized() if isinstance(matrix, Quantized) else matrix, params.get("head_bias")
 
 
 def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """float32 logits [..., V] of hidden states [..., D]."""
-    matrix, bias = head_weights(params, config)
-    logits = jnp.matmul(hidden, matrix.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if isinstance(params.get("head"), Quantized):
+        logits, bias = params["head"].dot(hidden), params.get("head_bias")
+    else:
+        matrix, bias = head_weights(params, config)
+        logits = jnp.matmul(hidden, matrix.astype(hidden.dtype), preferred_element_type=jnp.float32)
     logits = logits if bias is None else logits + bias.astype(jnp.float32)
     return soft_cap(logits, config.logit_soft_cap)

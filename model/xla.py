@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 # For the CPU backend only; what each one gains is measured by `make bench` and noted in experiments/LOG.md.
-CPU_FLAGS = (
-    # None: Eigen's matmuls are up to 1.2 times faster than YNNPACK's, whose maximum of NaNs, moreover, is -inf.
-    "--xla_cpu_experimental_ynn_fusion_type=",
+_CPU_FLAGS = (
     "--xla_cpu_prefer_vector_width=512",
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
 )
+# Eigen's matmuls are up to 1.2 times faster than YNNPACK's for the many rows of a batch. For the few that are decoded at once
+# they are half as fast, and slower still with transposed or int8 matrices. YNNPACK's maximum of NaNs, moreover, is -inf, so it
+# gets nothing but matmuls.
+_EIGEN = "--xla_cpu_experimental_ynn_fusion_type="
+_YNNPACK = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 
 # For libtpu, which reads LIBTPU_INIT_ARGS when it is loaded; any other backend leaves them alone. `loam compile` compiles with
 # the same, and shows what becomes of the collectives; which of them matter is noted in experiments/LOG.md.
@@ -50,16 +53,24 @@ def with_flags(given: str, flags: tuple[str, ...]) -> str:
     return " ".join([given, *(flag for flag in flags if flag.split("=")[0] not in names)]).strip()
 
 
-def configure(cpu_devices: int) -> None:
+def cpu_flags(decoding: bool) -> tuple[str, ...]:
+    """Flags of the CPU backend, for a process that decodes or one that trains."""
+    return (*_CPU_FLAGS, _YNNPACK if decoding else _EIGEN)
+
+
+def configure(cpu_devices: int, *, decoding: bool = False) -> None:
     """Sets the flags, splits the CPU into `cpu_devices` devices, and keeps compiled programs between processes.
 
     Programs are kept in `JAX_COMPILATION_CACHE_DIR`, by default under the user's cache directory. Flags that the caller
     has put into `XLA_FLAGS` and `LIBTPU_INIT_ARGS` win.
 
+    Args:
+      decoding: the process decodes, and trains little or nothing.
+
     Raises:
       RuntimeError: jax has already started its backends.
     """
-    os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), CPU_FLAGS)
+    os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), cpu_flags(decoding))
     os.environ["LIBTPU_INIT_ARGS"] = with_flags(os.environ.get("LIBTPU_INIT_ARGS", ""), TPU_FLAGS)
 
     import jax

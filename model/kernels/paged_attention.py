@@ -44,13 +44,15 @@ def paged_attention(
     B, T, H, D = q_BTHD.shape
     K, S = keys_NKSD.shape[1:3]
     width = values_NKSD.shape[3]
-    q_BKXD = (q_BTHD * scale).swapaxes(1, 2).reshape(B, K, H // K * T, D)
+    q_BKDX = (q_BTHD * scale).swapaxes(1, 2).reshape(B, K, H // K * T, D).swapaxes(2, 3)
 
     def page(p: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         highest, total, out = carry
         pages_B = jax.lax.dynamic_index_in_dim(table_BP, p, axis=1, keepdims=False)
         k_BKSD, v_BKSD = keys_NKSD[pages_B], values_NKSD[pages_B]
-        scores_BKXS = jnp.einsum("bkxd,bksd->bkxs", q_BKXD, k_BKSD, preferred_element_type=jnp.float32)
+        # With few queries, XLA's CPU dots are nearly twice as fast with the keys on the left.
+        scores_BKSX = jnp.einsum("bksd,bkdx->bksx", k_BKSD, q_BKDX, preferred_element_type=jnp.float32)
+        scores_BKXS = scores_BKSX.swapaxes(2, 3)
         distance_BTS = positions_BT[:, :, None] - (p * S + jnp.arange(S, dtype=jnp.int32))
         seen_BTS = (distance_BTS >= 0) & (distance_BTS < window) if window else distance_BTS >= 0
         scores_BHTS = jnp.where(seen_BTS[:, None], soft_cap(scores_BKXS, cap).reshape(B, H, T, S), MASKED)

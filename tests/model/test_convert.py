@@ -145,7 +145,8 @@ PUBLISHED_CONFIGS = {
         "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
         "attention_bias": False, "max_position_embeddings": 131072, "vocab_size": 128256, "tie_word_embeddings": False,
         "rope_theta": 500000.0, "torch_dtype": "bfloat16", "pretraining_tp": 1, "transformers_version": "4.42.3",
-        "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3", "original_max_position_embeddings": 8192},
+        "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3",
+            "original_max_position_embeddings": 8192},
     },
     "mistral-7b": {
         "model_type": "mistral", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000,
@@ -161,7 +162,8 @@ PUBLISHED_CONFIGS = {
     },
     "gemma3-4b": {
         "model_type": "gemma3", "mm_tokens_per_image": 256, "vision_config": {"hidden_size": 1152},
-        "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
+        "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
     },
     "qwen3-30b-a3b": {
         "model_type": "qwen3_moe", "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu",
@@ -180,7 +182,8 @@ PUBLISHED_CONFIGS = {
         "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000, "topk_group": 4,
         "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": True, "tie_word_embeddings": False,
         "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280, "pretraining_tp": 1,
-        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "yarn", "original_max_position_embeddings": 4096},
+        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "yarn",
+            "original_max_position_embeddings": 4096},
     },
     "falcon-7b": {
         "model_type": "falcon", "alibi": False, "apply_residual_connection_post_layernorm": False, "bias": False,

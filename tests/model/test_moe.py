@@ -535,7 +535,7 @@ COMPILE = textwrap.dedent(
 
     model = preset(sys.argv[2], dtype="bfloat16", attention_backend="flash", max_seq_len=512, remat="full", scan_layers=True)
     data = dataclasses.replace(CONFIG.data, seq_len=256)
-    config = dataclasses.replace(CONFIG, model=model, data=data, mesh=MeshConfig(data=1, fsdp=2, expert=2))
+    config = dataclasses.replace(CONFIG, model=model, data=data, mesh=MeshConfig(data=-1, fsdp=2, expert=2))
     trainer = make_trainer(config, devices)
     text = trainer.step.lower(trainer.abstract_state, abstract_batch(config)).compile().as_text()
     assert "ragged-all-to-all" in text

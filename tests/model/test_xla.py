@@ -23,11 +23,11 @@ def flags_after_configure(given: str) -> str:
 
 
 def test_flags_are_added_and_those_of_the_user_win():
-    name, value = xla.CPU_FLAGS[0].split("=")
+    name, value = xla.cpu_flags(decoding=False)[0].split("=")
     other = "--xla_dump_to=/nowhere"
     flags = flags_after_configure(f"{other} {name}=256").split()
     assert value != "256"
-    assert flags == [other, f"{name}=256", *xla.CPU_FLAGS[1:]]
+    assert flags == [other, f"{name}=256", *xla.cpu_flags(decoding=False)[1:]]
 
 
 def test_the_users_flags_for_libtpu_win_too():
@@ -48,13 +48,22 @@ def test_devices_flags_and_the_cache_of_programs_take_effect(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
     environment["XDG_CACHE_HOME"] = str(tmp_path)
     output = subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True)
-    assert json.loads(output) == [3, " ".join(xla.CPU_FLAGS)]
+    assert json.loads(output) == [3, " ".join(xla.cpu_flags(decoding=False))]
     assert any((tmp_path / "loam" / "xla").iterdir())
 
 
 def test_a_maximum_keeps_nans():
     """By JAX 0.10.2's (and 0.12's) own flags it is -inf, and a network of NaNs looks sound."""
     assert np.all(np.isnan(jax.jit(lambda x: jnp.max(x, axis=1))(np.full((128, 128), np.nan, np.float32))))
+
+
+def test_a_maximum_keeps_nans_where_one_decodes():
+    code = (
+        "from model.xla import configure; configure(1, decoding=True)\n"
+        "import jax, jax.numpy as jnp; print(jax.jit(lambda x: jnp.max(x))(jnp.full((128, 128), jnp.nan)))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True).strip() == "nan"
 
 
 @pytest.mark.parametrize(("cores", "rows", "devices"), [(1, 12, 1), (2, 12, 2), (2, 7, 1), (8, 12, 6), (8, 4, 4), (6, 25, 5)])
