@@ -8,7 +8,7 @@ import re
 from typing import Literal
 
 SourceKind = Literal["stdlib", "files", "huggingface"]
-TokenizerKind = Literal["bytes", "chars", "byte_bpe", "wordpiece", "spm_bpe", "spm_unigram"]
+TokenizerKind = Literal["bytes", "chars", "byte_bpe", "wordpiece", "spm_bpe", "spm_unigram", "huggingface"]
 Packing = Literal["best_fit", "sequential"]
 Split = Literal["hash", "position"]
 
@@ -65,7 +65,8 @@ class SourceConfig:
 class TokenizerConfig:
     """Attributes:
     kind: `byte_bpe` and `wordpiece` through `tokenizers`; `spm_bpe` and `spm_unigram` through SentencePiece with byte
-      fallback; `chars` is the sorted set of characters seen (nanoGPT); `bytes` needs no training.
+      fallback; `chars` is the sorted set of characters seen (nanoGPT); `bytes` needs no training; `huggingface` is somebody
+      else's tokenizer.json, which only `path` can name.
     vocab_size: includes special tokens; ignored by `bytes` and `chars`.
     path: directory of a saved tokenizer to load instead of training one.
     train_bytes: how much text the training sees, a seeded sample of the documents.
@@ -79,6 +80,8 @@ class TokenizerConfig:
     document_boundaries: bool = True
 
     def __post_init__(self) -> None:
+        if self.kind == "huggingface" and not self.path:
+            raise ValueError("data.tokenizer.kind='huggingface' cannot be trained: set data.tokenizer.path, or another kind")
         if self.vocab_size < 260 and self.kind not in ("bytes", "chars"):
             raise ValueError(
                 f"data.tokenizer.vocab_size={self.vocab_size}: {self.kind} needs at least 260 (256 bytes, special tokens)"

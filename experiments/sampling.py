@@ -1,17 +1,22 @@
-"""Loads a run's newest checkpoint and continues prompts with it (`loam sample`), or writes it for others (`loam convert`)."""
+"""Opens a run's newest checkpoint, or another model: to continue prompts (`loam sample`), or for others (`loam convert`)."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.gguf_tokenizer import metadata_of
+from data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from experiments.config import build
 from inference.generate import generate
+from inference.models import LoadedModel, locate, open_model
 from inference.sampling import Sampling
-from model.convert.huggingface import save
+from model.convert import gguf, huggingface
+from model.convert.gguf_file import read_gguf
 from model.params import Params, abstract_params, param_specs
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check
@@ -45,35 +50,104 @@ def open_run(run_dir: Path, step: int) -> tuple[TrainConfig, Tokenizer, Params]:
     return config, tokenizer, state[name]
 
 
-def convert_run(arguments: argparse.Namespace) -> None:
-    """Writes a run's weights as a Hugging Face checkpoint.
+def _is_run(source: str) -> bool:
+    return any((Path(source) / part).is_dir() for part in ("checkpoints", "tokenizer"))
+
+
+def open_any(source: str, step: int = -1) -> LoadedModel:
+    """A run of ours, or what `inference.models.open_model` opens.
 
     Raises:
-      ValueError, FileNotFoundError: as `open_run`, or no family has words for the model, or the target is not empty.
+      ValueError, FileNotFoundError: see `open_run` and `open_model`.
     """
-    config, tokenizer, params = open_run(Path(arguments.run_dir), arguments.step)
+    if not _is_run(source):
+        if Path(source).is_dir() and not (Path(source) / "config.json").is_file() and not [*Path(source).glob("*.gguf")]:
+            raise FileNotFoundError(
+                f"{source} is not the directory of a run, nor of a checkpoint (it has no config.json): give one under runs/, a "
+                "model's directory, or a .gguf file"
+            )
+        check(step < 0, f"--step is for runs, and {source} is none: leave it out")
+        return open_model(source)
+    config, tokenizer, params = open_run(Path(source), step)
+    stop_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+    return LoadedModel(params, config.model, tokenizer, None, stop_ids, Path(source).resolve().name)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Writes a model as a Hugging Face checkpoint or, where the target ends so, as a .gguf file.
+
+    Raises:
+      ValueError, FileNotFoundError: as `open_any`, or no family has words for the model, or the target is not empty.
+    """
+    target = Path(arguments.target)
+    to_gguf = target.suffix == ".gguf"
+    check(to_gguf or not arguments.type, f"--type is for GGUF, and {target} is none: let its name end in .gguf")
+    check(not (to_gguf and arguments.family), "--family is for Hugging Face checkpoints: a GGUF file finds its own")
+    loaded = open_any(arguments.source, arguments.step)
+    tokenizer = loaded.tokenizer
+    if to_gguf:
+        gguf.save(
+            target, loaded.params, loaded.config, arguments.type or "F16", _gguf_keys(arguments.source, loaded), loaded.name
+        )
+        return
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    save(arguments.target, params, config.model, arguments.family, settings=special)
+    with tempfile.TemporaryDirectory() as scratch:
+        beside = Path(scratch)
+        if not _is_run(arguments.source) and (path := locate(arguments.source)).is_dir():
+            beside, special = path, {}
+        elif isinstance(tokenizer, HuggingFaceTokenizer):
+            _write_tokenizer(beside, tokenizer, loaded.chat_template)
+        else:
+            beside = None
+        huggingface.save(target, loaded.params, loaded.config, arguments.family, beside, special)
 
 
-def sample_run(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def _gguf_keys(source: str, loaded: LoadedModel) -> dict[str, Any]:
+    """The tokenizer's keys: just those of the source if it is a GGUF file."""
+    if not _is_run(source) and (path := locate(source)).is_file():
+        return {key: value for key, value in read_gguf(path).metadata.items() if key.startswith("tokenizer.")}
+    return metadata_of(loaded.tokenizer, loaded.chat_template)
+
+
+def _write_tokenizer(directory: Path, tokenizer: HuggingFaceTokenizer, chat_template: str | None) -> None:
+    """What transformers reads of a tokenizer beside a checkpoint."""
+    texts = {i: text for text, i in tokenizer.special_tokens.items()}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": tokenizer.adds_bos}
+    ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    config |= {name: texts[i] for name, i in ends.items() if i is not None and i in texts}
+    (directory / "tokenizer.json").write_bytes(tokenizer.model)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    (directory / "config.json").write_text("{}")
+    if chat_template:
+        (directory / "chat_template.jinja").write_text(chat_template)
+
+
+def sample(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """(prompt, continuation) for each prompt.
 
     Raises:
-      ValueError, FileNotFoundError: as `open_run`, or a sampling option is off limits.
+      ValueError, FileNotFoundError: as `open_any`, or a sampling option is off limits.
     """
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    config, tokenizer, params = open_run(Path(arguments.run_dir), arguments.step)
-    prompts = arguments.prompt or list(config.eval.sample_prompts) or ["The "]
+    loaded = open_any(arguments.source, arguments.step)
+    tokenizer = loaded.tokenizer
+    prompts = arguments.prompt or _prompts_of(arguments.source) or ["The "]
     outputs = generate(
-        params,
-        config.model,
+        loaded.params,
+        loaded.config,
         [tokenizer.encode_prompt(prompt) for prompt in prompts],
         max_tokens=arguments.max_tokens,
         seed=arguments.seed,
         sampling=sampling,
         vocab_size=tokenizer.vocab_size,
-        stop_ids=frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id}),
+        stop_ids=loaded.stop_ids,
     )
     for prompt, tokens in zip(prompts, outputs, strict=True):
         yield prompt, tokenizer.decode(tokens)
+
+
+def _prompts_of(source: str) -> list[str]:
+    """Those a run samples from."""
+    if not _is_run(source):
+        return []
+    return list(build(TrainConfig, json.loads((Path(source) / "config.json").read_text())).eval.sample_prompts)

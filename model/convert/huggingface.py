@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import numpy as np
 from model.config import ModelConfig
 from model.convert.config_json import CARRIED, differences
 from model.convert.families import Family, family_of, read_family_and_config, write_config
-from model.convert.safetensors import Stored, plan_shards, read_headers, write_json, write_shards
+from model.convert.safetensors import plan_shards, read_headers, write_json, write_shards
 from model.convert.tensors import FileTensor, Part
 from model.params import Params, ParamSpec, block_layout, is_spec, param_specs, path_name
 
@@ -105,14 +105,36 @@ def load(
     """
     directory = Path(directory)
     family, described = read_family_and_config(directory)
+    return load_stored(read_headers(directory), family, described, str(directory), config, shardings)
+
+
+class StoredTensor(Protocol):
+    """A tensor on disk, as it would stand in a checkpoint of Hugging Face."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def read(self) -> np.ndarray: ...
+
+
+def load_stored(
+    tensors: Mapping[str, StoredTensor],
+    family: Family,
+    described: ModelConfig,
+    where: str,
+    config: ModelConfig | None,
+    shardings: Params | None,
+) -> tuple[Params, ModelConfig]:
+    """What `load` does, with the tensors by name and the network that the file, `where`, describes."""
     config = described if config is None else config
     if different := differences(config, described):
         raise ValueError(
-            f"{directory} holds another network than the config: {', '.join(different)} of the config is not so there; replace "
+            f"{where} holds another network than the config: {', '.join(different)} of the config is not so there; replace "
             "only what does not change the network in what read_config gives"
         )
     expected = file_tensors(config, family)
-    stored = _match(directory, family, config, expected)
+    stored = _match(tensors, where, family, config, expected)
     sources: dict[str, dict[tuple[int, ...], tuple[FileTensor, int]]] = {}
     for tensor in expected:
         for i, part in enumerate(tensor.parts):
@@ -136,7 +158,7 @@ class _Leaf:
 
     spec: ParamSpec
     sources: Mapping[tuple[int, ...], tuple[FileTensor, int]]
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredTensor]
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         depth = len(next(iter(self.sources)))
@@ -149,9 +171,11 @@ class _Leaf:
         return out
 
 
-def _match(directory: Path, family: Family, config: ModelConfig, expected: list[FileTensor]) -> dict[str, Stored]:
+def _match(
+    tensors: Mapping[str, StoredTensor], where: str, family: Family, config: ModelConfig, expected: list[FileTensor]
+) -> dict[str, StoredTensor]:
     """The stored tensors by the names of the table, each found and of its shape, and none left over."""
-    found = {_canonical(name, family): tensor for name, tensor in read_headers(directory).items()}
+    found = {_canonical(name, family): tensor for name, tensor in tensors.items()}
     if not any(name.startswith(family.prefix) for name in found):  # of a base model, which has no head
         found = {name if name.startswith("lm_head.") else family.prefix + name: tensor for name, tensor in found.items()}
     if config.tie_embeddings:  # a copy of the embedding, in files of old versions
@@ -177,8 +201,8 @@ def _match(directory: Path, family: Family, config: ModelConfig, expected: list[
     ]
     if complaints:
         raise ValueError(
-            f"the tensors in {directory} are not those of the {family.model_type} model that its config.json describes: "
-            f"{'. '.join(complaints)}. Restore the checkpoint's own config.json and safetensors files"
+            f"the tensors in {where} are not those of the {family.model_type} model that it describes: "
+            f"{'. '.join(complaints)}. Download all of its files again, from one place"
         )
     return {name: found[name] for name in shapes}
 

@@ -1,0 +1,225 @@
+"""The tokenizer in the metadata of a GGUF file, as the tokenizer.json that it was made from, and back.
+
+A file has the vocabulary, the merges or scores, and a name for how text is split before. Byte-level BPE (`gpt2`) and
+SentencePiece's BPE (`llama`) are read; both as llama.cpp encodes, which normalises nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.tokenizer import GPT4_SPLIT, HuggingFaceTokenizer, SubwordTokenizer, Tokenizer
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_SPM_SPACE = "\u2581"
+_KEYS = "tokenizer.ggml."
+
+
+def _byte_level(use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
+
+
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_GPT2 = _byte_level(use_regex=True)
+_DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2]}
+_LLAMA3 = _split(GPT4_SPLIT)
+_QWEN2 = _split(GPT4_SPLIT.replace("{1,3}", ""))
+_TEKKEN = _split(
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Name of the split -> pre-tokenizer, and whether a word that is a token is taken whole, whatever the merges say.
+SPLITS: dict[str, tuple[dict[str, Any], bool]] = {
+    "default": (_GPT2, False),
+    "gpt-2": (_GPT2, False),
+    "phi-2": (_GPT2, False),
+    "olmo": (_GPT2, False),
+    "smollm": (_DIGITS, False),
+    "starcoder": (_DIGITS, False),
+    "refact": (_DIGITS, False),
+    "llama-bpe": (_LLAMA3, True),
+    "llama3": (_LLAMA3, True),
+    "falcon3": (_LLAMA3, True),
+    "smaug-bpe": (_LLAMA3, False),
+    "dbrx": (_LLAMA3, False),
+    "qwen2": (_QWEN2, False),
+    "deepseek-r1-qwen": (_QWEN2, False),
+    "tekken": (_TEKKEN, True),
+}
+
+
+def tokenizer_of(metadata: Mapping[str, Any], where: str) -> HuggingFaceTokenizer:
+    """The tokenizer of a file.
+
+    Args:
+      metadata: all keys of the file; `where` is its name.
+
+    Raises:
+      ValueError: it has none, or one of another kind, or its parts do not fit together.
+    """
+    kind, tokens = metadata.get(_KEYS + "model"), metadata.get(_KEYS + "tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise ValueError(f"{where} has no tokenizer: take a file with one, or the tokenizer.json of the model")
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(f"{where}: {_KEYS}model={kind!r} is not implemented; gpt2 and llama are")
+    types = [int(kind) for kind in metadata.get(_KEYS + "token_type", [_NORMAL] * len(tokens))]
+    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise ValueError(
+            f"{where} has {len(tokens)} tokens, {len(set(tokens))} of them different, and {len(types)} types of them"
+        )
+    special = {name: _special(metadata, f"{name}_token_id", len(tokens), where) for name in ("bos", "eos")}
+    adds_bos = bool(metadata.get(_KEYS + "add_bos_token", kind == "llama"))
+    described = _byte_bpe(metadata, where) if kind == "gpt2" else _sentencepiece(metadata, types, where)
+    added = [_added(i, tokens[i], kind == _CONTROL) for i, kind in enumerate(types) if kind in (_CONTROL, _USER_DEFINED)]
+    bos = special["bos"] if adds_bos else None
+    described |= {"version": "1.0", "added_tokens": added, "post_processor": _puts_before(tokens, bos)}
+    described["model"] |= {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}}
+    try:
+        model = json.dumps(described, ensure_ascii=False).encode()
+        return HuggingFaceTokenizer(model, special | {"adds_bos": adds_bos})
+    except ValueError as error:
+        raise ValueError(f"the tokenizer in {where} cannot be used: {error}") from error
+
+
+def _special(metadata: Mapping[str, Any], key: str, size: int, where: str) -> int | None:
+    token = metadata.get(_KEYS + key)
+    if token is not None and not 0 <= token < size:
+        raise ValueError(f"{where}: {_KEYS}{key}={token} is not one of its {size} tokens: download it again")
+    return token
+
+
+def _added(token_id: int, text: str, special: bool) -> dict[str, Any]:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": text, **plain, "special": special}
+
+
+def _puts_before(tokens: Sequence[str], bos: int | None) -> dict[str, Any] | None:
+    if bos is None:
+        return None
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    single = [{"SpecialToken": {"id": tokens[bos], "type_id": 0}}, text]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    names = {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}}
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": names}
+
+
+def _byte_bpe(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
+    name, merges = metadata.get(_KEYS + "pre", "default"), metadata.get(_KEYS + "merges")
+    if name not in SPLITS:
+        near = difflib.get_close_matches(str(name), SPLITS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"{where}: {_KEYS}pre={name!r} is not a way to split text that is known here. The nearest is {near!r}; known are "
+            f"{', '.join(sorted(SPLITS))}"
+        )
+    if not isinstance(merges, list):
+        raise ValueError(f"{where} has no {_KEYS}merges: download it again")
+    split, ignore_merges = SPLITS[name]
+    pairs = [merge.split(" ") for merge in merges]
+    return {
+        "normalizer": None,
+        "pre_tokenizer": split,
+        "decoder": _byte_level(use_regex=True),
+        "model": {"merges": pairs, "ignore_merges": ignore_merges},
+    }
+
+
+def _sentencepiece(metadata: Mapping[str, Any], types: Sequence[int], where: str) -> dict[str, Any]:
+    tokens, scores = metadata[_KEYS + "tokens"], metadata.get(_KEYS + "scores")
+    if scores is None or len(scores) != len(tokens):
+        raise ValueError(
+            f"{where} has {len(tokens)} tokens and {0 if scores is None else len(scores)} scores: download it again"
+        )
+    if sum(kind == _BYTE for kind in types) != 256:
+        raise ValueError(f"{where}: its SentencePiece tokenizer has no token for some bytes, which is not implemented")
+    # Gemma's merges go by the place in the vocabulary: its scores tell another order.
+    by_place = str(metadata.get("general.architecture")).startswith("gemma")
+    ranks = [-i for i in range(len(tokens))] if by_place else [float(score) for score in scores]
+    normal = {token: rank for token, rank, kind in zip(tokens, ranks, types, strict=True) if kind == _NORMAL}
+    prefix = metadata.get(_KEYS + "add_space_prefix", True)
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPM_SPACE}
+    prepend = [{"type": "Prepend", "prepend": _SPM_SPACE}] if prefix else []
+    back = {"type": "Replace", "pattern": {"String": _SPM_SPACE}, "content": " "}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, spaces]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": {"merges": _merges_of(normal), "byte_fallback": True, "unk_token": unknown, "fuse_unk": True},
+    }
+
+
+def _merges_of(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The merges that give these tokens, those of higher rank first: what SentencePiece does, as a list."""
+    order = {token: i for i, token in enumerate(ranks)}
+    found = [
+        (-rank, order[token[:at]], order[token[at:]], token[:at], token[at:])
+        for token, rank in ranks.items()
+        for at in range(1, len(token))
+        if token[:at] in ranks and token[at:] in ranks
+    ]
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+def metadata_of(tokenizer: Tokenizer, chat_template: str | None = None) -> dict[str, Any]:
+    """The keys of a GGUF file for a byte-level BPE tokenizer.
+
+    Raises:
+      ValueError: it is of another kind, or splits text in a way that llama.cpp has no name for.
+    """
+    if not isinstance(tokenizer, HuggingFaceTokenizer | SubwordTokenizer) or tokenizer.kind == "wordpiece":
+        raise ValueError(f"a {tokenizer.kind} tokenizer has no form in GGUF: byte-level BPE ones have (kind='byte_bpe')")
+    described = json.loads(tokenizer.model)
+    model = described["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback") or described.get("normalizer"):
+        raise ValueError("only byte-level BPE tokenizers without a normaliser are written as GGUF")
+    name = _name_of(described["pre_tokenizer"], bool(model.get("ignore_merges")))
+    texts = {token: text for text, token in model["vocab"].items()}
+    types = dict.fromkeys(texts, _NORMAL)
+    for token in described.get("added_tokens") or ():
+        texts[token["id"]] = token["content"]
+        types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
+    for text, token in (("<bos>", tokenizer.bos_id), ("<eos>", tokenizer.eos_id)):
+        if token is not None and token not in texts:  # those of our own tokenizers come after the model's
+            texts[token], types[token] = text, _CONTROL
+    size = tokenizer.vocab_size
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    adds_bos = tokenizer.adds_bos if isinstance(tokenizer, HuggingFaceTokenizer) else tokenizer.bos_id is not None
+    said = {
+        "model": "gpt2",
+        "pre": name,
+        "tokens": [texts.get(i, f"[UNUSED{i}]") for i in range(size)],
+        "token_type": [types.get(i, _CONTROL) for i in range(size)],
+        "merges": merges,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "add_bos_token": adds_bos,
+    }
+    keys = {_KEYS + key: value for key, value in said.items() if value is not None}
+    return keys | ({"tokenizer.chat_template": chat_template} if chat_template else {})
+
+
+def _name_of(pre_tokenizer: dict[str, Any], ignore_merges: bool) -> str:
+    """The first name of a split; where there are two, that which treats whole words alike."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    fits = [
+        (ignores != ignore_merges, name)
+        for name, (split, ignores) in SPLITS.items()
+        if _essence(split.get("pretokenizers", [split])) == _essence(steps)
+    ]
+    if not fits:
+        raise ValueError("this tokenizer splits text in a way that has no name in GGUF: take the tokenizer of a known model")
+    return min(fits, key=lambda fit: fit[0])[1]
+
+
+def _essence(steps: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What of pre-tokenizers decides where text is split."""
+    return [(step["type"], step.get("pattern"), step.get("use_regex"), step.get("individual_digits")) for step in steps]

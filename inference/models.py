@@ -1,0 +1,125 @@
+"""Opens a model with all that belongs to it: a directory of Hugging Face, a .gguf file, or a name of the store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data.gguf_tokenizer import tokenizer_of
+from data.tokenizer import HuggingFaceTokenizer, Tokenizer, open_huggingface_tokenizer
+from inference import store
+from model.config import DType, ModelConfig
+from model.convert import gguf, huggingface
+from model.convert.families import read_config
+from model.convert.gguf_file import GgufFile, read_gguf
+from model.params import Params
+
+# Special tokens that end a turn, whatever a GGUF file names as its one <eos>.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to be used.
+
+    Attributes:
+      params: of the structure of `param_specs(config)`.
+      chat_template: Jinja for `data.chat_template`, if it came with one.
+      stop_ids: tokens that end an answer.
+      name: what it calls itself, for people.
+    """
+
+    params: Params
+    config: ModelConfig
+    tokenizer: Tokenizer
+    chat_template: str | None
+    stop_ids: frozenset[int]
+    name: str
+
+
+def locate(source: str | Path) -> Path:
+    """The .gguf file or the checkpoint's directory that a path, or a name of the store, stands for.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = Path(source).expanduser()
+    path = path if path.exists() else store.find(str(source))
+    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
+    if len(files) > 1:
+        raise ValueError(f"{path} has {len(files)} GGUF files: give the path of one of them")
+    return files[0] if files else path
+
+
+def open_model(source: str | Path, *, dtype: DType = "float32", param_dtype: DType = "float32") -> LoadedModel:
+    """Opens a model.
+
+    Args:
+      source: a directory with config.json and safetensors files, a .gguf file, or a name of the store.
+      dtype, param_dtype: of activations and of parameters.
+
+    Raises:
+      ValueError: there is none, or it cannot be read; the message names the file and what is wrong with it.
+    """
+    path = locate(source)
+    name = path.parent.name if path.parent.parent == store.root() else path.stem if path.is_file() else path.resolve().name
+    if path.is_file():
+        file = read_gguf(path)
+        tokenizer = tokenizer_of(file.metadata, str(path))
+        config = gguf.read_config(file)[2]
+        template, stop_ids = file.metadata.get("tokenizer.chat_template"), _gguf_stop_ids(file, tokenizer)
+    else:
+        file, config = path, read_config(path)
+        tokenizer = open_huggingface_tokenizer(path)
+        template, stop_ids = _chat_template(path), _stop_ids(path, tokenizer)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: they are not of one model"
+        )
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype)
+    params, config = gguf.load(file, config) if isinstance(file, GgufFile) else huggingface.load(file, config)
+    return LoadedModel(params, config, tokenizer, template, stop_ids, name)
+
+
+def _gguf_stop_ids(file: GgufFile, tokenizer: HuggingFaceTokenizer) -> frozenset[int]:
+    named = {file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    ends = named | {tokenizer.special_tokens.get(text) for text in _TURN_ENDS}
+    return frozenset(token for token in ends if token is not None)
+
+
+def _stop_ids(directory: Path, tokenizer: HuggingFaceTokenizer) -> frozenset[int]:
+    """What generation_config.json says, or else config.json; and the tokenizer's <eos>."""
+    for name in ("generation_config.json", "config.json"):
+        said = _json(directory / name).get("eos_token_id")
+        if said is not None:
+            ids = said if isinstance(said, list) else [said]
+            if not all(isinstance(i, int) for i in ids):
+                raise ValueError(f"{directory / name}: eos_token_id={said!r} should be numbers: download it again")
+            return frozenset([*ids, *([tokenizer.eos_id] if tokenizer.eos_id is not None else [])])
+    return frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+
+
+def _chat_template(directory: Path) -> str | None:
+    """The template, or of several that called default."""
+    if (directory / "chat_template.jinja").is_file():
+        return (directory / "chat_template.jinja").read_text()
+    said = _json(directory / "tokenizer_config.json").get("chat_template")
+    said = said or _json(directory / "chat_template.json").get("chat_template")
+    if isinstance(said, list):
+        said = next((entry["template"] for entry in said if entry.get("name") == "default"), None)
+    if said is not None and not isinstance(said, str):
+        raise ValueError(f"{directory}: its chat_template is no text: download tokenizer_config.json again")
+    return said
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
+    return value if isinstance(value, dict) else {}

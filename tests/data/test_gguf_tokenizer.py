@@ -1,0 +1,195 @@
+"""Tokenizers of other models: of tokenizer.json and of GGUF metadata, against the libraries that made them."""
+
+import json
+import pickle
+
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.config import TokenizerConfig
+from data.gguf_tokenizer import SPLITS, metadata_of, tokenizer_of
+from data.tokenizer import HuggingFaceTokenizer, load_tokenizer, open_huggingface_tokenizer, train_tokenizer
+from tests.data.gguf_metadata import CONTROL, TEXT, byte_bpe_metadata, sentencepiece_metadata
+
+PLAIN = byte_bpe_metadata()
+PIECES = sentencepiece_metadata()
+TEXTS = ["the quick", "it's 123 abc12 don't I'LL", "  two\n\n\ttab  ", "ünïcödé 你好 🎉", "", " ", "a" * 100, *TEXT]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return tokenizer_of(PLAIN, "test")
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return tokenizer_of(PIECES, "test")
+
+
+@given(st.text())
+@settings(max_examples=200, deadline=None)
+def test_a_byte_level_tokenizer_gives_any_text_back(text):
+    tokenizer = TOKENIZER
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {token for token in ids if tokenizer.token_bytes[token] == b""}
+    assert b"".join(tokenizer.decode_bytes([token]) for token in ids) == text.encode()
+
+
+TOKENIZER = tokenizer_of(PLAIN, "test")
+
+
+@given(st.text().filter(lambda text: "\u2581" not in text))
+@settings(max_examples=200, deadline=None)
+def test_a_sentencepiece_tokenizer_gives_any_text_back_behind_a_space(text):
+    tokenizer = PIECES_TOKENIZER
+    assert tokenizer.decode(tokenizer.encode(text)) == (" " + text if text else "")
+
+
+PIECES_TOKENIZER = tokenizer_of(PIECES, "test")
+
+
+@pytest.mark.parametrize("add_space_prefix", [True, False])
+def test_sentencepiece_of_a_file_encodes_as_sentencepiece(add_space_prefix):
+    metadata = sentencepiece_metadata(add_space_prefix)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=metadata["model_proto"])
+    ours = tokenizer_of(metadata, "test")
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text), text
+    assert ours.encode_prompt("fox") == [1, *theirs.encode("fox")]  # SentencePiece files add <s> unless they say otherwise
+
+
+@pytest.mark.parametrize("text", ["77", "a77b", "x 777 y"])
+def test_the_split_of_the_name_decides_about_digits(text):
+    """A merge of digits is given, and smollm still takes digits one by one."""
+    metadata = {
+        **PLAIN,
+        "tokenizer.ggml.tokens": [*PLAIN["tokenizer.ggml.tokens"], "77"],
+        "tokenizer.ggml.token_type": [*PLAIN["tokenizer.ggml.token_type"], 1],
+        "tokenizer.ggml.merges": [*PLAIN["tokenizer.ggml.merges"], "7 7"],
+    }
+    pair = len(PLAIN["tokenizer.ggml.tokens"])
+    assert pair not in tokenizer_of(metadata, "test").encode(text)
+    assert pair in tokenizer_of(metadata | {"tokenizer.ggml.pre": "gpt-2"}, "test").encode(text)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_split_is_read_and_gives_text_back(name):
+    tokenizer = tokenizer_of(PLAIN | {"tokenizer.ggml.pre": name}, "test")
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_are_parsed_only_when_asked(plain, pieces):
+    for tokenizer, text, token in ((plain, "<|im_end|>", 2), (pieces, "</s>", 2)):
+        asked, other = tokenizer.encode(f"fox{text}", parse_special=True), tokenizer.encode(f"fox{text}")
+        assert asked[-1] == token
+        assert token not in other
+        assert tokenizer.decode(other).endswith(f"fox{text}")
+        assert tokenizer.decode_bytes([token]) == b""
+        again = pickle.loads(pickle.dumps(tokenizer))
+        assert (again.encode(f"fox{text}"), again.fingerprint) == (other, tokenizer.fingerprint)
+
+
+def test_a_user_defined_token_is_one_token_with_its_text(plain):
+    ids = plain.encode("a<think>b")
+    assert PLAIN["tokenizer.ggml.tokens"].index("<think>") in ids
+    assert plain.decode(ids) == "a<think>b"
+
+
+def test_saved_and_loaded_it_is_the_same(plain, tmp_path):
+    plain.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert (again.fingerprint, again.eos_id, again.encode("the fox")) == (plain.fingerprint, 2, plain.encode("the fox"))
+    (tmp_path / "tokenizer.json").write_bytes(plain.model.replace(b"<think>", b"<thonk>"))
+    with pytest.raises(ValueError, match="changed or damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_metadata_written_of_a_tokenizer_is_what_it_was_read_from(plain):
+    assert metadata_of(plain, "{{ x }}") == {key: value for key, value in PLAIN.items() if key.startswith("tokenizer.")} | {
+        "tokenizer.chat_template": "{{ x }}"
+    }
+
+
+def test_a_tokenizer_of_our_own_goes_through_gguf():
+    own = train_tokenizer(TokenizerConfig(kind="byte_bpe", vocab_size=300), TEXT)
+    again = tokenizer_of(metadata_of(own), "test")
+    assert (again.vocab_size, again.bos_id, again.eos_id) == (own.vocab_size, own.bos_id, own.eos_id)
+    for text in TEXTS:
+        assert again.encode_prompt(text) == own.encode_prompt(text)
+    assert again.token_bytes == own.token_bytes
+
+
+def test_kinds_that_gguf_has_no_form_for_are_refused(pieces):
+    with pytest.raises(ValueError, match="no form in GGUF"):
+        metadata_of(train_tokenizer(TokenizerConfig(kind="bytes"), TEXT))
+    with pytest.raises(ValueError, match="only byte-level"):
+        metadata_of(pieces)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"tokenizer.ggml.model": "bert"}, "'bert' is not implemented"),
+        ({"tokenizer.ggml.pre": "qwen"}, "nearest is 'qwen2'"),
+        ({"tokenizer.ggml.tokens": None}, "has no tokenizer"),
+        ({"tokenizer.ggml.merges": None}, "no tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.merges": ["ab"]}, "cannot be used"),
+        ({"tokenizer.ggml.merges": ["zzz qqq"]}, "cannot be used"),
+        ({"tokenizer.ggml.token_type": [1]}, "types of them"),
+        ({"tokenizer.ggml.tokens": ["a"] * len(PLAIN["tokenizer.ggml.tokens"])}, "of them different"),
+        ({"tokenizer.ggml.eos_token_id": 10**6}, "eos_token_id=1000000 is not one"),
+    ],
+)
+def test_broken_metadata_is_refused_by_name(changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        tokenizer_of(PLAIN | changes, "test")
+
+
+def test_broken_sentencepiece_is_refused_by_name():
+    with pytest.raises(ValueError, match="scores"):
+        tokenizer_of(PIECES | {"tokenizer.ggml.scores": [0.0]}, "test")
+    types = [1 if kind == 6 else kind for kind in PIECES["tokenizer.ggml.token_type"]]
+    with pytest.raises(ValueError, match="no token for some bytes"):
+        tokenizer_of(PIECES | {"tokenizer.ggml.token_type": types}, "test")
+
+
+def test_a_directory_with_tokenizer_json_is_opened(plain, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(plain.model)
+    config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = open_huggingface_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.special_tokens) == (1, 2, dict(zip(CONTROL, range(3), strict=True)))
+    assert tokenizer.encode_prompt("the fox") == [1, *plain.encode("the fox")]
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode("<|im_start|>the", parse_special=True) == library.encode("<|im_start|>the").ids
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "cannot be used"),
+        ("[]", "cannot be used"),
+        ('{"model": {"type": "WordPiece"}, "decoder": {"type": "WordPiece"}}', "no fixed bytes"),
+        ('{"decoder": {"type": "ByteLevel"}}', "cannot be used"),
+    ],
+)
+def test_a_tokenizer_json_that_cannot_be_used_is_refused(content, complaint, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        open_huggingface_tokenizer(tmp_path)
+
+
+def test_a_directory_without_tokenizer_json_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no tokenizer.json"):
+        open_huggingface_tokenizer(tmp_path)
+
+
+def test_its_kind_is_not_for_training():
+    with pytest.raises(ValueError, match="cannot be trained"):
+        TokenizerConfig(kind="huggingface")
+    assert isinstance(TOKENIZER, HuggingFaceTokenizer)
