@@ -15,10 +15,8 @@ The last line is JSON; ratios are of median speeds, ours over theirs.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -32,19 +30,6 @@ import numpy as np
 from model.xla import configure, restart_with_huge_pages
 
 PROMPT, NEW, PREFILL = 64, 32, 512
-
-
-def read_bandwidth(threads: int, megabytes: int) -> float:
-    """Bytes a second that threads read together, each summing an array of its own."""
-    arrays = [np.ones(megabytes << 18, np.float32) for _ in range(threads)]
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        list(pool.map(np.sum, arrays))
-        best = 0.0
-        for _ in range(3):
-            start = time.perf_counter()
-            list(pool.map(np.sum, arrays))
-            best = max(best, sum(array.nbytes for array in arrays) / (time.perf_counter() - start))
-    return best
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -83,13 +68,14 @@ def main() -> None:
     import torch
     import transformers
 
+    from experiments.bench_infer import num_threads, read_bandwidth
     from inference.engine import Engine, EngineConfig, Request
     from inference.sampling import Sampling
     from model.convert.huggingface import load
     from model.params import num_parameters, param_specs
     from model.quantize import quantize
 
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = num_threads()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49_152}
@@ -127,7 +113,7 @@ def main() -> None:
     @torch.inference_mode()
     def generated(prompts: np.ndarray, new: int) -> np.ndarray:
         ids = torch.from_numpy(prompts)
-        made = theirs.generate(  # pyright: ignore[reportCallIssue]
+        made = theirs.generate(  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
             ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, attention_mask=torch.ones_like(ids)
         )
         return made[:, prompts.shape[1] :].numpy()
@@ -163,7 +149,7 @@ def main() -> None:
     speeds: dict[str, list[float]] = {name: [] for name in measured}
     bandwidths = []
     for i in range(rounds + 1):
-        bandwidths.append(read_bandwidth(threads, 8 if arguments.quick else 256))
+        bandwidths.append(read_bandwidth(8 if arguments.quick else 256))
         for name, measure in measured.items():
             speed = measure()
             if i:  # The first round warms everything up.

@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   loam inspect --config=configs/quickstart.py
   loam compile --config=configs/quickstart.py --topology=v5e:2x2
   loam sample runs/quickstart --prompt="def main(" --temperature=0.8 --top-k=50
+  loam chat smollm2-135m-instruct --prompt="What is loam?" --temperature=0
   loam convert runs/quickstart /tmp/quickstart-hf
   loam convert runs/quickstart quickstart.gguf --type=Q8_0
   loam pull smollm2-135m-instruct
@@ -93,6 +94,23 @@ def parse(words: list[str]) -> argparse.Namespace:
     sample.add_argument("--top-p", type=float, default=1.0, help="1 is off")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--step", type=int, default=-1, help="of the checkpoint; default the newest")
+    chat = commands.add_parser("chat", help="talk with a model in the terminal")
+    chat.add_argument("source", metavar="MODEL", help=model_help)
+    chat.add_argument("--prompt", help="answer this alone, and end")
+    chat.add_argument("--system", default="", help="what the model is told beforehand")
+    chat.add_argument("--max-tokens", type=int, default=512, help="of an answer; default 512")
+    chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy; default 0.7")
+    chat.add_argument("--top-k", type=int, default=0, help="0 is off")
+    chat.add_argument("--top-p", type=float, default=0.95, help="1 is off; default 0.95")
+    chat.add_argument("--min-p", type=float, default=0.0, help="0 is off")
+    chat.add_argument("--seed", type=int, default=0)
+    chat.add_argument("--context", type=int, default=8192, help="tokens of the conversation, at most; default 8192")
+    bench = commands.add_parser("bench-infer", help="measure how fast a model is decoded here")
+    bench.add_argument("source", metavar="MODEL", help=model_help)
+    bench.add_argument("--batch-sizes", default="1,8,32", metavar="N,N", help="default 1,8,32")
+    bench.add_argument("--prompt-tokens", type=int, default=128, help="default 128")
+    bench.add_argument("--new-tokens", type=int, default=32, help="default 32")
+    bench.add_argument("--bits", type=int, default=0, choices=[4, 8], help="round the weights first")
     convert = commands.add_parser("convert", help="write a model as Hugging Face or llama.cpp has them")
     convert.add_argument("source", metavar="MODEL", help=model_help)
     convert.add_argument("target", help="directory to write, new or empty; or a file that ends in .gguf")
@@ -229,11 +247,31 @@ def compile_for_slice(arguments: argparse.Namespace) -> int:
 def sample(arguments: argparse.Namespace) -> int:
     from model.xla import configure
 
-    configure(cpu_devices=1)
+    configure(cpu_devices=1, decoding=True)
     from experiments import sampling
 
     for prompt, text in sampling.sample(arguments):
         print(f"--- {prompt!r}\n{prompt}{text}")
+    return 0
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    from model.xla import configure
+
+    configure(cpu_devices=1, decoding=True)
+    from experiments import chat
+
+    chat.chat(arguments)
+    return 0
+
+
+def bench_infer(arguments: argparse.Namespace) -> int:
+    from model.xla import configure
+
+    configure(cpu_devices=1, decoding=True)
+    from experiments import bench_infer
+
+    bench_infer.bench(arguments)
     return 0
 
 
@@ -311,6 +349,8 @@ COMMANDS = {
     "compile": compile_for_slice,
     "launch": launch,
     "sample": sample,
+    "chat": chat,
+    "bench-infer": bench_infer,
     "convert": convert,
     "pull": pull,
     "models": models,

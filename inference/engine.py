@@ -58,7 +58,7 @@ class EngineConfig:
 
     max_batch: int = 32
     cache_tokens: int = 16_384
-    page_size: int = 32
+    page_size: int = 64
     prefill_chunk: int = 256
     num_guesses: int = 0
 

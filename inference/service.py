@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from typing import TypeVar
 
 from inference.engine import Engine, Request, Token
@@ -75,7 +75,7 @@ class Service:
 
         self._calls.put(drop)
 
-    def stream(self, request: Request) -> Iterator[Token]:
+    def stream(self, request: Request) -> Generator[Token]:
         """The tokens of all samples as they come."""
         tokens: queue.SimpleQueue[Token | BaseException] = queue.SimpleQueue()
         request_id = self.submit(request, tokens.put)
@@ -89,7 +89,7 @@ class Service:
             if unfinished:
                 self.abort(request_id)
 
-    async def astream(self, request: Request) -> AsyncIterator[Token]:
+    async def astream(self, request: Request) -> AsyncGenerator[Token]:
         """`stream`, for asyncio."""
         loop = asyncio.get_running_loop()
         tokens: asyncio.Queue[Token | BaseException] = asyncio.Queue()

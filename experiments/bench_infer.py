@@ -1,0 +1,146 @@
+"""How fast a model is decoded here (`loam bench-infer`): time to the first token, time per token, throughput by batch size, and
+the shares of what the machine can do: of the memory's bandwidth when every step reads all weights, of its matmuls in a prefill.
+
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.sampling import open_any
+from inference.engine import Engine, EngineConfig, Request
+from inference.sampling import Sampling
+from model.chips import chip_of
+from model.config import ModelConfig, check
+from model.flops import forward_flops_per_token
+from model.params import Params, unstack_layers
+from model.quantize import quantize
+from train.peak import peak_flops
+
+_GREEDY = Sampling(temperature=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of one batch size.
+
+    Attributes:
+      first_token_seconds: of a whole batch's prompts, up to the first token of each.
+      token_seconds: of a step, which gives each row a token.
+      tokens_per_second: of all rows.
+      bandwidth_share: bytes of weights read per second, over what the memory gives.
+    """
+
+    batch: int
+    first_token_seconds: float
+    token_seconds: float
+    tokens_per_second: float
+    bandwidth_share: float
+
+
+def num_threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_bandwidth(megabytes: int = 256) -> float:
+    """Bytes a second: of a TPU's data sheet, or what threads read together that each sum an array of their own."""
+    chip = chip_of(jax.devices()[0].device_kind)
+    if chip:
+        return chip.hbm_bandwidth * len(jax.devices())
+    threads = num_threads()
+    arrays = [np.ones(megabytes << 18, np.float32) for _ in range(threads)]
+    best = 0.0
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for _ in range(4):
+            start = time.perf_counter()
+            list(pool.map(np.sum, arrays))
+            best = max(best, sum(array.nbytes for array in arrays) / (time.perf_counter() - start))
+    return best
+
+
+def weight_bytes(params: Params, config: ModelConfig) -> int:
+    """Bytes of the weights that a step reads: all but a table that tokens are only looked up in."""
+    leaves = dict(params)
+    if not config.tie_embeddings:
+        del leaves["embedding"]
+    leaves.pop("position_embedding", None)
+    bits = {"int4": 4}
+    return sum(leaf.size * bits.get(str(leaf.dtype), leaf.dtype.itemsize * 8) // 8 for leaf in jax.tree.leaves(leaves))
+
+
+def measure(engine: Engine, batch: int, prompt: int, new: int, bandwidth: float) -> Measured:
+    """One batch of random prompts, from the first to the last token."""
+    rng = np.random.default_rng(batch)
+    for row in rng.integers(0, engine.vocab_size, (batch, prompt)).tolist():
+        engine.submit(Request(row, _GREEDY, max_tokens=new))
+    start = time.perf_counter()
+    waiting = set(range(batch))
+    first = steps = 0.0
+    begun: set[int] = set()
+    while engine.has_work:
+        before = time.perf_counter()
+        tokens = engine.step()
+        if len(begun) == batch:
+            steps += time.perf_counter() - before
+        begun |= {token.request for token in tokens}
+        if len(begun) == batch and waiting:
+            waiting, first = set(), time.perf_counter() - start
+    token_seconds = steps / (new - 1)
+    reads = weight_bytes(engine.params, engine.model) / token_seconds
+    return Measured(batch, first, token_seconds, batch / token_seconds, reads / bandwidth)
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Prints a table and one line of JSON.
+
+    Raises:
+      ValueError, FileNotFoundError: see `open_any`; numbers that leave nothing to measure.
+    """
+    batches = sorted({int(size) for size in arguments.batch_sizes.split(",")})
+    check(batches[0] > 0, f"--batch-sizes={arguments.batch_sizes} must be positive")
+    check(arguments.prompt_tokens > 1 and arguments.new_tokens > 1, "--prompt-tokens and --new-tokens must be at least 2")
+    loaded = open_any(arguments.source)
+    params, config = unstack_layers(loaded.params, loaded.config)
+    if arguments.bits:
+        params, config = quantize(params, config, arguments.bits)
+    prompt, new = arguments.prompt_tokens, arguments.new_tokens
+    bandwidth = read_bandwidth()
+    results = []
+    for batch in batches:
+        page_size = EngineConfig.page_size
+        pages = (-(-(prompt + new) // page_size) + 1) * batch
+        settings = EngineConfig(max_batch=batch, cache_tokens=pages * page_size, prefill_chunk=prompt)
+        engine = Engine(params, config, settings, vocab_size=loaded.tokenizer.vocab_size)
+        engine.warm_up()
+        results.append(measure(engine, batch, prompt, new, bandwidth))
+    one = results[0]
+    prefill_flops = forward_flops_per_token(config, prompt) * prompt * one.batch
+    prefill_share = prefill_flops / one.first_token_seconds / peak_flops(jax.devices(), config.dtype)
+    print(f"{loaded.name}: {jax.devices()[0].device_kind}, memory {bandwidth / 1e9:.1f} GB/s")
+    print(f"{'batch':>5} {'first token':>12} {'per token':>12} {'tokens/s':>10} {'of bandwidth':>13}")
+    for row in results:
+        print(
+            f"{row.batch:>5} {row.first_token_seconds * 1e3:>9.0f} ms {row.token_seconds * 1e3:>9.1f} ms "
+            f"{row.tokens_per_second:>10.1f} {row.bandwidth_share:>13.1%}"
+        )
+    summary: dict[str, Any] = {
+        "benchmark": "bench-infer",
+        "model": loaded.name,
+        "bits": arguments.bits or jax.tree.leaves(loaded.params)[0].dtype.itemsize * 8,
+        "prompt_tokens": prompt,
+        "new_tokens": new,
+        "bandwidth_bytes_per_second": bandwidth,
+        "prefill_share_of_matmul_peak": prefill_share,
+        "batches": [dataclasses.asdict(row) for row in results],
+    }
+    print(json.dumps(summary))

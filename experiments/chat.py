@@ -1,0 +1,146 @@
+"""Talks with a model in a terminal (`loam chat`).
+
+    /system TEXT   what the model is told beforehand; begins anew
+    /reset         forgets the conversation
+    /save FILE     writes it, one JSON object of messages
+    /help, /quit
+
+A model without a chat template is not one that was taught to answer: it continues what is typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from data.chat_template import encode_chat
+from data.tokenizer import HuggingFaceTokenizer
+from experiments.sampling import open_any
+from inference.engine import Engine, EngineConfig, Request
+from inference.models import LoadedModel
+from inference.sampling import Sampling
+from inference.service import Service
+from inference.text import Answers
+from model.config import check
+
+Message = dict[str, str]
+_HELP = "/system TEXT  /reset  /save FILE  /quit; Ctrl-C breaks an answer off"
+
+
+class Conversation:
+    """Messages with one model, whose engine keeps what it has read of them.
+
+    Args:
+      context: tokens that the conversation may have, at most as many as the model knows places.
+    """
+
+    def __init__(self, loaded: LoadedModel, sampling: Sampling, max_tokens: int, seed: int, context: int):
+        self._loaded, self._sampling, self._max_tokens, self._seed = loaded, sampling, max_tokens, seed
+        page_size = EngineConfig.page_size
+        tokens = -(-min(context, loaded.config.max_seq_len) // page_size) * page_size
+        config = EngineConfig(max_batch=1, cache_tokens=tokens)
+        self._service = Service(Engine(loaded.params, loaded.config, config, vocab_size=loaded.tokenizer.vocab_size))
+        self.messages: list[Message] = []
+
+    def reset(self, system: str = "") -> None:
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The model's answer to `text`, piece by piece; what was said of it is remembered, broken off or not.
+
+        Raises:
+          ValueError: the conversation does not fit the context.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._prompt(messages)
+        room = self._service.call(lambda engine: engine.max_len) - len(prompt)
+        check(room > 0, f"the conversation has {len(prompt)} tokens, more than fit: begin anew with /reset, or raise --context")
+        answers = Answers(self._loaded.tokenizer.token_bytes)
+        request = Request(
+            prompt,
+            self._sampling,
+            max_tokens=min(self._max_tokens, room),
+            stop_ids=self._loaded.stop_ids,
+            seed=self._seed,
+            watch=answers.watch,
+        )
+        said = ""
+        stream = self._service.stream(request)
+        try:
+            for token in stream:
+                piece = answers.text(token)
+                said += piece
+                yield piece
+        finally:
+            stream.close()
+            self.messages = [*messages, {"role": "assistant", "content": said}]
+
+    def _prompt(self, messages: list[Message]) -> list[int]:
+        tokenizer, template = self._loaded.tokenizer, self._loaded.chat_template
+        if template is None:
+            return tokenizer.encode_prompt("".join(message["content"] for message in messages))
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        return encode_chat(tokenizer, template, messages, add_generation_prompt=True)
+
+    def close(self) -> None:
+        self._service.close()
+
+
+def chat(
+    arguments: argparse.Namespace, read: Callable[[str], str] = input, write: Callable[[str], object] = sys.stdout.write
+) -> None:
+    """Answers `--prompt` and ends, or talks until the end of the input.
+
+    Raises:
+      ValueError, FileNotFoundError: see `open_any`, `Sampling` and `Request`.
+    """
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p)
+    check(arguments.max_tokens > 0, f"--max-tokens={arguments.max_tokens} must be positive")
+    loaded = open_any(arguments.source)
+    conversation = Conversation(loaded, sampling, arguments.max_tokens, arguments.seed, arguments.context)
+    conversation.reset(arguments.system)
+    try:
+        if arguments.prompt is not None:
+            for piece in conversation.answer(arguments.prompt):
+                write(piece)
+            write("\n")
+            return
+        write(f"{loaded.name}: {_HELP}\n")
+        while True:
+            try:
+                text = read("> ").strip()
+            except EOFError:
+                return
+            if text == "/quit":
+                return
+            if text:
+                _turn(conversation, text, write)
+    finally:
+        conversation.close()
+
+
+def _turn(conversation: Conversation, text: str, write: Callable[[str], object]) -> None:
+    """One line of the user's; what is wrong with it is told, and the talk goes on."""
+    command, _, rest = text.partition(" ")
+    try:
+        if command == "/system":
+            conversation.reset(rest.strip())
+        elif command == "/reset":
+            conversation.reset()
+        elif command == "/save":
+            check(bool(rest.strip()), "/save needs the name of a file")
+            Path(rest.strip()).write_text(json.dumps({"messages": conversation.messages}, ensure_ascii=False, indent=2) + "\n")
+        elif command.startswith("/"):
+            write(_HELP + "\n")
+        else:
+            for piece in conversation.answer(text):
+                write(piece)
+                sys.stdout.flush()
+            write("\n")
+    except KeyboardInterrupt:
+        write("\n")
+    except (ValueError, OSError) as error:
+        write(f"{error}\n")

@@ -1,0 +1,129 @@
+"""A talk in the terminal with a model of random weights, and its speed measured."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from data.tokenizer import open_huggingface_tokenizer
+from experiments import bench_infer, chat
+from experiments.chat import Conversation
+from inference.models import LoadedModel
+from inference.sampling import Sampling
+from model.params import param_specs
+from model.presets import preset
+from tests.networks import random_params
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+START, END = "<|im_start|>", "<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """A byte-level tokenizer with two special tokens, by the library that reads it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    directory = tmp_path_factory.mktemp("tokenizer")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens([START, END])
+    made.save(str(directory / "tokenizer.json"))
+    tokenizer = open_huggingface_tokenizer(directory)
+    config = preset("tiny-llama", vocab_size=300, max_seq_len=512)
+    stop_ids = frozenset({tokenizer.special_tokens[END]})
+    assert param_specs(config)
+    return LoadedModel(random_params(config), config, tokenizer, TEMPLATE, stop_ids, "tiny")
+
+
+def talk(monkeypatch, loaded, lines, **options):
+    """What is written when these lines are typed."""
+    monkeypatch.setattr(chat, "open_any", lambda source: loaded)
+    defaults = {"prompt": None, "system": "", "max_tokens": 12, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    arguments = types.SimpleNamespace(source="tiny", seed=0, context=512, **(defaults | options))
+    typed, written = iter(lines), []
+
+    def read(_prompt):
+        line = next(typed, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    chat.chat(arguments, read, written.append)
+    return "".join(written)
+
+
+def test_one_prompt_gets_one_answer_and_the_end(monkeypatch, loaded):
+    first = talk(monkeypatch, loaded, [], prompt="Hello")
+    assert first == talk(monkeypatch, loaded, [], prompt="Hello")
+    assert first.endswith("\n")
+    assert first != talk(monkeypatch, loaded, [], prompt="Bye")
+
+
+def test_a_conversation_is_remembered_saved_and_forgotten(monkeypatch, loaded, tmp_path):
+    saved = tmp_path / "talk.json"
+    written = talk(monkeypatch, loaded, ["/system Be brief.", "Hi", "And?", f"/save {saved}", "/reset", "Hi", "/quit", "no"])
+    messages = json.loads(saved.read_text())["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert messages[0]["content"] == "Be brief."
+    alone = talk(monkeypatch, loaded, ["Hi"])
+    # After /reset the answer is what it is without the system's message.
+    assert written.endswith(alone.split("\n", 1)[1])
+    assert messages[2]["content"] in written
+
+
+def test_the_model_reads_the_whole_conversation_through_its_template(loaded):
+    conversation = Conversation(loaded, Sampling(temperature=0.0), 8, 0, 512)
+    conversation.reset("S")
+    "".join(conversation.answer("one"))
+    said = conversation.messages[-1]["content"]
+    ids = conversation._prompt([*conversation.messages, {"role": "user", "content": f"two {END}"}])
+    conversation.close()
+    special = loaded.tokenizer.special_tokens
+    text = "".join(
+        next((text for text, i in special.items() if i == token), loaded.tokenizer.decode_bytes([token]).decode("latin-1"))
+        for token in ids
+    )
+    expected = f"{START}system\nS{END}\n{START}user\none{END}\n{START}assistant\n{said}{END}\n{START}user\ntwo {END}{END}\n"
+    assert text == expected.encode().decode("latin-1") + f"{START}assistant\n"
+    # What the user spells is text: five turns begin, and four end, of which none is the user's.
+    assert ids.count(special[START]) == 5
+    assert ids.count(special[END]) == 4
+
+
+def test_what_is_wrong_with_a_line_is_told_and_the_talk_goes_on(monkeypatch, loaded):
+    written = talk(monkeypatch, loaded, ["/save", "/nonsense", "x" * 600, "/save /nowhere/at/all", "Hi"])
+    assert "/save needs the name of a file" in written
+    assert "begin anew with /reset" in written
+    assert "/nowhere/at/all" in written
+    assert written.count("/system TEXT") == 2
+
+
+def test_a_model_without_a_template_continues(monkeypatch, loaded):
+    bare = LoadedModel(loaded.params, loaded.config, loaded.tokenizer, None, loaded.stop_ids, "bare")
+    assert talk(monkeypatch, bare, [], prompt="def main(")
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+def test_speed_is_measured_with_one_line_of_json_at_the_end(monkeypatch, capsys, loaded, bits):
+    monkeypatch.setattr(bench_infer, "open_any", lambda source: loaded)
+    monkeypatch.setattr(bench_infer, "read_bandwidth", lambda: 1e9)
+    options = {"source": "tiny", "batch_sizes": "2,1", "prompt_tokens": 9, "new_tokens": 3, "bits": bits}
+    bench_infer.bench(types.SimpleNamespace(**options))
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["batch"] for row in summary["batches"]] == [1, 2]
+    for row in summary["batches"]:
+        assert row["tokens_per_second"] == pytest.approx(row["batch"] / row["token_seconds"])
+        assert row["first_token_seconds"] > 0
+    weights = bench_infer.weight_bytes(loaded.params, loaded.config)
+    leaves = {name: leaf for name, leaf in loaded.params.items() if name != "embedding"}
+    import jax
+
+    assert weights == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(leaves))
+    if not bits:
+        row = summary["batches"][0]
+        assert row["bandwidth_share"] == pytest.approx(weights / row["token_seconds"] / 1e9)
