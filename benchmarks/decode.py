@@ -55,7 +55,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 def llama_cpp(path: str, threads: int, new: int) -> Callable[[], float]:
     """Tokens a second of the quantised model."""
-    from llama_cpp import Llama
+    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
 
     llama = Llama(path, n_ctx=PROMPT + new + 8, n_threads=threads, n_threads_batch=threads, verbose=False)
 
@@ -92,13 +92,13 @@ def main() -> None:
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    shape = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, vocab_size=49_152)
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49_152}
     if arguments.quick:
-        shape = dict(hidden_size=72, intermediate_size=96, num_hidden_layers=2, vocab_size=512)
+        shape = {"hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 512}
     rounds, prefill = (2, 64) if arguments.quick else (arguments.rounds, PREFILL)
     batch = 4 if arguments.quick else 32
     described = transformers.LlamaConfig(
-        **shape,
+        **shape,  # pyright: ignore[reportArgumentType]
         num_attention_heads=9,
         num_key_value_heads=3,
         max_position_embeddings=1024,
@@ -127,8 +127,10 @@ def main() -> None:
     @torch.inference_mode()
     def generated(prompts: np.ndarray, new: int) -> np.ndarray:
         ids = torch.from_numpy(prompts)
-        options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, attention_mask=torch.ones_like(ids))
-        return theirs.generate(ids, **options)[:, prompts.shape[1] :].numpy()
+        made = theirs.generate(  # pyright: ignore[reportCallIssue]
+            ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, attention_mask=torch.ones_like(ids)
+        )
+        return made[:, prompts.shape[1] :].numpy()
 
     def theirs_speed(rows: int, new: int) -> float:
         prompts = rng.integers(0, config.vocab_size, (rows, PROMPT))
