@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _DESCRIPTION = "loam_model.json"
-_WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "*.gguf")
+_WANTED = ("model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "*.gguf")
 _NAME = r"[A-Za-z0-9][\w.-]*"
 
 

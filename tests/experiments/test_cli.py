@@ -16,8 +16,12 @@ import pytest
 import model.xla
 from data.tokenizer import load_tokenizer
 from experiments.cli import load_train_config, main
+from model.config import ModelConfig
+from model.convert.gguf import save
 from model.convert.huggingface import load
+from model.params import init_params, param_specs
 from model.transformer import forward, unembed
+from tests.data.gguf_metadata import byte_bpe_metadata
 from tests.tiny import write_tiny_job
 from train.checkpoint import Checkpoints
 from train.step import make_trainer
@@ -53,6 +57,16 @@ def job(tmp_path_factory):
 def here(monkeypatch):
     """`main` in this process, whose jax is configured already."""
     monkeypatch.setattr(model.xla, "configure", lambda cpu_devices: None)
+
+
+@pytest.fixture
+def gguf_model(tmp_path):
+    """A tiny llama with a tokenizer, as a .gguf file."""
+    keys = {key: value for key, value in byte_bpe_metadata().items() if key.startswith("tokenizer.")}
+    vocab_size = len(keys["tokenizer.ggml.tokens"])
+    config = ModelConfig(vocab_size=vocab_size, num_layers=1, d_model=16, num_heads=2, d_ff=24, max_seq_len=64)
+    save(tmp_path / "tiny.gguf", init_params(param_specs(config), jax.random.key(0)), config, "F32", keys)
+    return tmp_path / "tiny.gguf"
 
 
 @pytest.fixture
@@ -224,6 +238,31 @@ def test_convert_writes_the_newest_weights_as_hugging_face_has_them(here, job, t
     error = refused(["convert", config.run_dir, tmp_path / "no", "--family=llama"], capsys)
     assert "llama family cannot express model.window_pattern=(8,)" in error
     assert "no checkpoint of step 5" in refused(["convert", config.run_dir, tmp_path / "no", "--step=5"], capsys)
+    assert "--type is for GGUF" in refused(["convert", config.run_dir, tmp_path / "no", "--type=Q8_0"], capsys)
+    error = refused(["convert", config.run_dir, tmp_path / "no.gguf"], capsys)
+    assert "no architecture of llama, qwen2, qwen3" in error
+    assert not (tmp_path / "no.gguf").exists()
+
+
+def test_a_model_of_the_store_is_listed_sampled_and_converted(here, gguf_model, tmp_path, monkeypatch, capsys):
+    """Into GGUF and Hugging Face's form and back; all of them write the same text."""
+    monkeypatch.setenv("LOAM_HOME", str(tmp_path / "home"))
+    assert main(["pull", str(gguf_model), "--as=small"]) == 0
+    capsys.readouterr()
+    assert main(["models"]) == 0
+    assert re.search(r"small +[\d,]+ +gguf F32 +[\d.]+ MiB +" + re.escape(str(gguf_model)), capsys.readouterr().out)
+    assert main(["convert", "small", str(tmp_path / "hf")]) == 0
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "again.gguf"), "--type=F32"]) == 0
+    capsys.readouterr()
+    printed = []
+    for source in ("small", tmp_path / "hf", tmp_path / "again.gguf"):
+        assert main(["sample", str(source), "--prompt=the fox", "--max-tokens=8", "--temperature=0"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0].startswith("--- 'the fox'\nthe fox")
+    assert printed[0] == printed[1] == printed[2]
+    assert "--step is for runs" in refused(["sample", "small", "--step=3"], capsys)
+    assert "exists: choose another name" in refused(["pull", gguf_model, "--as=small"], capsys)
+    assert "did you mean 'small'" in refused(["sample", "smal"], capsys)
 
 
 def test_checkpoints_are_listed_and_found_sound(here, job, capsys):
