@@ -43,6 +43,7 @@ bench:
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/loss_memory.py
+	$(BIN)/python benchmarks/decode.py
 
 pods:
 	$(MAKE) env EXTRAS=tpu

@@ -456,6 +456,28 @@ class Engine:
                     unfinished -= token.finish_reason is not None
         return [list(samples.values()) for samples in answers.values()]
 
+    def logits_along(self, tokens: Sequence[int], num_prefilled: int) -> np.ndarray:
+        """float32 [len(tokens) - num_prefilled, V]: after each token that is not prefilled, by the programs that decode.
+
+        Raises:
+          ValueError: the engine has work, or the tokens do not fit.
+        """
+        check(not self.has_work, "the engine has work: wait for its end")
+        self.submit(Request(tokens[: num_prefilled + 1], max_tokens=len(tokens) - num_prefilled))
+        while not self._running:
+            self._fill()
+        seq, logits = self._running[0], []
+        for i in range(num_prefilled, len(tokens)):
+            seq.tokens, seq.num_cached = [*tokens[: i + 1]], i
+            self._find_room()
+            token, position = (np.full((1, 1 + self.config.num_guesses), fill, np.int32) for fill in (0, -1))
+            token[0, 0], position[0, 0] = tokens[i], i
+            table = self._table([seq], 1)
+            self._pages, row = _decode(self.params, self.model, self._placement, self._pages, table, token, position)
+            logits.append(np.asarray(row)[0, 0])
+        self._let_go(seq)
+        return np.stack(logits)
+
     def warm_up(self) -> None:
         """Compiles every shape."""
         nowhere = np.zeros((1, self._table_width), np.int32)

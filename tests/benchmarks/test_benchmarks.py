@@ -56,6 +56,16 @@ def test_attention_schedule():
 
 
 @pytest.mark.slow
+def test_decode():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    result = last_line("decode", "--quick")
+    ratios = ("batch1_vs_transformers", "batch32_vs_transformers", "prefill_vs_transformers", "int8_vs_float32_batch1")
+    assert_positive(result, *ratios, "bandwidth_share_batch1")
+    assert result["llama_cpp_batch1_tokens_per_second"] is None
+
+
+@pytest.mark.slow
 def test_loss_memory():
     result = last_line("loss_memory", "--quick")
     assert_positive(result, "peak_vs_plain", "chunked_bytes", "plain_bytes")
