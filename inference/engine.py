@@ -59,7 +59,7 @@ class EngineConfig:
     max_batch: int = 32
     cache_tokens: int = 16_384
     page_size: int = 64
-    prefill_chunk: int = 256
+    prefill_chunk: int = 512
     num_guesses: int = 0
 
     def __post_init__(self) -> None:

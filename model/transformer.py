@@ -143,10 +143,10 @@ def attention_block(
     else:
         assert context.page_table is not None
         pages = remember(pages, new, context.page_table, context.positions)
-        keys, values = pages if config.mla is None else (pages[0], pages[0][..., : config.mla.kv_lora_rank])
-        out_BTHD = paged_attention(
-            q_BTHD, keys, values, context.page_table, context.positions, params.get("sinks"), window=window, **options
-        )
+        rank = config.mla.kv_lora_rank if config.mla else 0
+        new, past = (x if len(x) == 2 else (x[0], x[0][..., :rank]) for x in (new, pages))
+        table, positions = context.page_table, context.positions
+        out_BTHD = paged_attention(q_BTHD, new, past, table, positions, params.get("sinks"), window=window, **options)
         if config.mla:
             out_BTHD = values_of_latents(out_BTHD, params)
     return linear(out_BTHD, params["out"], params.get("out_bias"), contract=2, layout=layout), pages

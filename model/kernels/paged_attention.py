@@ -14,13 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels.tiles import MASKED
-from model.kernels.xla_attention import soft_cap
+from model.kernels.xla_attention import TILE, allowed_pairs, masked_attention, soft_cap
+
+# From so many new tokens on, they attend to each other apart from the pages, in tiles of queries.
+CHUNK = 16
 
 
 def paged_attention(
     q_BTHD: jax.Array,
-    keys_NKSD: jax.Array,
-    values_NKSD: jax.Array,
+    new_BTKD: tuple[jax.Array, jax.Array],
+    pages_NKSD: tuple[jax.Array, jax.Array],
     table_BP: jax.Array,
     positions_BT: jax.Array,
     sinks_H: jax.Array | None = None,
@@ -32,9 +35,10 @@ def paged_attention(
     """softmax(cap(scale * q k^T)) v over slots 0..position of each query's row; the softmax is float32.
 
     Args:
-      values_NKSD: of as many dimensions as keys, or fewer.
+      new_BTKD: keys and values of the new tokens; values of as many dimensions as keys, or fewer.
+      pages_NKSD: keys and values of the pool, those of the new tokens among them.
       table_BP: int32, slot s of page table[b, p] holds position p * S + s of row b.
-      positions_BT: int32; a negative one is padding and gets 0.
+      positions_BT: int32, ascending by one; a negative one is padding, which comes last and gets 0.
       sinks_H: a logit per head that takes part in the softmax without a value (arXiv:2309.17453).
       window: a query sees slots at distances below it; 0 is no limit.
 
@@ -42,19 +46,36 @@ def paged_attention(
       [B, T, H, dimensions of a value] of q's dtype.
     """
     B, T, H, D = q_BTHD.shape
-    K, S = keys_NKSD.shape[1:3]
-    width = values_NKSD.shape[3]
-    q_BKDX = (q_BTHD * scale).swapaxes(1, 2).reshape(B, K, H // K * T, D).swapaxes(2, 3)
+    K, S = pages_NKSD[0].shape[1:3]
+    width = new_BTKD[1].shape[-1]
+    q_BHTD = q_BTHD.swapaxes(1, 2)
+    q_BKDX = (q_BHTD * scale).reshape(B, K, H // K * T, D).swapaxes(2, 3)
+    if T < CHUNK:
+        end_BT = positions_BT + 1
+        highest = jnp.full((B, H, T, 1), MASKED, jnp.float32)
+        total = jnp.zeros((B, H, T, 1), jnp.float32)
+        if sinks_H is not None:
+            highest = jnp.broadcast_to(sinks_H.astype(jnp.float32)[:, None, None], highest.shape)
+            total = jnp.ones_like(total)
+        out = jnp.zeros((B, H, T, width), jnp.float32)
+    else:
+        # What comes before the first of them is left to the pages.
+        end_BT = jnp.broadcast_to(positions_BT[:, :1], positions_BT.shape)
+        k_BKTD, v_BKTD = (x.swapaxes(1, 2) for x in new_BTKD)
+        out, highest = _among_new(q_BHTD, k_BKTD, v_BKTD, positions_BT, sinks_H, scale=scale, window=window, cap=cap)
+        total = jnp.where(highest > MASKED / 2, 1.0, 0.0)
 
     def page(p: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         highest, total, out = carry
         pages_B = jax.lax.dynamic_index_in_dim(table_BP, p, axis=1, keepdims=False)
-        k_BKSD, v_BKSD = keys_NKSD[pages_B], values_NKSD[pages_B]
+        k_BKSD, v_BKSD = (x[pages_B] for x in pages_NKSD)
         # With few queries, XLA's CPU dots are nearly twice as fast with the keys on the left.
         scores_BKSX = jnp.einsum("bksd,bkdx->bksx", k_BKSD, q_BKDX, preferred_element_type=jnp.float32)
         scores_BKXS = scores_BKSX.swapaxes(2, 3)
-        distance_BTS = positions_BT[:, :, None] - (p * S + jnp.arange(S, dtype=jnp.int32))
-        seen_BTS = (distance_BTS >= 0) & (distance_BTS < window) if window else distance_BTS >= 0
+        slot_S = p * S + jnp.arange(S, dtype=jnp.int32)
+        seen_BTS = slot_S < end_BT[:, :, None]
+        if window:
+            seen_BTS &= positions_BT[:, :, None] - slot_S < window
         scores_BHTS = jnp.where(seen_BTS[:, None], soft_cap(scores_BKXS, cap).reshape(B, H, T, S), MASKED)
         new_highest = jnp.maximum(highest, jnp.max(scores_BHTS, axis=-1, keepdims=True))
         weights_BHTS = jnp.where(seen_BTS[:, None], jnp.exp(scores_BHTS - new_highest), 0.0)
@@ -68,15 +89,34 @@ def paged_attention(
         total = total * fade + jnp.sum(weights_BHTS, axis=-1, keepdims=True)
         return new_highest, total, out * fade + weighted.reshape(B, H, T, width)
 
-    highest = jnp.full((B, H, T, 1), MASKED, jnp.float32)
-    total = jnp.zeros((B, H, T, 1), jnp.float32)
-    if sinks_H is not None:
-        highest = jnp.broadcast_to(sinks_H.astype(jnp.float32)[:, None, None], highest.shape)
-        total = jnp.ones_like(total)
     first = jnp.int32(0)
     if window:
         earliest = jnp.min(jnp.where(positions_BT < 0, jnp.iinfo(jnp.int32).max, positions_BT))
         first = jnp.maximum(earliest - window + 1, 0) // S
-    pages = jnp.max(positions_BT) // S + 1
-    _, total, out_BHTD = jax.lax.fori_loop(first, pages, page, (highest, total, jnp.zeros((B, H, T, width), jnp.float32)))
+    pages = (jnp.max(end_BT) + S - 1) // S
+    _, total, out_BHTD = jax.lax.fori_loop(first, pages, page, (highest, total, out))
     return jnp.where(total > 0, out_BHTD / total, 0.0).swapaxes(1, 2).astype(q_BTHD.dtype)
+
+
+def _among_new(
+    q_BHTD: jax.Array,
+    k_BKTD: jax.Array,
+    v_BKTD: jax.Array,
+    positions_BT: jax.Array,
+    sinks_H: jax.Array | None,
+    *,
+    scale: float,
+    window: int,
+    cap: float,
+) -> tuple[jax.Array, jax.Array]:
+    """New tokens to each other: float32 [B, H, T, D] and the log-sum-exp [B, H, T, 1]; see `masked_attention`."""
+    real = (positions_BT >= 0).astype(jnp.int32)
+    outs, lses = [], []
+    for start in range(0, q_BHTD.shape[2], TILE):
+        rows, keys = slice(start, start + TILE), slice(0, start + TILE)
+        allowed = allowed_pairs(real[:, rows], positions_BT[:, rows], real[:, keys], positions_BT[:, keys], window)
+        k, v = k_BKTD[:, :, keys], v_BKTD[:, :, keys]
+        out, lse = masked_attention(q_BHTD[:, :, rows], k, v, allowed, sinks_H, scale=scale, cap=cap)
+        outs.append(out)
+        lses.append(lse[..., None])
+    return jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)

@@ -101,7 +101,7 @@ def run_to_end(engine):
 # Few pages, so that sequences are sent back; small pages and chunks, so that borders are everywhere.
 CONFIGS = [
     EngineConfig(max_batch=4, cache_tokens=40, page_size=4, prefill_chunk=5),
-    EngineConfig(max_batch=3, cache_tokens=96, page_size=3, prefill_chunk=16),
+    EngineConfig(max_batch=3, cache_tokens=96, page_size=3, prefill_chunk=18),
     EngineConfig(max_batch=2, cache_tokens=32, page_size=8, prefill_chunk=1),
 ]
 SAMPLINGS = [
