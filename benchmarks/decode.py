@@ -65,8 +65,8 @@ def main() -> None:
         sys.exit("this compares with transformers: `make env EXTRAS=bench` installs it")
     configure(cpu_devices=1, decoding=True)
     import jax
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     from experiments.bench_infer import num_threads, read_bandwidth
     from inference.engine import Engine, EngineConfig, Request
