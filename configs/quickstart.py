@@ -2,7 +2,7 @@
 
 Command:   make quickstart  (or: loam run --config=configs/quickstart.py)
 Hardware:  2 CPU cores, 5 to 7 minutes
-Expected:  bits_per_byte 1.70 to 1.71 (`xz -9e` needs 2.25 for the same documents one by one, about 1.84 for all of them at once)
+Expected:  bits_per_byte 1.70 to 1.71 (`xz -9e` needs 2.25 for the same documents one by one, about 1.84 for all at once)
 """
 
 from ml_collections import ConfigDict
