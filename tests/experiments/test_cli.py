@@ -56,7 +56,7 @@ def job(tmp_path_factory):
 @pytest.fixture
 def here(monkeypatch):
     """`main` in this process, whose jax is configured already."""
-    monkeypatch.setattr(model.xla, "configure", lambda cpu_devices: None)
+    monkeypatch.setattr(model.xla, "configure", lambda cpu_devices, decoding=False: None)
 
 
 @pytest.fixture
