@@ -122,6 +122,10 @@ class Request:
             not (self.answer and (self.watch or self.constraint)),
             "an answer that was broken off cannot be watched or constrained: leave it out, and it is drawn again the same",
         )
+        check(
+            not (self.constraint and self.min_tokens),
+            f"min_tokens={self.min_tokens} does not go with a constraint, which may allow nothing but its end: leave it out",
+        )
         check(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
         check(0 <= self.first_sample < 2**31, f"first_sample={self.first_sample} must lie in [0, 2^31)")
         check(0 <= self.top_logprobs <= TOP_LOGPROBS, f"top_logprobs={self.top_logprobs} must lie in [0, {TOP_LOGPROBS}]")

@@ -15,7 +15,7 @@ from inference.engine import Engine, EngineConfig, Request
 from inference.sampling import History, Rows, Sampling, draw
 from model.params import param_shardings, param_specs
 from model.presets import preset
-from model.sharding import MESH_AXES, TRAIN_RULES, Layout, make_mesh
+from model.sharding import DECODE_RULES, MESH_AXES, TRAIN_RULES, Layout, make_mesh
 from model.transformer import forward, unembed
 from tests.networks import SMALL, random_params
 
@@ -256,9 +256,12 @@ def test_new_weights_take_over_in_the_midst_of_an_answer():
 def test_every_kind_of_network_decodes_as_it_is_trained(name):
     model = preset(name, vocab_size=48, max_seq_len=CONTEXT)
     params = random_params(model)
-    requests = [Request(CHAIN[:length], max_tokens=8, seed=length) for length in (3, 9, 14)]
-    for request, (answer,) in zip(requests, Engine(params, model, ROOMY).generate(requests), strict=True):
-        check_answer(request, 0, answer, params, model)
+    # Chunks of both kinds: short ones attend to pages alone, longer ones among themselves and to the pages before them.
+    for chunk in (8, 18):
+        requests = [Request(CHAIN[:length], max_tokens=8, seed=length) for length in (3, 9, 24)]
+        answers = Engine(params, model, dataclasses.replace(ROOMY, prefill_chunk=chunk)).generate(requests)
+        for request, (answer,) in zip(requests, answers, strict=True):
+            check_answer(request, 0, answer, params, model)
 
 
 def test_stacked_layers_decode_like_separate_ones():
@@ -317,9 +320,10 @@ def test_right_and_wrong_guesses_change_no_answer():
     assert guessing.stats.steps < plain.stats.steps
 
 
-def test_weights_on_a_mesh_decode_as_on_one_device():
+@pytest.mark.parametrize("rules", [TRAIN_RULES, DECODE_RULES], ids=["train", "decode"])
+def test_weights_on_a_mesh_decode_as_on_one_device(rules):
     sizes = dict.fromkeys(MESH_AXES, 1) | {"tensor": 2, "fsdp": 4}
-    layout = Layout.of(make_mesh(sizes), TRAIN_RULES)
+    layout = Layout.of(make_mesh(sizes), rules)
     params = jax.device_put(PARAMS, param_shardings(param_specs(MODEL), layout))
     engine = Engine(params, MODEL, ROOMY)
     requests = [Request(CHAIN[:length], SAMPLINGS[length % 4], 1, 8, seed=length) for length in (3, 9, 14)]
@@ -381,6 +385,7 @@ def test_nothing_is_compiled_after_the_warm_up(compilations):
         ({"max_tokens": 0}, "max_tokens=0 must be positive"),
         ({"num_samples": 0}, "num_samples=0 must be positive"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 is more than max_tokens=4"),
+        ({"min_tokens": 1, "constraint": object}, "min_tokens=1 does not go with a constraint"),
         ({"seed": -1}, "seed=-1"),
         ({"top_logprobs": 21}, "top_logprobs=21"),
         ({"stop_ids": frozenset({48})}, r"stop_ids name tokens \[48\]"),
