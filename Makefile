@@ -30,7 +30,7 @@ test: env
 	$(BIN)/python -m pytest
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow -n 0
+	LOAM_TEST_OPTIMISED=1 $(BIN)/python -m pytest -m slow -n 0
 	bash tests/other_pythons.sh
 
 lint: env
