@@ -31,7 +31,7 @@ test: env
 
 test-slow: env
 	LOAM_TEST_OPTIMISED=1 $(BIN)/python -m pytest -m slow -n 0
-	bash tests/other_pythons.sh
+	LOAM_TEST_OPTIMISED=1 bash tests/other_pythons.sh
 
 lint: env
 	$(BIN)/ruff check .

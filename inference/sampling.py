@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from model.config import check
+from model.kernels.reductions import log_sum_exp
 from model.kernels.tiles import MASKED
 
 TOP_LOGPROBS = 20  # at most so many alternatives are reported
@@ -216,8 +217,8 @@ def draw(logits_BV: jax.Array, rows: Rows, history: History, allowed_BW: jax.Arr
     def at_token(values_BV: jax.Array) -> jax.Array:
         return jnp.take_along_axis(values_BV, token_B[:, None], axis=1)[:, 0]
 
-    raw_lse_B = jax.nn.logsumexp(logits_BV, axis=1)
-    lse_B = jax.nn.logsumexp(x_BV, axis=1)
+    raw_lse_B = log_sum_exp(logits_BV)
+    lse_B = log_sum_exp(x_BV)
     k = min(TOP_LOGPROBS, V)
 
     def alternatives() -> tuple[jax.Array, ...]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from model.config import ModelConfig
+from model.kernels.reductions import row_max
 from model.kernels.xla_attention import soft_cap
 from model.params import Params
 from model.sharding import Layout, constrain
@@ -114,8 +115,8 @@ def _logits(cap: float, head: Head, hidden: jax.Array) -> jax.Array:
 
 
 def _outputs(logits: jax.Array, targets: jax.Array, vocab_is_split: bool) -> TokenLogprobs:
-    highest = jnp.max(logits, axis=-1)
-    shifted = logits - highest[..., None]
+    highest = row_max(logits)
+    shifted = logits - highest
     unnormalised = jnp.exp(shifted)
     total = jnp.sum(unnormalised, axis=-1)
     if vocab_is_split:  # a look-up would gather the logits
@@ -125,7 +126,7 @@ def _outputs(logits: jax.Array, targets: jax.Array, vocab_is_split: bool) -> Tok
     log_total = jnp.log(total)
     return TokenLogprobs(
         logprobs=target_shifted - log_total,
-        log_z=highest + log_total,
+        log_z=highest[..., 0] + log_total,
         entropy=log_total - jnp.sum(unnormalised * shifted, axis=-1) / total,
         correct=(target_shifted >= 0).astype(jnp.float32),
     )

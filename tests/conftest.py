@@ -3,13 +3,13 @@
 import os
 import pathlib
 
+from tests.rounding import OPTIMISED
+
 os.environ["JAX_PLATFORMS"] = "cpu"  # inherited by the processes that tests start, as is what `configure` sets
 # Programs that tests compile are kept between tests and between runs of the suite.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent / ".xla_cache")
 
-# LLVM's optimiser takes half of the suite's time and gives it nothing: the programs run for milliseconds. XLA's own passes all run.
-# `LOAM_TEST_OPTIMISED=1`, which `make test-slow` sets, compiles as users do.
-if not os.environ.get("LOAM_TEST_OPTIMISED"):
+if not OPTIMISED:
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     ).strip()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from model.kernels.reductions import row_max
 from model.kernels.tiles import MASKED
 
 # Queries are taken in tiles of so many or more, in at most MAX_TILES of them.
@@ -64,7 +65,7 @@ def masked_attention(
     q_BKXD = (q_BHTD * scale).reshape(B, K, H // K * T, D)
     scores_BKXS = jnp.einsum("bkxd,bksd->bkxs", q_BKXD, k_BKSD, preferred_element_type=jnp.float32)
     scores_BHTS = jnp.where(allowed_BTS[:, None], soft_cap(scores_BKXS, cap).reshape(B, H, T, S), MASKED)
-    highest_BHT1 = jax.lax.stop_gradient(jnp.max(scores_BHTS, axis=-1, keepdims=True))
+    highest_BHT1 = row_max(scores_BHTS)
     sinks_H11 = None if sinks_H is None else sinks_H.astype(jnp.float32)[:, None, None]
     if sinks_H11 is not None:
         highest_BHT1 = jnp.maximum(highest_BHT1, jax.lax.stop_gradient(sinks_H11))

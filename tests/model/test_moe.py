@@ -523,7 +523,8 @@ COMPILE = textwrap.dedent(
     from tests.train.test_step import CONFIG
 
     topology = sys.argv[1]
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     everywhere = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(devices[:1]), ("one",)), jax.sharding.PartitionSpec())
     shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=everywhere)
 
