@@ -5,6 +5,7 @@ greedy tokens are compared before anything is timed. Both have a thread per core
 
   batch 1, batch 32   tokens a second after prompts of 64 tokens, in a whole loop: engine against `generate`
   prefill             tokens a second of a prompt of 512 up to the first token
+  group               seconds of 16 samples of that prompt up to their first tokens, over those of one
   int8                Loam's rounded weights at batch 1, against its own float32
   bandwidth           bytes of the weights read per second at batch 1, over what threads that sum arrays reach
   llama.cpp           tokens a second at batch 1 with the quantised file of `loam pull smollm2-135m-instruct`, if both are there
@@ -29,7 +30,7 @@ import numpy as np
 
 from model.xla import configure, restart_with_huge_pages
 
-PROMPT, NEW, PREFILL = 64, 32, 512
+PROMPT, NEW, PREFILL, GROUP = 64, 32, 512, 16
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -125,6 +126,14 @@ def main() -> None:
     def ours_speed(of: Engine, rows: int, new: int) -> float:
         return rows * new / (seconds(lambda: ours(of, rows, PROMPT, new + 1)) - seconds(lambda: ours(of, rows, PROMPT, 1)))
 
+    def group_cost() -> float:
+        def group(samples: int) -> float:
+            prompt = rng.integers(0, config.vocab_size, prefill).tolist()
+            request = Request(prompt, Sampling(temperature=1.0), num_samples=samples, max_tokens=1)
+            return seconds(lambda: many.generate([request]))
+
+        return group(GROUP) / group(1)
+
     one, many = engine(params, config, 1), engine(params, config, batch)
     int8 = engine(*quantize(params, config), 1)
     same = rng.integers(0, config.vocab_size, (1, PROMPT))
@@ -147,9 +156,10 @@ def main() -> None:
     if arguments.gguf and importlib.util.find_spec("llama_cpp"):
         measured["llama_cpp_batch1"] = llama_cpp(arguments.gguf, threads, NEW)
     speeds: dict[str, list[float]] = {name: [] for name in measured}
-    bandwidths = []
+    bandwidths, group_costs = [], []
     for i in range(rounds + 1):
         bandwidths.append(read_bandwidth(8 if arguments.quick else 256))
+        group_costs.append(group_cost())
         for name, measure in measured.items():
             speed = measure()
             if i:  # The first round warms everything up.
@@ -165,6 +175,7 @@ def main() -> None:
         "batch1_vs_transformers": medians["batch1"] / medians["transformers_batch1"],
         "batch32_vs_transformers": medians["batch32"] / medians["transformers_batch32"],
         "prefill_vs_transformers": medians["prefill"] / medians["transformers_prefill"],
+        "group_of_16_vs_prefill": statistics.median(group_costs[1:]),
         "int8_vs_float32_batch1": medians["int8_batch1"] / medians["batch1"],
         "bandwidth_share_batch1": weights * medians["batch1"] / statistics.median(bandwidths),
         "llama_cpp_batch1_tokens_per_second": medians.get("llama_cpp_batch1"),
