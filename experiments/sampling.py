@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from data.gguf_tokenizer import metadata_of
 from data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -15,6 +18,7 @@ from experiments.config import build
 from inference.generate import generate
 from inference.models import LoadedModel, locate, open_model
 from inference.sampling import Sampling
+from model.attention import runs_on
 from model.convert import gguf, huggingface
 from model.convert.gguf_file import read_gguf
 from model.params import Params, abstract_params, param_specs
@@ -70,7 +74,10 @@ def open_any(source: str, step: int = -1) -> LoadedModel:
         return open_model(source)
     config, tokenizer, params = open_run(Path(source), step)
     stop_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
-    return LoadedModel(params, config.model, tokenizer, None, stop_ids, Path(source).resolve().name)
+    # A run of a TPU is opened elsewhere too.
+    own = runs_on(config.model.attention_backend, jax.devices()[0].platform)
+    model = config.model if own else dataclasses.replace(config.model, attention_backend="xla")
+    return LoadedModel(params, model, tokenizer, None, stop_ids, Path(source).resolve().name)
 
 
 def convert(arguments: argparse.Namespace) -> None:

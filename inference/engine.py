@@ -28,8 +28,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from inference.pages import PagePool
 from inference.sampling import SAMPLING, TOP_LOGPROBS, Draws, History, Rows, Sampling, draw_in_turn
+from model.attention import check_backend
 from model.config import ModelConfig, check
 from model.params import Params, unstack_layers
+from model.sharding import Layout
 from model.transformer import KVCache, LayerPages, empty_pages, forward, unembed
 
 FinishReason = Literal["stop", "length"]
@@ -213,23 +215,34 @@ Guess = Callable[[Sequence[Ongoing], Sequence[int]], Sequence[Sequence[int]]]
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where the engine's own arrays live: on the mesh of the weights, key-value heads over `tensor` where it divides them."""
+    """Where the engine's own arrays live: on the mesh of the weights, key-value heads over `tensor` where it divides them.
+
+    Attributes:
+      heads, kv_heads: the mesh axes over which these lie. Queries go with their keys, or alone where all have the same keys.
+    """
 
     mesh: Mesh | None
-    kv_heads: str | None
+    heads: tuple[str, ...] = ()
+    kv_heads: tuple[str, ...] = ()
 
     @classmethod
-    def beside(cls, params: Params, kv_heads: int) -> Placement:
+    def beside(cls, params: Params, heads: int, kv_heads: int) -> Placement:
         sharding = jax.tree.leaves(params)[0].sharding
         if not isinstance(sharding, NamedSharding):
-            return cls(None, None)
+            return cls(None)
         mesh = sharding.mesh
         assert isinstance(mesh, Mesh)
-        divides = "tensor" in mesh.shape and kv_heads % mesh.shape["tensor"] == 0
-        return cls(mesh, "tensor" if divides else None)
+        of_heads, of_kv_heads = (
+            ("tensor",) if "tensor" in mesh.shape and n % mesh.shape["tensor"] == 0 else () for n in (heads, kv_heads)
+        )
+        return cls(mesh, of_heads if kv_heads == 1 else of_kv_heads, of_kv_heads)
+
+    @property
+    def layout(self) -> Layout | None:
+        return None if self.mesh is None else Layout(self.mesh, {"heads": self.heads, "kv_heads": self.kv_heads})
 
     def pages(self, tree: Tree) -> Tree:
-        return self._constrain(tree, PartitionSpec(None, self.kv_heads))
+        return self._constrain(tree, PartitionSpec(None, self.kv_heads or None))
 
     def everywhere(self, tree: Tree) -> Tree:
         return self._constrain(tree, PartitionSpec())
@@ -255,7 +268,7 @@ def _prefill(
     positions: jax.Array,
 ) -> tuple[LayerPages, ...]:
     """Writes keys and values of int32 tokens [B, T] to their pages."""
-    _, cache, _ = forward(params, config, tokens, positions, cache=KVCache(pages, table))
+    _, cache, _ = forward(params, config, tokens, positions, cache=KVCache(pages, table, placement.layout))
     assert cache is not None
     return placement.pages(cache.pages)
 
@@ -271,7 +284,7 @@ def _decode(
     positions: jax.Array,
 ) -> tuple[tuple[LayerPages, ...], jax.Array]:
     """`_prefill`, and the float32 logits [B, T, V] after each token."""
-    hidden, cache, _ = forward(params, config, tokens, positions, cache=KVCache(pages, table))
+    hidden, cache, _ = forward(params, config, tokens, positions, cache=KVCache(pages, table, placement.layout))
     assert cache is not None
     return placement.pages(cache.pages), unembed(params, config, hidden)
 
@@ -333,9 +346,13 @@ class Engine:
           params: of the trainer or a file, with or without stacked layers; they stay where they are, on one device or a mesh.
           vocab_size: of the tokenizer; None is that of the model.
           guess: for speculative decoding, with `num_guesses`.
+
+        Raises:
+          ValueError: settings that do not go with each other, with the model or with the devices.
         """
         self.params, self.model = unstack_layers(params, model)
         self.config = config
+        check_backend(model.attention_backend, next(iter(jax.tree.leaves(self.params)[0].devices())).platform)
         self.vocab_size = model.vocab_size if vocab_size is None else vocab_size
         check(
             0 < self.vocab_size <= model.vocab_size,
@@ -349,7 +366,7 @@ class Engine:
         self.stats = Stats()
         self._guess = guess
         self._pool = PagePool(config.num_pages, config.page_size)
-        self._placement = Placement.beside(self.params, 1 if model.mla else model.num_kv_heads)
+        self._placement = Placement.beside(self.params, model.num_heads, 1 if model.mla else model.num_kv_heads)
         self._pages, self._history = _start(self.model, config, self._placement)
         self._table_width = min(-(-self.model.max_seq_len // config.page_size), config.num_pages)
         self._row_sizes = _sizes(config.max_batch)

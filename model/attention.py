@@ -2,6 +2,8 @@
 
 A query sees the keys of its segment that are not later and, with a window, nearer than it. Segment 0 is padding: it sees
 nothing, nobody sees it, and its output is 0. What a backend cannot do is refused by `ModelConfig`.
+Of a few new tokens to a cache, `flash` has a kernel of its own (`model/kernels/paged_decode.py`); more of them, and the other
+backends, take plain JAX (`model/kernels/paged_attention.py`).
 
   reference  plain JAX over a mask; any device
   xla        plain JAX, in tiles that skip the keys after their end; tuned for CPUs
@@ -26,8 +28,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from model.chips import chip_of
-from model.config import AttentionBackend
+from model.config import AttentionBackend, check
 from model.kernels.flash_attention import flash_attention, flash_gradients
+from model.kernels.paged_attention import CHUNK, paged_attention
+from model.kernels.paged_decode import paged_decode
 from model.kernels.tiles import BlockSizes, Plan, make_plan
 from model.kernels.xla_attention import allowed_pairs, masked_attention, masked_gradients, tiled_attention
 from model.ring_attention import Part, ring_attention, ring_patterns
@@ -35,6 +39,19 @@ from model.sharding import Layout
 
 # Which pairs are allowed, as the backend reads it: bool [B, T, S] or a plan of tiles; with a leading axis of steps for a ring.
 Pattern = Plan | jax.Array
+
+
+def runs_on(backend: AttentionBackend, platform: str) -> bool:
+    return {"flash": "tpu", "cudnn": "gpu"}.get(backend, platform) == platform
+
+
+def check_backend(backend: AttentionBackend, platform: str) -> None:
+    """Raises ValueError where attention is to be computed by a backend for other devices than there are."""
+    best = {"tpu": "flash", "gpu": "cudnn"}.get(platform, "xla")
+    check(
+        runs_on(backend, platform),
+        f"model.attention_backend={backend!r} is not for {platform!r} devices, which these are: set it to {best!r}",
+    )
 
 
 def make_pattern(
@@ -122,6 +139,43 @@ def attention(
             check_vma=False,
         )
     return attend(q, k, v, pattern, sinks_H).swapaxes(1, 2)[..., :width]
+
+
+def cached_attention(
+    q_BTHD: jax.Array,
+    new_BTKD: tuple[jax.Array, jax.Array],
+    pages: tuple[jax.Array, ...],
+    table_BP: jax.Array,
+    positions_BT: jax.Array,
+    sinks_H: jax.Array | None = None,
+    *,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    backend: AttentionBackend = "reference",
+    layout: Layout | None = None,
+) -> jax.Array:
+    """Attention of new tokens to the pages that hold them and their past; see `paged_attention`.
+
+    Args:
+      pages: keys and values of the pool, or one array whose first columns are the values.
+      layout: over which mesh axes `heads` and `kv_heads` lie. None is one device.
+    """
+    options: dict[str, Any] = {"scale": scale, "window": window, "cap": cap}
+    if backend != "flash" or q_BTHD.shape[1] >= CHUNK:
+        both = (pages[0], pages[-1])
+        return paged_attention(q_BTHD, new_BTKD, both, table_BP, positions_BT, sinks_H, **options)
+    attend = functools.partial(paged_decode, width=new_BTKD[1].shape[-1], **options)
+    if layout is not None:
+        heads, everywhere = layout.spec(None, None, "heads", None), layout.spec()
+        attend = jax.shard_map(
+            attend,
+            mesh=layout.mesh,
+            in_specs=(heads, layout.spec(None, "kv_heads"), everywhere, everywhere, layout.spec("heads")),
+            out_specs=heads,
+            check_vma=False,
+        )
+    return attend(q_BTHD, pages, table_BP, positions_BT, sinks_H)
 
 
 def _attend(q, k, v, pattern: Any, sinks, *, scale: float, cap: float, backend: AttentionBackend) -> jax.Array:

@@ -183,7 +183,7 @@ class ModelConfig:
       attention_scale: multiplies q·k; 0 means head_dim**-0.5.
       attention_soft_cap, logit_soft_cap: c*tanh(x/c); 0 is off.
       attention_sinks: one more logit per head, learned, that takes part in the softmax without a value (arXiv:2309.17453).
-      attention_backend: who computes it, see model/attention.py; decoding with a cache always takes `reference`.
+      attention_backend: who computes it, see model/attention.py.
       parallel_block: attention and MLP read the same normalised input and are added together (Falcon, Phi).
       moe: experts in place of the MLP; None is a dense network.
       mla: latent attention in place of queries, keys and values of their own; head_dim is then that of its queries and keys.

@@ -14,9 +14,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.attention import Pattern, attention, make_pattern
-from model.config import ModelConfig
-from model.kernels.paged_attention import paged_attention
+from model.attention import Pattern, attention, cached_attention, make_pattern
+from model.config import ModelConfig, check
+from model.kernels.paged_decode import slots_multiple
+from model.kernels.tiles import LANES, round_up
 from model.kernels.xla_attention import soft_cap
 from model.layers import linear, mlp_block, norm, rms_norm
 from model.mla import absorbed_queries, keys_and_values, latents, queries, values_of_latents
@@ -38,6 +39,7 @@ class Context:
       real: bool [B, T], False for padding.
       page_table: of the cache, if there is one.
       layout: where activations live; None on one device.
+      page_layout: of the cache.
     """
 
     positions: jax.Array
@@ -46,6 +48,7 @@ class Context:
     real: jax.Array
     page_table: jax.Array | None
     layout: Layout | None = flax.struct.field(pytree_node=False)
+    page_layout: Layout | None = flax.struct.field(pytree_node=False)
 
 
 # Of one layer: pages of keys and of values, each [pages, K, slots, head_dim]; with latent attention one array of both.
@@ -59,19 +62,36 @@ class KVCache:
     Attributes:
       pages: per layer.
       table: int32 [B, P]; slot s of page `table[b, p]` holds position p * slots + s of row b.
+      layout: over which axes of a mesh `heads` of queries and `kv_heads` of pages lie; None is one device.
     """
 
     pages: tuple[LayerPages, ...]
     table: jax.Array
+    layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def empty_pages(config: ModelConfig, num_pages: int, page_size: int) -> tuple[LayerPages, ...]:
-    """Pages for all layers, each array [num_pages, key-value heads, page_size, width] of zeros in `config.dtype`."""
+    """Pages for all layers, each array [num_pages, key-value heads, page_size, width] of zeros in `config.dtype`.
+
+    For the flash backend's kernel, widths are rounded up to whole registers, which take as much memory as what is in them: XLA
+    would lay out a narrower array otherwise than the kernel reads it, and copy it whole in every step.
+
+    Raises:
+      ValueError: a page size that this kernel cannot read.
+    """
     if config.mla:
         widths = (config.mla.kv_lora_rank + config.mla.qk_rope_head_dim,)
         heads = 1
     else:
         widths, heads = (config.head_dim, config.head_dim), config.num_kv_heads
+    if config.attention_backend == "flash":
+        multiple = slots_multiple(config.dtype)
+        check(
+            page_size % multiple == 0,
+            f"engine.page_size={page_size} must be a multiple of {multiple} for model.attention_backend='flash' with "
+            f"{config.dtype} pages: change one of them",
+        )
+        widths = tuple(round_up(width, LANES) for width in widths)
     make = functools.partial(jnp.zeros, dtype=config.dtype)
     return tuple(tuple(make((num_pages, heads, page_size, width)) for width in widths) for _ in range(config.num_layers))
 
@@ -81,9 +101,12 @@ def remember(pages: LayerPages, new: LayerPages, table: jax.Array, positions: ja
     num_pages, _, page_size, _ = pages[0].shape
     page = jnp.take_along_axis(table, positions // page_size, axis=1, mode="clip")
     page = jnp.where(positions < 0, num_pages, page)
-    return tuple(
-        old.at[page, :, positions % page_size].set(x.astype(old.dtype), mode="drop") for old, x in zip(pages, new, strict=True)
-    )
+
+    def write(old: jax.Array, x: jax.Array) -> jax.Array:
+        x = jnp.pad(x.astype(old.dtype), ((0, 0), (0, 0), (0, 0), (0, old.shape[-1] - x.shape[-1])))
+        return old.at[page, :, positions % page_size].set(x, mode="drop")
+
+    return tuple(map(write, pages, new))
 
 
 def qk_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
@@ -143,10 +166,18 @@ def attention_block(
     else:
         assert context.page_table is not None
         pages = remember(pages, new, context.page_table, context.positions)
-        rank = config.mla.kv_lora_rank if config.mla else 0
-        new, past = (x if len(x) == 2 else (x[0], x[0][..., :rank]) for x in (new, pages))
-        table, positions = context.page_table, context.positions
-        out_BTHD = paged_attention(q_BTHD, new, past, table, positions, params.get("sinks"), window=window, **options)
+        out_BTHD = cached_attention(
+            q_BTHD,
+            (new[0], new[0][..., : config.mla.kv_lora_rank] if config.mla else new[-1]),
+            pages,
+            context.page_table,
+            context.positions,
+            params.get("sinks"),
+            window=window,
+            backend=config.attention_backend,
+            layout=context.page_layout,
+            **options,
+        )
         if config.mla:
             out_BTHD = values_of_latents(out_BTHD, params)
     return linear(out_BTHD, params["out"], params.get("out_bias"), contract=2, layout=layout), pages
@@ -266,6 +297,7 @@ def forward(
         segments > 0 if cache is None else positions >= 0,
         None if cache is None else cache.table,
         layout,
+        None if cache is None else cache.layout,
     )
 
     def layer(x: jax.Array, layer_params: Params, context: Context, number: int) -> tuple[jax.Array, Routing | None]:
@@ -307,7 +339,7 @@ def forward(
         for i, layer_params in enumerate(params["blocks"]):
             x_BTD, pages, _ = block(x_BTD, layer_params, config, context, i, cache.pages[i])
             written.append(pages)
-        cache = KVCache(tuple(written), cache.table)
+        cache = KVCache(tuple(written), cache.table, cache.layout)
     routing = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routings) if routings else None
     return norm(x_BTD, params["final_norm"], config), cache, routing
 

@@ -14,14 +14,15 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model.config import AttentionBackend, ModelConfig
+from model.attention import check_backend
+from model.config import ModelConfig
 from model.logprobs import token_logprobs
 from model.moe import balance_experts
 from model.params import Params, abstract_params, dimensions, init_params, is_spec, param_shardings, param_specs
 from model.ring_attention import zigzag
 from model.sharding import TRAIN_RULES, Layout, check_mesh, constrain, make_mesh, resolve_sizes
 from model.transformer import activations, forward
-from train.config import LossConfig, TrainConfig, check
+from train.config import LossConfig, TrainConfig
 from train.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, jax.Array]  # all [rows, seq_len]
@@ -208,7 +209,7 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
     """
     devices = devices if devices is not None else jax.devices()
     mesh = make_mesh(mesh_sizes(config, len(devices)), devices)
-    check_backend(config.model.attention_backend, mesh)
+    check_backend(config.model.attention_backend, mesh.devices.flat[0].platform)
     specs = param_specs(config.model)
     layout = Layout.of(mesh, TRAIN_RULES)
     # A batch arrives with whole rows; its tokens are dealt out along `context` in the step.
@@ -265,14 +266,3 @@ def mesh_sizes(config: TrainConfig, num_devices: int) -> dict[str, int]:
     arrays = dimensions(param_specs(config.model)) + activations(config.batch_size // config.accumulation, config.data.seq_len)
     check_mesh(arrays, TRAIN_RULES, sizes)
     return sizes
-
-
-def check_backend(backend: AttentionBackend, mesh: Mesh) -> None:
-    """Raises ValueError where attention is to be computed by a backend for other devices than the mesh's."""
-    platform = mesh.devices.flat[0].platform
-    needed = {"flash": "tpu", "cudnn": "gpu"}.get(backend, platform)
-    best = {"tpu": "flash", "gpu": "cudnn"}.get(platform, "xla")
-    check(
-        platform == needed,
-        f"model.attention_backend={backend!r} is for {needed!r} devices, but these are {platform!r}: set it to {best!r}",
-    )

@@ -52,7 +52,7 @@ class _Logits:
 
     def __call__(self, k: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Logits [keys, queries], and the derivative of the cap, None where it is 1."""
-        scores = _dot(k, q, (1, 1))
+        scores = dot(k, q, (1, 1))
         if not self.cap:
             return scores, None
         t = jnp.tanh(scores / self.cap)
@@ -69,7 +69,7 @@ class _Logits:
         return jnp.where(allowed, logits, MASKED)
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """float32 product of two matrices over the given axis of each."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
@@ -288,7 +288,7 @@ def _forward_kernel(
             before = highest[0:1, strip]
             now = jnp.maximum(before, jnp.max(z, axis=0, keepdims=True))
             weights = jnp.exp2(z - now).astype(v.dtype)
-            total[:, strip] = jnp.exp2(before - now) * total[:, strip] + _dot(v_and_ones, weights, (1, 0))
+            total[:, strip] = jnp.exp2(before - now) * total[:, strip] + dot(v_and_ones, weights, (1, 0))
             highest[0:1, strip] = now
 
     stream.run(tile)
@@ -334,16 +334,16 @@ def _backward_kernel(
         slot = jax.lax.rem(number, 2)
         q, d_out, statistics = q_buffer[slot], d_out_buffer[slot], statistics_buffer[slot]
         z, slope = logits(k[0, 0], q)
-        d_weights = _dot(v[0, 0], d_out, (1, 1))
+        d_weights = dot(v[0, 0], d_out, (1, 1))
         if masked:
             repeats = (1, block[0] // LANES)
             z = logits.mask(z, (jnp.tile(segments[...], repeats), jnp.tile(positions[...], repeats)), ids_buffer[slot])
         weights = jnp.exp2(z - statistics[0:1])
         d_scores = weights * (d_weights - statistics[1:2])
         d_scores = (d_scores if slope is None else d_scores * slope).astype(q.dtype)
-        dv_total[...] += _dot(weights.astype(d_out.dtype), d_out, (1, 0))
-        dk_total[...] += _dot(d_scores, q, (1, 0))
-        dq_buffer[jax.lax.rem(number, 3)] += _dot(k_transposed[...], d_scores, (1, 0))
+        dv_total[...] += dot(weights.astype(d_out.dtype), d_out, (1, 0))
+        dk_total[...] += dot(d_scores, q, (1, 0))
+        dq_buffer[jax.lax.rem(number, 3)] += dot(k_transposed[...], d_scores, (1, 0))
         dq_sum.end(number, place, repeat, tile)
 
     stream.run(tile)

@@ -37,7 +37,7 @@ def paged_attention(
 
     Args:
       new_BTKD: keys and values of the new tokens; values of as many dimensions as keys, or fewer.
-      pages_NKSD: keys and values of the pool, those of the new tokens among them.
+      pages_NKSD: keys and values of the pool, those of the new tokens among them; what is wider than a new one is cut off.
       table_BP: int32, slot s of page table[b, p] holds position p * S + s of row b.
       positions_BT: int32, ascending by one; a negative one is padding, which comes last and gets 0.
       sinks_H: a logit per head that takes part in the softmax without a value (arXiv:2309.17453).
@@ -69,7 +69,7 @@ def paged_attention(
     def page(p: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         highest, total, out = carry
         pages_B = jax.lax.dynamic_index_in_dim(table_BP, p, axis=1, keepdims=False)
-        k_BKSD, v_BKSD = (x[pages_B] for x in pages_NKSD)
+        k_BKSD, v_BKSD = (x[pages_B][..., : new.shape[-1]] for x, new in zip(pages_NKSD, new_BTKD, strict=True))
         scores_BKXS = jnp.einsum("bkxd,bksd->bkxs", q_BKXD, k_BKSD, preferred_element_type=jnp.float32)
         slot_S = p * S + jnp.arange(S, dtype=jnp.int32)
         seen_BTS = slot_S < end_BT[:, :, None]

@@ -176,7 +176,7 @@ def make_plan(
     sizes = sizes or BlockSizes()
     sizes = BlockSizes(
         **{
-            name: (min(q, _round_up(q_segments.shape[1], LANES)), min(kv, _round_up(kv_segments.shape[1], LANES)))
+            name: (min(q, round_up(q_segments.shape[1], LANES)), min(kv, round_up(kv_segments.shape[1], LANES)))
             for name, (q, kv) in dataclasses.asdict(sizes).items()
         }
     )
@@ -184,7 +184,7 @@ def make_plan(
 
     def ids(segments: jax.Array, positions: jax.Array, multiple: int) -> jax.Array:
         x = jnp.stack([segments, positions], axis=1).astype(jnp.int32)
-        return pad(x, _round_up(x.shape[2], multiple))
+        return pad(x, round_up(x.shape[2], multiple))
 
     q_ids, kv_ids = ids(q_segments, q_positions, q_multiple), ids(kv_segments, kv_positions, kv_multiple)
     some, every = _tiles(q_ids, kv_ids, window, sizes.backward)
@@ -198,7 +198,7 @@ def make_plan(
     )
 
 
-def _round_up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
