@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from inference.pages import PagePool
 from inference.sampling import SAMPLING, TOP_LOGPROBS, Draws, History, Rows, Sampling, draw_in_turn
 from model.attention import check_backend
-from model.config import ModelConfig, check
+from model.config import CacheDType, ModelConfig, check, check_choices
 from model.params import Params, unstack_layers
 from model.sharding import Layout
 from model.transformer import KVCache, LayerPages, empty_pages, forward, unembed
@@ -56,6 +56,7 @@ class EngineConfig:
     page_size: tokens of a page, the unit in which sequences share and grow.
     prefill_chunk: tokens of prompts computed in a step, at most; running sequences wait for them.
     num_guesses: tokens of a sequence that a step may check beside the one it is at (speculative decoding); 0 is off.
+    cache_dtype: of the pages: that of the `model`, or `int8` with a scale per token and head (`model/kernels/kv_pages.py`).
     """
 
     max_batch: int = 32
@@ -63,8 +64,10 @@ class EngineConfig:
     page_size: int = 64
     prefill_chunk: int = 512
     num_guesses: int = 0
+    cache_dtype: CacheDType = "model"
 
     def __post_init__(self) -> None:
+        check_choices("engine", self)
         for name in ("max_batch", "cache_tokens", "page_size", "prefill_chunk"):
             check(getattr(self, name) > 0, f"engine.{name}={getattr(self, name)} must be positive")
         check(self.num_guesses >= 0, f"engine.num_guesses={self.num_guesses} must not be negative (0 is off)")
@@ -253,7 +256,7 @@ class Placement:
 
 @functools.partial(jax.jit, static_argnames=("config", "engine", "placement"))
 def _start(config: ModelConfig, engine: EngineConfig, placement: Placement) -> tuple[tuple[LayerPages, ...], History]:
-    pages = empty_pages(config, engine.num_pages, engine.page_size)
+    pages = empty_pages(config, engine.num_pages, engine.page_size, engine.cache_dtype)
     return placement.pages(pages), placement.everywhere(History.empty(engine.max_batch, config.vocab_size))
 
 

@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec
 from model.chips import chip_of
 from model.config import AttentionBackend, check
 from model.kernels.flash_attention import flash_attention, flash_gradients
+from model.kernels.kv_pages import Pages
 from model.kernels.paged_attention import CHUNK, paged_attention
 from model.kernels.paged_decode import paged_decode
 from model.kernels.tiles import BlockSizes, Plan, make_plan
@@ -144,7 +145,7 @@ def attention(
 def cached_attention(
     q_BTHD: jax.Array,
     new_BTKD: tuple[jax.Array, jax.Array],
-    pages: tuple[jax.Array, ...],
+    pages: tuple[Pages, ...],
     table_BP: jax.Array,
     positions_BT: jax.Array,
     sinks_H: jax.Array | None = None,

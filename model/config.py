@@ -20,6 +20,7 @@ Router = Literal["softmax", "sigmoid"]
 Remat = Literal["none", "full", "attention", "dots"]
 AttentionBackend = Literal["reference", "xla", "flash", "cudnn"]
 DType = Literal["float32", "bfloat16"]
+CacheDType = Literal["model", "int8"]
 
 
 def check(condition: bool, message: str) -> None:

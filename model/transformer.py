@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from model.attention import Pattern, attention, cached_attention, make_pattern
-from model.config import ModelConfig, check
+from model.config import CacheDType, ModelConfig, check
+from model.kernels.kv_pages import Int8Pages, Pages, as_kept, write
 from model.kernels.paged_decode import slots_multiple
 from model.kernels.tiles import LANES, round_up
 from model.kernels.xla_attention import soft_cap
@@ -51,8 +52,8 @@ class Context:
     page_layout: Layout | None = flax.struct.field(pytree_node=False)
 
 
-# Of one layer: pages of keys and of values, each [pages, K, slots, head_dim]; with latent attention one array of both.
-LayerPages = tuple[jax.Array, ...]
+# Of one layer: pages of keys and of values, each [pages, K, slots, head_dim]; with latent attention one of both.
+LayerPages = tuple[Pages, ...]
 
 
 @flax.struct.dataclass
@@ -70,11 +71,13 @@ class KVCache:
     layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
 
 
-def empty_pages(config: ModelConfig, num_pages: int, page_size: int) -> tuple[LayerPages, ...]:
-    """Pages for all layers, each array [num_pages, key-value heads, page_size, width] of zeros in `config.dtype`.
+def empty_pages(
+    config: ModelConfig, num_pages: int, page_size: int, cache_dtype: CacheDType = "model"
+) -> tuple[LayerPages, ...]:
+    """Pages for all layers, each [num_pages, key-value heads, page_size, width] of zeros in `config.dtype` or rounded to int8.
 
     For the flash backend's kernel, widths are rounded up to whole registers, which take as much memory as what is in them: XLA
-    would lay out a narrower array otherwise than the kernel reads it, and copy it whole in every step.
+    would lay out a narrower array otherwise than the kernel reads it, and copy it whole in every step. So are rows of scales.
 
     Raises:
       ValueError: a page size that this kernel cannot read.
@@ -84,29 +87,26 @@ def empty_pages(config: ModelConfig, num_pages: int, page_size: int) -> tuple[La
         heads = 1
     else:
         widths, heads = (config.head_dim, config.head_dim), config.num_kv_heads
+    dtype, row = (config.dtype if cache_dtype == "model" else cache_dtype), page_size
     if config.attention_backend == "flash":
-        multiple = slots_multiple(config.dtype)
+        multiple = slots_multiple(dtype)
         check(
             page_size % multiple == 0,
             f"engine.page_size={page_size} must be a multiple of {multiple} for model.attention_backend='flash' with "
-            f"{config.dtype} pages: change one of them",
+            f"{dtype} pages: change one of them",
         )
-        widths = tuple(round_up(width, LANES) for width in widths)
-    make = functools.partial(jnp.zeros, dtype=config.dtype)
-    return tuple(tuple(make((num_pages, heads, page_size, width)) for width in widths) for _ in range(config.num_layers))
+        *widths, row = (round_up(width, LANES) for width in (*widths, row))
+
+    def make(width: int) -> Pages:
+        values = jnp.zeros((num_pages, heads, page_size, width), dtype)
+        return Int8Pages(values, jnp.zeros((num_pages, heads, 1, row))) if cache_dtype == "int8" else values
+
+    return tuple(tuple(map(make, widths)) for _ in range(config.num_layers))
 
 
-def remember(pages: LayerPages, new: LayerPages, table: jax.Array, positions: jax.Array) -> LayerPages:
+def remember(pages: LayerPages, new: tuple[jax.Array, ...], table: jax.Array, positions: jax.Array) -> LayerPages:
     """The pages with what belongs to new tokens, each [B, T, K, width], at their positions int32 [B, T]; none if negative."""
-    num_pages, _, page_size, _ = pages[0].shape
-    page = jnp.take_along_axis(table, positions // page_size, axis=1, mode="clip")
-    page = jnp.where(positions < 0, num_pages, page)
-
-    def write(old: jax.Array, x: jax.Array) -> jax.Array:
-        x = jnp.pad(x.astype(old.dtype), ((0, 0), (0, 0), (0, 0), (0, old.shape[-1] - x.shape[-1])))
-        return old.at[page, :, positions % page_size].set(x, mode="drop")
-
-    return tuple(map(write, pages, new))
+    return tuple(write(old, x, table, positions) for old, x in zip(pages, new, strict=True))
 
 
 def qk_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
@@ -165,10 +165,11 @@ def attention_block(
         )
     else:
         assert context.page_table is not None
+        kept = tuple(map(as_kept, new, pages))
         pages = remember(pages, new, context.page_table, context.positions)
         out_BTHD = cached_attention(
             q_BTHD,
-            (new[0], new[0][..., : config.mla.kv_lora_rank] if config.mla else new[-1]),
+            (kept[0], kept[0][..., : config.mla.kv_lora_rank] if config.mla else kept[-1]),
             pages,
             context.page_table,
             context.positions,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from model.kernels.kv_pages import Pages, take
 from model.kernels.reductions import row_max
 from model.kernels.tiles import MASKED
 from model.kernels.xla_attention import TILE, allowed_pairs, masked_attention, soft_cap
@@ -24,7 +25,7 @@ CHUNK = 16
 def paged_attention(
     q_BTHD: jax.Array,
     new_BTKD: tuple[jax.Array, jax.Array],
-    pages_NKSD: tuple[jax.Array, jax.Array],
+    pages_NKSD: tuple[Pages, Pages],
     table_BP: jax.Array,
     positions_BT: jax.Array,
     sinks_H: jax.Array | None = None,
@@ -36,7 +37,7 @@ def paged_attention(
     """softmax(cap(scale * q k^T)) v over slots 0..position of each query's row; the softmax is float32.
 
     Args:
-      new_BTKD: keys and values of the new tokens; values of as many dimensions as keys, or fewer.
+      new_BTKD: keys and values of the new tokens, as the pages keep them; values of as many dimensions as keys, or fewer.
       pages_NKSD: keys and values of the pool, those of the new tokens among them; what is wider than a new one is cut off.
       table_BP: int32, slot s of page table[b, p] holds position p * S + s of row b.
       positions_BT: int32, ascending by one; a negative one is padding, which comes last and gets 0.
@@ -69,7 +70,7 @@ def paged_attention(
     def page(p: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         highest, total, out = carry
         pages_B = jax.lax.dynamic_index_in_dim(table_BP, p, axis=1, keepdims=False)
-        k_BKSD, v_BKSD = (x[pages_B][..., : new.shape[-1]] for x, new in zip(pages_NKSD, new_BTKD, strict=True))
+        k_BKSD, v_BKSD = (take(x, pages_B, new.shape[-1], q_BTHD.dtype) for x, new in zip(pages_NKSD, new_BTKD, strict=True))
         scores_BKXS = jnp.einsum("bkxd,bksd->bkxs", q_BKXD, k_BKSD, preferred_element_type=jnp.float32)
         slot_S = p * S + jnp.arange(S, dtype=jnp.int32)
         seen_BTS = slot_S < end_BT[:, :, None]

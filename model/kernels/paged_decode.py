@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from model.kernels.flash_attention import EMPTY, LOG2_E, dot
+from model.kernels.kv_pages import Int8Pages, Pages
 from model.kernels.tiles import LANES, MASKED, round_up
 
 BLOCK_SLOTS, BLOCK_PAGES = 512, 16  # of a block, at most
@@ -51,15 +52,27 @@ def needed_pages(positions_BT: jax.Array, page_size: int, window: int = 0) -> tu
     return first_B, stop_B
 
 
-def _heads_of_group(kv_heads: int, bytes_of_head: int) -> int:
-    """The most heads that leave two groups or more and of which two blocks of one page fit."""
-    divisors = [n for n in range(1, max(1, kv_heads // 2) + 1) if kv_heads % n == 0]
-    return max((n for n in divisors if 2 * n * bytes_of_head <= BUFFER_BYTES), default=1)
+def _bytes_of_head(pages: tuple[Pages, ...]) -> int:
+    """Of one page and key-value head in VMEM."""
+    return sum(x.dtype.itemsize * x.shape[2] * round_up(x.shape[3], LANES) for x in jax.tree.leaves(pages))
+
+
+def block_shape(pages: tuple[Pages, ...], queries: int, pages_of_row: int) -> tuple[int, int]:
+    """Pages of a block and heads of a group: the most heads that leave two groups or more, then the most pages that fit.
+
+    Args:
+      queries: of a row and a key-value head.
+    """
+    K, S = pages[0].shape[1:3]
+    room = BUFFER_BYTES // (2 * _bytes_of_head(pages))
+    heads = max((n for n in range(1, max(1, K // 2) + 1) if K % n == 0 and n <= room), default=1)
+    fitting = min(BLOCK_SLOTS // S, LOGITS // (round_up(queries, SUBLANES) * S), room // heads, BLOCK_PAGES)
+    return max(1, min(fitting, pages_of_row)), heads
 
 
 def _kernel(
     ranges, table, positions, q, sinks, *refs,
-    arrays: int, tokens: int, queries: int, scale: float, window: int, cap: float,
+    arrays: int, int8: bool, tokens: int, queries: int, scale: float, window: int, cap: float,
 ):  # fmt: skip
     """The output of a row and a group of heads.
 
@@ -67,7 +80,8 @@ def _kernel(
       ranges, table, positions: scalars: of `needed_pages` [B * 2], [B * P], [B * T].
       q: [1, 1, heads, M, D], query heads of one token side by side.
       sinks: [1, heads, M, LANES], MASKED without sinks.
-      refs: the arrays of the pool, in HBM; the output [1, 1, heads, M, V]; two blocks of pages for each array, and the rest.
+      refs: the arrays of the pool, in HBM, each followed by its scales if they are `int8`; the output [1, 1, heads, M, V]; two
+        blocks of pages for each array, and the rest.
       queries: X.
     """
     sources, out, buffers = refs[:arrays], refs[arrays], refs[arrays + 1 : 2 * arrays + 1]
@@ -114,6 +128,12 @@ def _kernel(
         of_token = (row_of_M >= t * queries) & (row_of_M < (t + 1) * queries)
         position_of_M = jnp.where(of_token, positions[row * tokens + t], position_of_M)
 
+    stride = 2 if int8 else 1
+
+    def scales(buffer: Any, slot: Any, head: int) -> jax.Array:
+        """[1, slots of a block]"""
+        return jnp.concatenate([buffer[slot, i, head, :, :page_size] for i in range(block_pages)], axis=1)
+
     def attend(block: Any, _: None) -> None:
         slot = jax.lax.rem(begin + block, 2)
         in_row = block + 1 < count
@@ -130,9 +150,11 @@ def _kernel(
         if window:
             seen &= distance < window
         for head in range(heads):
-            k = buffers[0][slot, :, head].reshape(block_slots, D)
-            v = k[:, :V] if arrays == 1 else buffers[1][slot, :, head].reshape(block_slots, V)
+            k = buffers[0][slot, :, head].reshape(block_slots, D).astype(q.dtype)
+            v = buffers[-stride][slot, :, head].reshape(block_slots, -1)[:, :V].astype(q.dtype)
             logits = dot(q[0, 0, head], k, (1, 1)) * (scale if cap else scale * LOG2_E)
+            if int8:
+                logits *= scales(buffers[1], slot, head)
             if cap:
                 logits = (cap * LOG2_E) * jnp.tanh(logits / cap)
             logits = jnp.where(seen, logits, MASKED)
@@ -142,6 +164,8 @@ def _kernel(
             fade = jnp.exp2(before - now)
             highest[head] = jnp.broadcast_to(now, (M, LANES))
             total[head] = total[head] * fade + jnp.sum(weights, axis=1, keepdims=True)
+            if int8:
+                weights *= scales(buffers[-1], slot, head)
             sums[head] = sums[head] * fade + dot(weights.astype(v.dtype), v, (1, 0))
 
     jax.lax.fori_loop(0, count, attend, None)
@@ -152,7 +176,7 @@ def _kernel(
 
 def paged_decode(
     q_BTHD: jax.Array,
-    pages: tuple[jax.Array, ...],
+    pages: tuple[Pages, ...],
     table_BP: jax.Array,
     positions_BT: jax.Array,
     sinks_H: jax.Array | None = None,
@@ -166,7 +190,8 @@ def paged_decode(
 
     Args:
       pages: keys and values of the pool, [N, K, S, D or width] or wider by columns of zeros, or one array of keys whose first
-        columns are the values; S a multiple of `slots_multiple`.
+        columns are the values; S a multiple of `slots_multiple`; int8 ones
+        are scaled as they are used.
       table_BP: int32, slot s of page table[b, p] holds position p * S + s of row b.
       positions_BT: int32; at a negative one is padding, which gets 0. T is small: all of a row's queries see a page at once.
       sinks_H: a logit per head that takes part in the softmax without a value (arXiv:2309.17453).
@@ -176,15 +201,13 @@ def paged_decode(
       [B, T, H, width] of q's dtype.
     """
     B, T, H = q_BTHD.shape[:3]
-    _, K, S, D = pages[0].shape
+    K, S, D = pages[0].shape[1:]
     q_BTHD = jnp.pad(q_BTHD, ((0, 0), (0, 0), (0, 0), (0, D - q_BTHD.shape[-1])))
     X = H // K
     M = round_up(T * X, SUBLANES)
     V = min(pages[-1].shape[-1], round_up(width, LANES))
-    bytes_of_head = sum(x.dtype.itemsize * S * round_up(x.shape[-1], LANES) for x in pages)
-    heads = _heads_of_group(K, bytes_of_head)
-    fitting = min(BLOCK_SLOTS // S, LOGITS // (M * S), BUFFER_BYTES // (2 * heads * bytes_of_head))
-    block_pages = max(1, min(fitting, BLOCK_PAGES, table_BP.shape[1]))
+    arrays = jax.tree.leaves(pages)
+    block_pages, heads = block_shape(pages, T * X, table_BP.shape[1])
     groups = K // heads
 
     def by_group(x_BTHD: jax.Array, rows: int) -> jax.Array:
@@ -200,22 +223,31 @@ def paged_decode(
 
     tokens = B * table_BP.shape[1] * S // 2
     out = pl.pallas_call(
-        functools.partial(_kernel, arrays=len(pages), tokens=T, queries=X, scale=scale, window=window, cap=cap),
+        functools.partial(
+            _kernel,
+            arrays=len(arrays),
+            int8=isinstance(pages[0], Int8Pages),
+            tokens=T,
+            queries=X,
+            scale=scale,
+            window=window,
+            cap=cap,
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(groups, B),
             in_specs=[
                 block(M, D),
                 pl.BlockSpec((1, heads, M, LANES), lambda g, *_: (g, 0, 0, 0)),
-                *[pl.BlockSpec(memory_space=pl.ANY)] * len(pages),
+                *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(arrays),
             ],
             out_specs=block(M, V),
             scratch_shapes=[
-                *(pltpu.VMEM((2, block_pages, heads, *x.shape[2:]), x.dtype) for x in pages),
+                *(pltpu.VMEM((2, block_pages, heads, *x.shape[2:]), x.dtype) for x in arrays),
                 pltpu.VMEM((heads, M, LANES), jnp.float32),
                 pltpu.VMEM((heads, M, LANES), jnp.float32),
                 pltpu.VMEM((heads, M, V), jnp.float32),
-                pltpu.SemaphoreType.DMA((len(pages), 2)),
+                pltpu.SemaphoreType.DMA((len(arrays), 2)),
                 pltpu.SMEM((1,), jnp.int32),
             ],
         ),
@@ -223,7 +255,9 @@ def paged_decode(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         # As if half of every row's table were filled.
         cost_estimate=pl.CostEstimate(
-            flops=2 * H * T * tokens * (D + V), transcendentals=H * T * tokens, bytes_accessed=tokens * K * bytes_of_head // S
+            flops=2 * H * T * tokens * (D + V),
+            transcendentals=H * T * tokens,
+            bytes_accessed=tokens * K * _bytes_of_head(pages) // S,
         ),
         name="paged_decode",
     )(
@@ -232,7 +266,7 @@ def paged_decode(
         positions_BT.reshape(-1),
         by_group(q_BTHD, B),
         sinks,
-        *pages,
+        *arrays,
     )
     out = out[:, :, :, : T * X, :width].reshape(B, groups, heads, T, X, width)
     return out.transpose(0, 3, 1, 2, 4, 5).reshape(B, T, H, width)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,6 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from inference.engine import Engine, EngineConfig, Request
 from inference.sampling import History, Rows, Sampling, draw
+from model import transformer
+from model.attention import attention
 from model.params import param_shardings, param_specs
 from model.presets import preset
 from model.sharding import DECODE_RULES, MESH_AXES, TRAIN_RULES, Layout, make_mesh
@@ -26,21 +29,33 @@ PARAMS = random_params(MODEL)
 GREEDY = Sampling(temperature=0.0)
 
 
+def attention_to_int8(q, k, v, *args, **options):
+    """What attends to all tokens at once, to keys and values rounded to 127ths of the largest of each token and head."""
+
+    def rounded(x):
+        step = jax.numpy.abs(x).max(axis=-1, keepdims=True) / 127
+        return jax.numpy.round(x / jax.numpy.where(step == 0, 1, step)) * step
+
+    return attention(q, rounded(k), rounded(v), *args, **options)
+
+
 @functools.cache
-def full_forward(model):
+def full_forward(model, cache_dtype):
     def run(params, tokens):
         positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
-        hidden, _, _ = forward(params, model, tokens, positions)
+        attend = attention_to_int8 if cache_dtype == "int8" else attention
+        with mock.patch.object(transformer, "attention", attend):
+            hidden, _, _ = forward(params, model, tokens, positions)
         return unembed(params, model, hidden)[0]
 
     return jax.jit(run)
 
 
-def logits_after(tokens, params, model):
+def logits_after(tokens, params, model, cache_dtype="model"):
     """float32 [len(tokens), V] of the whole row at once, without a cache."""
     padded = np.zeros((1, model.max_seq_len), np.int32)
     padded[0, : len(tokens)] = tokens
-    return np.asarray(full_forward(model)(params, padded))[: len(tokens)]
+    return np.asarray(full_forward(model, cache_dtype)(params, padded))[: len(tokens)]
 
 
 ALL = np.full((1, -(-MODEL.vocab_size // 32)), 2**32 - 1, np.uint32)
@@ -89,6 +104,19 @@ def check_answer(request, sample, answer, params=PARAMS, model=MODEL):
     assert answer[-1].finish_reason is not None
 
 
+# What the model's own log-probability of a token may be off by. Where a sum in another order tips an element over to the next
+# step of 8 bits, all that follows differs by that step; without rounding, the tests' tokens are off by more than this.
+INT8_TOLERANCE = 0.05
+
+
+def errors_of_int8(request, answer, params=PARAMS, model=MODEL, cache_dtype="int8"):
+    """How far each token's log-probability is from recomputation with rounded keys and values."""
+    prompt, tokens = list(request.prompt), [token.token for token in answer]
+    logits = logits_after(prompt + tokens, params, model, cache_dtype).astype(np.float64)[len(prompt) - 1 : -1]
+    expected = logits[np.arange(len(tokens)), tokens] - np.log(np.sum(np.exp(logits), axis=1))
+    return np.abs(expected - [token.raw_logprob for token in answer])
+
+
 def run_to_end(engine):
     answers = collections.defaultdict(list)
     while engine.has_work:
@@ -104,6 +132,7 @@ CONFIGS = [
     EngineConfig(max_batch=4, cache_tokens=40, page_size=4, prefill_chunk=5),
     EngineConfig(max_batch=3, cache_tokens=96, page_size=3, prefill_chunk=18),
     EngineConfig(max_batch=2, cache_tokens=32, page_size=8, prefill_chunk=1),
+    EngineConfig(max_batch=3, cache_tokens=48, page_size=4, prefill_chunk=18, cache_dtype="int8"),
 ]
 SAMPLINGS = [
     GREEDY,
@@ -179,7 +208,10 @@ class Traces(RuleBasedStateMachine):
             for sample in range(request.num_samples):
                 answer = self.answers[request_id, sample]
                 if request_id not in self.dropped or (answer and answer[-1].finish_reason):
-                    check_answer(request, sample, answer)
+                    if self.engine.config.cache_dtype == "int8":
+                        assert np.all(errors_of_int8(request, answer) < INT8_TOLERANCE)
+                    else:
+                        check_answer(request, sample, answer)
 
 
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -264,6 +296,20 @@ def test_every_kind_of_network_decodes_as_it_is_trained(name):
         answers = Engine(params, model, dataclasses.replace(ROOMY, prefill_chunk=chunk)).generate(requests)
         for request, (answer,) in zip(requests, answers, strict=True):
             check_answer(request, 0, answer, params, model)
+
+
+@pytest.mark.parametrize("chunk", [8, 18])
+def test_with_an_int8_cache_an_answer_is_that_of_rounded_keys_and_values(chunk):
+    """Shared and copied pages, chunks of both kinds; almost every token to the last bits."""
+    engine = Engine(PARAMS, MODEL, dataclasses.replace(ROOMY, prefill_chunk=chunk, cache_dtype="int8"))
+    requests = [Request(CHAIN[:length], num_samples=2, max_tokens=6, seed=length) for length in (3, 9, 22, 23)]
+    answers = engine.generate(requests)
+    assert engine.stats.shared > 0
+    pairs = [(request, answer) for request, samples in zip(requests, answers, strict=True) for answer in samples]
+    errors = np.concatenate([errors_of_int8(request, answer) for request, answer in pairs])
+    unrounded = np.concatenate([errors_of_int8(request, answer, cache_dtype="model") for request, answer in pairs])
+    assert errors.max() < INT8_TOLERANCE
+    assert np.median(errors) < 1e-5 < 1e-4 < np.median(unrounded)
 
 
 def test_stacked_layers_decode_like_separate_ones():
@@ -404,6 +450,8 @@ def test_requests_that_cannot_be_answered_are_refused(options, message):
 def test_engines_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match=r"engine\.cache_tokens=3 is less than a page"):
         EngineConfig(cache_tokens=3)
+    with pytest.raises(ValueError, match=r"engine\.cache_dtype='int4' is not one of model, int8"):
+        EngineConfig(cache_dtype="int4")
     with pytest.raises(ValueError, match=r"vocab_size=49"):
         Engine(PARAMS, MODEL, ROOMY, vocab_size=49)
     with pytest.raises(ValueError, match=r"num_guesses=2, but no function"):

@@ -18,6 +18,7 @@ import model.kernels.paged_decode
 from inference.engine import Engine, EngineConfig, Request
 from inference.sampling import Sampling
 from model.attention import cached_attention
+from model.kernels.kv_pages import Int8Pages
 from model.kernels.paged_decode import needed_pages, paged_decode
 from model.presets import preset
 from model.sharding import MESH_AXES, Layout, make_mesh
@@ -86,18 +87,31 @@ def a_pool(rng, positions, kv_heads, width, window, arrays):
     return pools, table, rows
 
 
-def check(*, window=0, cap=0.0, group=2, kv_heads=2, with_sinks=False, latent=False, tokens=1, lengths):
+def rounded_pool(pool, row, table):
+    """A pool in 8 bits, NaN scales where it has NaNs; and the rows of what it holds."""
+    scales = np.abs(pool).max(axis=-1) / 127
+    values = np.round(np.nan_to_num(pool / np.where(scales == 0, 1, scales)[..., None])).astype(np.int8)
+    kept, row = values * scales[..., None], row.copy()
+    for b, p in np.argwhere(table < len(pool)):
+        row[b, p * SLOTS : (p + 1) * SLOTS] = kept[table[b, p]].swapaxes(0, 1)
+    return Int8Pages(jnp.asarray(values), jnp.asarray(np.pad(scales, ((0, 0), (0, 0), (0, 5)))[:, :, None])), row
+
+
+def check(*, window=0, cap=0.0, group=2, kv_heads=2, with_sinks=False, latent=False, int8=False, tokens=1, lengths):
     """One array of keys, whose first columns are the values, if `latent`."""
     rng = np.random.default_rng(tokens)
     positions = rows_of(lengths, tokens)
     width = WIDTH - 5 if latent else WIDTH
     pools, table, rows = a_pool(rng, positions, kv_heads, WIDTH, window, 1 if latent else 2)
+    pages = tuple(map(jnp.asarray, pools))
+    if int8:
+        pages, rows = zip(*(rounded_pool(*pair, table) for pair in zip(pools, rows, strict=True)), strict=True)
     q = rng.standard_normal((len(lengths), tokens, kv_heads * group, WIDTH)).astype(np.float32)
     sinks = rng.standard_normal(kv_heads * group).astype(np.float32) if with_sinks else None
     expected = reference(q.astype(np.float64), rows[0], rows[-1][..., :width], positions, sinks, window, cap)
     with interpret():
         out = paged_decode(
-            jnp.asarray(q), tuple(map(jnp.asarray, pools)), jnp.asarray(table), jnp.asarray(positions),
+            jnp.asarray(q), pages, jnp.asarray(table), jnp.asarray(positions),
             None if sinks is None else jnp.asarray(sinks), width=width, scale=SCALE, window=window, cap=cap,
         )  # fmt: skip
     np.testing.assert_allclose(out, expected, atol=2e-6, rtol=0)
@@ -105,7 +119,7 @@ def check(*, window=0, cap=0.0, group=2, kv_heads=2, with_sinks=False, latent=Fa
 
 # One token, empty rows first, amid and last, page borders, and more pages than a block holds.
 UNEVEN = (0, 1, 8, 0, 0, 9, 75, 23, 0)
-PRODUCT = list(itertools.product((0, 10), (0.0, 2.0), (1, 3), (False, True), (False, True), (1, 3, 8)))
+PRODUCT = list(itertools.product((0, 10), (0.0, 2.0), (1, 3), (False, True), (False, True), (False, True), (1, 3, 8)))
 
 
 def test_short_rows_of_all_kinds():
@@ -118,6 +132,8 @@ def test_short_rows_of_all_kinds():
         {"window": 10, "cap": 2.0, "group": 3, "with_sinks": True, "tokens": 3},
         {"latent": True, "kv_heads": 1, "group": 5, "tokens": 2, "with_sinks": True},
         {"kv_heads": 3, "group": 1, "window": 40},
+        {"int8": True, "window": 40, "tokens": 2},
+        pytest.param({"int8": True, "latent": True, "kv_heads": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_values_of_a_few_combinations(options):
@@ -126,10 +142,10 @@ def test_values_of_a_few_combinations(options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("window", "cap", "group", "with_sinks", "latent", "tokens"), PRODUCT)
-def test_values_of_all_combinations(window, cap, group, with_sinks, latent, tokens):
+@pytest.mark.parametrize(("window", "cap", "group", "with_sinks", "latent", "int8", "tokens"), PRODUCT)
+def test_values_of_all_combinations(window, cap, group, with_sinks, latent, int8, tokens):
     check(
-        window=window, cap=cap, group=group, with_sinks=with_sinks, latent=latent, tokens=tokens, lengths=UNEVEN,
+        window=window, cap=cap, group=group, with_sinks=with_sinks, latent=latent, int8=int8, tokens=tokens, lengths=UNEVEN,
         kv_heads=1 if latent else 4,
     )  # fmt: skip
 
@@ -157,35 +173,45 @@ def test_pages_needed_are_those_with_a_slot_that_is_seen(window):
             assert list(range(begin, end)) == brute_force_pages(row, window)
 
 
-def test_heads_on_a_mesh_attend_as_on_one_device():
+@pytest.mark.parametrize(
+    ("kv_heads", "over"), [(2, ("tensor",)), pytest.param(1, (), marks=pytest.mark.slow)], ids=["of every head", "of all heads"]
+)
+def test_heads_on_a_mesh_attend_as_on_one_device(kv_heads, over):
     rng = np.random.default_rng(0)
-    mesh = make_mesh(dict.fromkeys(MESH_AXES, 1) | {"tensor": 2}, jax.devices()[:2])
-    positions = jnp.asarray(rows_of((30, 9), 1))
-    table = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
-    for kv_heads, rules in ((2, {"heads": ("tensor",), "kv_heads": ("tensor",)}), (1, {"heads": ("tensor",), "kv_heads": ()})):
-        q, k, v = (
-            jnp.asarray(rng.standard_normal(shape), jnp.float32)
-            for shape in ((2, 1, 4, WIDTH), (8, kv_heads, SLOTS, WIDTH), (8, kv_heads, SLOTS, WIDTH))
-        )
-        new = (k[:2, :, 0][:, None], v[:2, :, 0][:, None])
-        sinks = jnp.arange(4, dtype=jnp.float32)
-        attend = functools.partial(cached_attention, q, new, (k, v), table, positions, sinks, scale=SCALE)
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-            out = jax.jit(lambda attend=attend, rules=rules: attend(backend="flash", layout=Layout(mesh, rules)))()
-        np.testing.assert_allclose(out, attend(backend="xla"), atol=1e-6)
+    layout = Layout(
+        make_mesh(dict.fromkeys(MESH_AXES, 1) | {"tensor": 2}, jax.devices()[:2]), {"heads": ("tensor",), "kv_heads": over}
+    )
+    shapes = ((2, 1, 4, WIDTH), (8, kv_heads, SLOTS, WIDTH), (8, kv_heads, SLOTS, WIDTH))
+    q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    new = (k[:2, :, 0][:, None], v[:2, :, 0][:, None])
+    table, positions = jnp.arange(8, dtype=jnp.int32).reshape(2, 4), jnp.asarray(rows_of((30, 9), 1))
+    attend = functools.partial(cached_attention, q, new, (k, v), table, positions, jnp.arange(4.0), scale=SCALE)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        out = jax.jit(lambda: attend(backend="flash", layout=layout))()
+    np.testing.assert_allclose(out, attend(backend="xla"), atol=1e-6)
 
 
 # --- In the engine ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny-gemma2", pytest.param("tiny-deepseek", marks=pytest.mark.slow)])
-def test_the_engine_decodes_by_the_kernel_as_in_plain_jax(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "layers", "length", "cache_dtype"),
+    [
+        ("tiny-gemma2", 1, 1, "model"),
+        *(
+            pytest.param(name, 2, 9, dtype, marks=pytest.mark.slow)
+            for name in ("tiny-gemma2", "tiny-deepseek")
+            for dtype in ("model", "int8")
+        ),
+    ],
+)
+def test_the_engine_decodes_by_the_kernel_as_in_plain_jax(name, layers, length, cache_dtype, monkeypatch):
     monkeypatch.setattr(inference.engine, "check_backend", lambda *_: None)
-    config = EngineConfig(max_batch=1, cache_tokens=32, page_size=8, prefill_chunk=8)
-    request = Request(list(range(3, 12)), Sampling(temperature=0.0), max_tokens=2)
+    config = EngineConfig(max_batch=1, cache_tokens=64, page_size=32, prefill_chunk=8, cache_dtype=cache_dtype)
+    request = Request(list(range(3, 3 + length)), Sampling(temperature=0.0), max_tokens=2)
     answers = []
     for backend in ("flash", "xla"):
-        network = preset(name, vocab_size=48, max_seq_len=32, num_layers=2, attention_backend=backend)
+        network = preset(name, vocab_size=48, max_seq_len=32, num_layers=layers, attention_backend=backend)
         with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
             answers.append(Engine(random_params(network), network, config).generate([request])[0][0])
     for ours, plain in zip(*answers, strict=True):
@@ -263,7 +289,7 @@ ENGINE = textwrap.dedent(
     from model.sharding import DECODE_RULES, MESH_AXES, Layout, make_mesh
     from model.transformer import empty_pages
 
-    for name, tensor in json.loads(sys.argv[1]):
+    for name, tensor, cache_dtype in json.loads(sys.argv[1]):
         model = preset(name, attention_backend="flash", dtype="bfloat16")
         devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
         layout = Layout.of(make_mesh(dict.fromkeys(MESH_AXES, 1) | {"tensor": tensor}, devices[:tensor]), DECODE_RULES)
@@ -271,8 +297,8 @@ ENGINE = textwrap.dedent(
         on = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         params = jax.tree.map(on, abstract_params(specs), param_shardings(specs, layout))
         placement = Placement.beside(params, model.num_heads, 1 if model.mla else model.num_kv_heads)
-        of_pages = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(None, placement.kv_heads or None))
-        pages = jax.tree.map(lambda x: on(x, of_pages), jax.eval_shape(lambda: empty_pages(model, 2048, 64)))
+        of_pages = layout.sharding(None, "kv_heads" if placement.kv_heads else None)
+        pages = jax.tree.map(lambda x: on(x, of_pages), jax.eval_shape(lambda: empty_pages(model, 8192, 64, cache_dtype)))
         ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.sharding())
         for program, rows, tokens in ((_decode, 8, 1), (_prefill, 1, 64)):
             new = ids(rows, tokens)
@@ -297,9 +323,12 @@ def engine_programs(*cases):
 @pytest.mark.parametrize(
     ("case", "axes"),
     [
-        (("tiny-gemma2", 2), (["tensor"], ["tensor"])),
-        pytest.param(("tiny-gemma2", 1), (["tensor"], ["tensor"]), marks=pytest.mark.slow),
-        pytest.param(("tiny-deepseek", 2), (["tensor"], []), marks=pytest.mark.slow),
+        (("tiny-gemma2", 2, "int8"), (["tensor"], ["tensor"])),
+        *(
+            pytest.param(("tiny-gemma2", tensor, dtype), (["tensor"], ["tensor"]), marks=pytest.mark.slow)
+            for tensor, dtype in ((1, "model"), (2, "model"), (1, "int8"))
+        ),
+        pytest.param(("tiny-deepseek", 2, "model"), (["tensor"], []), marks=pytest.mark.slow),
     ],
 )
 def test_steps_of_the_engine_compile_for_a_tpu_and_copy_no_pages(case, axes):
