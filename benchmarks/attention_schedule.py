@@ -28,9 +28,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from experiments.tpu_schedule import TOPOLOGIES, Schedule, compiler_environment, read_schedule, used
+from experiments.tpu_schedule import TOPOLOGIES, Schedule, compiler_environment, read_schedule, used, write_section
 
-ROOT = Path(__file__).resolve().parent.parent
 LENGTH, HEAD_DIM, DOCUMENT = 8192, 128, 1024
 LAYOUTS = {"causal": (LENGTH, 0), "packed": (DOCUMENT, 0), "shifted": (DOCUMENT, DOCUMENT // 2)}  # length, tokens of it cut off
 PASSES = ("forward", "backward")
@@ -239,8 +238,7 @@ def main() -> None:
             BLOCK_SIZES_FILE.write_text(json.dumps(chosen, indent=2) + "\n")
     print(table(results))
     if args.table:
-        (ROOT / "docs").mkdir(exist_ok=True)
-        (ROOT / "docs" / "kernels.md").write_text(PAGE.format(table=table(results)))
+        write_section("Kernels, by their schedules", PAGE.format(table=table(results)))
     worst = {
         f"{case}_vs_splash": round(max(r[case]["ours"]["bundles"] / r[case]["splash"]["bundles"] for r in results.values()), 4)
         for case in (f"{layout}_{pass_}" for layout in LAYOUTS for pass_ in PASSES)
@@ -248,11 +246,9 @@ def main() -> None:
     print(json.dumps({"benchmark": "attention_schedule", "chips": args.chips, **worst}))
 
 
-PAGE = """# Kernels, by their schedules
-
-Made by `python benchmarks/attention_schedule.py --table` (with `make env EXTRAS=tpu`); no TPU took part. The compiler of libtpu
-writes the final VLIW bundles of a kernel; a bundle is one cycle where nothing stalls, so these numbers are the compiler's
-estimate and a lower bound, good for comparing two kernels, not for predicting seconds.
+PAGE = """Made by `python benchmarks/attention_schedule.py --table` (with `make env EXTRAS=tpu`); no TPU took part. The compiler
+of libtpu writes the final VLIW bundles of a kernel; a bundle is one cycle where nothing stalls, so these numbers are the
+compiler's estimate and a lower bound, good for comparing two kernels, not for predicting seconds.
 
 8,192 tokens, head dimension 128, bfloat16. `causal` is one document, `packed` eight of 1,024 tokens, `shifted` the same begun
 512 tokens earlier: documents that end amid tiles visit twice as many of them. jax's splash attention, with its fused backward

@@ -139,6 +139,16 @@ def grouped_matmul_cycles(schedule: Schedule, steps: float, least: float) -> flo
     return steps * max(max(work) + sum(map(len, blocks)) - sum(work), least)
 
 
+def write_section(title: str, text: str) -> None:
+    """Puts a section of that title into docs/kernels.md, in place of the one that was there."""
+    path = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+    path.parent.mkdir(exist_ok=True)
+    page = path.read_text() if path.exists() else ""
+    sections = dict(re.findall(r"^# (.*)\n\n((?:(?!# ).*\n)*)", page, flags=re.MULTILINE))
+    sections[title] = text
+    path.write_text("\n".join(f"# {name}\n\n{body.strip()}\n" for name, body in sections.items()))
+
+
 def read_schedule(dump: Path, kernel: str) -> Schedule:
     """The schedule of the newest kernel in `dump` whose name contains `kernel`.
 

@@ -56,6 +56,14 @@ def test_attention_schedule():
 
 
 @pytest.mark.slow
+def test_paged_decode_schedule():
+    """The kernel waits for memory, not memory for it."""
+    pytest.importorskip("libtpu")
+    result = last_line("paged_decode_schedule", "--chips", "v5e")
+    assert 0.9 < result["32 heads, 8 of keys"] <= 1
+
+
+@pytest.mark.slow
 def test_decode():
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
