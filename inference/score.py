@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data.tokenizer import Tokenizer
 from model.config import ModelConfig, check
 from model.logprobs import token_logprobs
 from model.params import Params
@@ -25,6 +27,10 @@ class Scores:
 
     logprobs: np.ndarray
     greedy: np.ndarray
+
+
+# What scores rows of tokens as `score` does, of some network in some precision.
+Scorer = Callable[[Sequence[Sequence[int]]], Iterator[tuple[int, Scores]]]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk_tokens"))
@@ -71,3 +77,19 @@ def _padded_length(length: int) -> int:
     """The next of 16, 24, 32, 48, 64, ...: at most half is padding, two shapes for each doubling."""
     power = max(16, 1 << (length - 1).bit_length())
     return power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power
+
+
+def bits_per_byte(tokenizer: Tokenizer, scorer: Scorer, text: str, row_tokens: int = 1024) -> float:
+    """What the text takes, coded by the model, over its length. Rows of so many tokens are read each by itself.
+
+    A row begins with <bos>, or else with the token before it; the first token of all, which nothing predicts, does not count.
+
+    Raises:
+      ValueError: see `score`; the text is too short.
+    """
+    start, tokens = tokenizer.encode_prompt(""), tokenizer.encode(text)
+    first = 0 if start else 1
+    check(len(tokens) > first, f"a text of {len(tokens)} tokens has nothing to predict: give a longer one")
+    rows = [[*(start or tokens[i - 1 : i]), *tokens[i : i + row_tokens]] for i in range(first, len(tokens), row_tokens)]
+    nats = -sum(scores.logprobs.astype(np.float64).sum() for _, scores in scorer(rows))
+    return float(nats / math.log(2) / tokenizer.byte_lengths[tokens[first:]].sum())

@@ -1,9 +1,12 @@
 """Scores of given rows against the full forward in float64, whatever the rows beside them."""
 
+import functools
+
 import numpy as np
 import pytest
 
-from inference.score import score
+from data.tokenizer import CharTokenizer
+from inference.score import bits_per_byte, score
 from tests.inference.test_engine import CHAIN, MODEL, PARAMS, logits_after
 
 
@@ -31,3 +34,31 @@ def test_scores_are_the_log_probabilities_of_the_full_forward():
 def test_rows_that_cannot_be_scored_are_refused(row, message):
     with pytest.raises(ValueError, match=message):
         list(score(PARAMS, MODEL, [CHAIN[:4], row]))
+
+
+@pytest.mark.parametrize("boundaries", [False, True])
+def test_bits_per_byte_are_what_coding_token_by_token_takes(boundaries):
+    """Of a text whose characters are one to three bytes long, read in rows of seven."""
+    characters = "abcdeé→"
+    tokenizer = CharTokenizer("chars", characters.encode(), boundaries)
+    text = "".join(np.random.default_rng(0).choice(list(characters), 30))
+    tokens = [characters.index(character) for character in text]
+    bits, size = 0.0, 0
+    for place, token in enumerate(tokens):
+        if boundaries:
+            before = [tokenizer.bos_id, *tokens[place // 7 * 7 : place]]
+        elif place:
+            before = tokens[(place - 1) // 7 * 7 : place]
+        else:
+            continue  # nothing predicts the first
+        logits = logits_after(before, PARAMS, MODEL).astype(np.float64)[-1]
+        bits -= (logits[token] - np.log(np.exp(logits).sum())) / np.log(2)
+        size += len(text[place].encode())
+    found = bits_per_byte(tokenizer, functools.partial(score, PARAMS, MODEL), text, 7)
+    assert found == pytest.approx(bits / size, abs=1e-5)
+
+
+def test_a_text_with_nothing_to_predict_is_refused():
+    tokenizer = CharTokenizer("chars", b"a", False)
+    with pytest.raises(ValueError, match="a text of 1 tokens has nothing to predict"):
+        bits_per_byte(tokenizer, functools.partial(score, PARAMS, MODEL), "a")
