@@ -111,6 +111,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     bench.add_argument("--prompt-tokens", type=int, default=128, help="default 128")
     bench.add_argument("--new-tokens", type=int, default=32, help="default 32")
     bench.add_argument("--bits", type=int, default=0, choices=[4, 8], help="round the weights first")
+    parity = commands.add_parser("parity", help="compare what a model is decoded with and what the trainer computes")
+    parity.add_argument("source", metavar="MODEL", help=model_help)
+    parity.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of activations; default float32")
+    parity.add_argument("--prompt", default="The ", help="what the samples continue")
+    parity.add_argument("--samples", type=int, default=4, help="default 4")
+    parity.add_argument("--tokens", type=int, default=64, help="of a sample; default 64")
+    parity.add_argument("--seed", type=int, default=0)
     convert = commands.add_parser("convert", help="write a model as Hugging Face or llama.cpp has them")
     convert.add_argument("source", metavar="MODEL", help=model_help)
     convert.add_argument("target", help="directory to write, new or empty; or a file that ends in .gguf")
@@ -275,6 +282,16 @@ def bench_infer(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def parity(arguments: argparse.Namespace) -> int:
+    from model.xla import configure
+
+    configure(cpu_devices=1, decoding=True)
+    from experiments import parity
+
+    parity.compare(arguments)
+    return 0
+
+
 def convert(arguments: argparse.Namespace) -> int:
     from model.xla import configure
 
@@ -351,6 +368,7 @@ COMMANDS = {
     "sample": sample,
     "chat": chat,
     "bench-infer": bench_infer,
+    "parity": parity,
     "convert": convert,
     "pull": pull,
     "models": models,
