@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import train_step
+from benchmarks import quantization, train_step
+from data.tokenizer import ByteTokenizer
+from experiments import sampling
+from inference.models import LoadedModel
+from model.presets import preset
+from tests.networks import random_params
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -84,3 +89,36 @@ def test_loss_memory():
 def test_loader(tmp_path):
     result = last_line("loader", "--seconds", "0.2", "--cache_dir", str(tmp_path))
     assert_positive(result, "tokens_per_second")
+
+
+def test_quantization(monkeypatch, capsys, tmp_path):
+    """A random network in a table: rounding costs a little, fewer bits more; the same weights would answer the same."""
+    tokenizer = ByteTokenizer("bytes", b"", document_boundaries=True)
+    config = preset("tiny-llama", vocab_size=tokenizer.vocab_size, max_seq_len=24)
+    loaded = LoadedModel(random_params(config), config, tokenizer, None, frozenset(), "tiny")
+    monkeypatch.setattr(quantization, "configure", lambda **_: None)
+    monkeypatch.setattr(sampling, "open_any", lambda source: loaded)
+    text, questions = tmp_path / "text.txt", tmp_path / "sums.jsonl"
+    text.write_text("".join(map(chr, range(32, 126))) * 8)
+    asked = [{"query": f"{i} + 1?", "choices": [str(i + 1), str(i), "so"], "gold": 0} for i in range(40)]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in asked))
+    quantization.main(["tiny", f"--text={text}", "--bytes=300", f"--questions={questions}", "--documents=20"])
+    *table, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    plain, int8, int4 = (result["rows"][name] for name in ("as they are", "int8", "int4"))
+    assert table[0] == "tiny: 300 bytes of text, 20 of sums"
+    assert [line.count("|") for line in table[1:]] == [6] * 5
+    assert plain["weight_bytes"] > 3 * int8["weight_bytes"]
+    assert int8["weight_bytes"] > 1.5 * int4["weight_bytes"]
+    bits = [row["bits_per_byte"] for row in (plain, int8, int4)]
+    assert 0 < abs(bits[1] - bits[0]) < abs(bits[2] - bits[0]) < 0.1 * bits[0]
+    assert plain["sums_changed"] == 0
+    for row in (plain, int8, int4):
+        assert abs(row["sums_right"] - plain["sums_right"]) <= row["sums_changed"] / 20 + 1e-9
+        assert row["sums_right_per_character"] in [i / 20 for i in range(21)]
+
+
+def test_quantization_needs_something_to_measure(capsys):
+    with pytest.raises(SystemExit):
+        quantization.main(["tiny"])
+    assert "--text, --questions, or both" in capsys.readouterr().err
