@@ -63,7 +63,7 @@ def compile_for(topology: str, case: str) -> None:
 
     ids = shape(rows, pages_of_row, dtype=jnp.int32), shape(rows, 1, dtype=jnp.int32)
     jax.jit(run).lower(shape(rows, 1, heads, width), pages, *ids).compile()
-    pages_of_block, heads_of_group = block_shape(pages, heads // kv_heads, pages_of_row)
+    pages_of_block, heads_of_group = block_shape(pages, heads // kv_heads, jnp.dtype(jnp.bfloat16), pages_of_row)
     of_head = sum(x.dtype.itemsize * math.prod(x.shape[2:]) for x in jax.tree.leaves(pages))
     print(json.dumps([pages_of_block, heads_of_group, of_head]))
 

@@ -32,7 +32,7 @@ from model.config import AttentionBackend, check
 from model.kernels.flash_attention import flash_attention, flash_gradients
 from model.kernels.kv_pages import Pages
 from model.kernels.paged_attention import CHUNK, paged_attention
-from model.kernels.paged_decode import paged_decode
+from model.kernels.paged_decode import fits, paged_decode
 from model.kernels.tiles import BlockSizes, Plan, make_plan
 from model.kernels.xla_attention import allowed_pairs, masked_attention, masked_gradients, tiled_attention
 from model.ring_attention import Part, ring_attention, ring_patterns
@@ -163,7 +163,8 @@ def cached_attention(
       layout: over which mesh axes `heads` and `kv_heads` lie. None is one device.
     """
     options: dict[str, Any] = {"scale": scale, "window": window, "cap": cap}
-    if backend != "flash" or q_BTHD.shape[1] >= CHUNK:
+    tokens, queries = q_BTHD.shape[1], q_BTHD.shape[1] * q_BTHD.shape[2] // pages[0].shape[1]
+    if backend != "flash" or tokens >= CHUNK or not fits(queries, q_BTHD.dtype):
         both = (pages[0], pages[-1])
         return paged_attention(q_BTHD, new_BTKD, both, table_BP, positions_BT, sinks_H, **options)
     attend = functools.partial(paged_decode, width=new_BTKD[1].shape[-1], **options)

@@ -29,6 +29,7 @@ from model.kernels.tiles import LANES, MASKED, round_up
 BLOCK_SLOTS, BLOCK_PAGES = 512, 16  # of a block, at most
 BUFFER_BYTES = 8 << 20  # of the two blocks that are in VMEM at once; v4 has 16 MiB
 LOGITS = 1 << 19  # of one key-value head and a block, at most: 2 MiB
+QUERIES = 1024  # of 16 bits that a step of the grid takes, at most; of 640 dimensions, with all they need, 13 MiB
 SUBLANES = 8
 
 
@@ -57,16 +58,25 @@ def _bytes_of_head(pages: tuple[Pages, ...]) -> int:
     return sum(x.dtype.itemsize * x.shape[2] * round_up(x.shape[3], LANES) for x in jax.tree.leaves(pages))
 
 
-def block_shape(pages: tuple[Pages, ...], queries: int, pages_of_row: int) -> tuple[int, int]:
+def fits(queries: int, dtype: jnp.dtype) -> bool:
+    """Whether a step of the grid has room for so many queries of one key-value head: their tokens times X.
+
+    Products of float32 are made of several of bfloat16, and need more than twice as much.
+    """
+    return round_up(queries, SUBLANES) * dtype.itemsize**2 <= 4 * QUERIES
+
+
+def block_shape(pages: tuple[Pages, ...], queries: int, dtype: jnp.dtype, pages_of_row: int) -> tuple[int, int]:
     """Pages of a block and heads of a group: the most heads that leave two groups or more, then the most pages that fit.
 
     Args:
-      queries: of a row and a key-value head.
+      queries: of a row and a key-value head, of `dtype`.
     """
     K, S = pages[0].shape[1:3]
+    M = round_up(queries, SUBLANES)
     room = BUFFER_BYTES // (2 * _bytes_of_head(pages))
-    heads = max((n for n in range(1, max(1, K // 2) + 1) if K % n == 0 and n <= room), default=1)
-    fitting = min(BLOCK_SLOTS // S, LOGITS // (round_up(queries, SUBLANES) * S), room // heads, BLOCK_PAGES)
+    heads = max((n for n in range(1, max(1, K // 2) + 1) if K % n == 0 and n <= room and fits(n * M, dtype)), default=1)
+    fitting = min(BLOCK_SLOTS // S, LOGITS // (M * S), room // heads, BLOCK_PAGES)
     return max(1, min(fitting, pages_of_row)), heads
 
 
@@ -193,7 +203,7 @@ def paged_decode(
         columns are the values; S a multiple of `slots_multiple`; int8 ones
         are scaled as they are used.
       table_BP: int32, slot s of page table[b, p] holds position p * S + s of row b.
-      positions_BT: int32; at a negative one is padding, which gets 0. T is small: all of a row's queries see a page at once.
+      positions_BT: int32; at a negative one is padding, which gets 0. T is small: a row's queries must be ones that `fits`.
       sinks_H: a logit per head that takes part in the softmax without a value (arXiv:2309.17453).
       window: a query sees slots at distances below it; 0 is no limit.
 
@@ -207,7 +217,7 @@ def paged_decode(
     M = round_up(T * X, SUBLANES)
     V = min(pages[-1].shape[-1], round_up(width, LANES))
     arrays = jax.tree.leaves(pages)
-    block_pages, heads = block_shape(pages, T * X, table_BP.shape[1])
+    block_pages, heads = block_shape(pages, T * X, q_BTHD.dtype, table_BP.shape[1])
     groups = K // heads
 
     def by_group(x_BTHD: jax.Array, rows: int) -> jax.Array:
