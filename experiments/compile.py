@@ -249,15 +249,17 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
     """The report of a config for a slice; `fits` says whether its HBM suffices.
 
     Raises:
-      ValueError: what the config or the mesh is refused for.
+      ValueError: what the config, the mesh or the attention backend is refused for.
       RuntimeError: the compiler failed.
     """
     from experiments.cli import load_train_config
+    from model.attention import check_backend
     from model.flops import train_flops_per_token
     from train.memory import plan_memory
     from train.step import mesh_sizes
 
     config = load_train_config(path, list(overrides))
+    check_backend(config.model.attention_backend, "tpu")
     plan = plan_memory(config, mesh_sizes(config, topology.num_devices))
     environment = compiler_environment()
     environment["LIBTPU_INIT_ARGS"] = with_flags(environment["LIBTPU_INIT_ARGS"], TPU_FLAGS)
@@ -424,8 +426,10 @@ def search(
 ) -> list[tuple[dict[str, Any], Report]]:
     """(changes, report) of the first `tries` candidates that fit, the fastest per token first."""
     from experiments.cli import load_train_config
+    from model.attention import check_backend
 
     config = load_train_config(path, list(overrides))
+    check_backend(config.model.attention_backend, "tpu")
     planned = candidates(config, topology)
     check(bool(planned), f"no mesh, remat policy and batch of {config.name} fits {topology.name} by plan: take a larger slice")
     log(f"{len(planned)} candidates fit by plan; compiling the first {min(tries, len(planned))}")

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from model.attention import check_backend
 from model.chips import Topology
 from model.flops import forward_flops_per_token, train_flops_per_token
 from model.params import active_parameters, num_parameters, param_specs, parameter_groups
@@ -32,7 +33,12 @@ def describe(config: TrainConfig) -> str:
 
 
 def describe_plan(config: TrainConfig, topology: Topology) -> str:
-    """What each device of a slice will hold, by plan, against its HBM."""
+    """What each device of a slice will hold, by plan, against its HBM.
+
+    Raises:
+      ValueError: the mesh does not fit the slice, or the attention backend is for other devices.
+    """
+    check_backend(config.model.attention_backend, "tpu")
     mesh = mesh_sizes(config, topology.num_devices)
     plan = plan_memory(config, mesh)
     total, limit = sum(plan.values()), topology.chip.hbm_bytes

@@ -143,8 +143,9 @@ def make_jobs(
       facts: those of `code_facts`.
 
     Raises:
-      ValueError: a config is wrong, or does not fit where it shall run: mesh, paths or name.
+      ValueError: a config is wrong, or does not fit where it shall run: attention backend, mesh, paths or name.
     """
+    from model.attention import check_backend
     from model.sharding import check_slices
     from train.step import mesh_sizes
 
@@ -158,6 +159,7 @@ def make_jobs(
         if launch.on != "local":
             machines = f"{launch.slices} x {launch.topology}"
             devices = launch.slices * launch.slice.num_devices
+            check_backend(config.model.attention_backend, "tpu")
             check_slices(mesh_sizes(config, devices), launch.slices)
             check(
                 not Path(config_path).is_absolute() and ".." not in Path(config_path).parts,

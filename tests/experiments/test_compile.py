@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import experiments.compile as loam_compile
+import train.memory
 from experiments.cli import load_train_config, main
 from experiments.compile import (
     GIB,
@@ -45,6 +46,9 @@ def get_config():
     config.run_dir = {run_dir!r}
     return config
 """
+
+
+CUDNN = "--config.model.attention_backend=cudnn"
 
 
 def write_config(directory, model="tiny-llama", seq_len=64, batch_size=8, mesh=None):
@@ -170,11 +174,15 @@ def test_a_grouped_matmul_is_charged_for_the_tiles_that_its_groups_visit(tmp_pat
         (["--topology=v5e:2x2", "--config.mesh.data=3"], "must multiply to 4"),
         (["--topology=v5e:2x2", "--config.batch_size=6"], "does not fit. the rows of a micro-batch"),
         (["--topology=v5e:2x4", "--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=8"], "does not divide"),
+        (["--topology=v5e:2x2", CUDNN], "'cudnn' is not for 'tpu' devices"),
+        (["--topology=v5e:2x2", "--search", CUDNN], "'cudnn' is not for 'tpu' devices"),
     ],
 )
 def test_bad_input_is_told_before_the_compiler_starts(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loam_compile.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
     monkeypatch.setattr(loam_compile, "require_libtpu", lambda: None)
+    if CUDNN in words:
+        monkeypatch.setattr(train.memory, "_residual_bytes", lambda *_: pytest.fail("the model was traced"))
     assert main(["compile", f"--config={write_config(tmp_path)}", *words]) == 1
     error = capsys.readouterr().err
     assert message in error
@@ -306,3 +314,7 @@ def test_inspect_plans_a_slice(tmp_path, capsys):
     assert "of its 15.75 GiB" in text
     assert main(["inspect", f"--config={path}", "--topology=v5e:2x2", "--config.batch_size=8"]) == 0
     assert "it will hardly fit" in capsys.readouterr().out
+    assert main(["inspect", f"--config={path}", "--topology=v5e:2x2", "--config.batch_size=8", CUDNN]) == 1
+    output = capsys.readouterr()
+    assert "'cudnn' is not for 'tpu' devices" in output.err
+    assert not output.out

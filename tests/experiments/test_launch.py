@@ -30,6 +30,7 @@ JOBSET = {"on": "jobset", "topology": "v5p:4x4x8", "image": "us-docker.pkg.dev/p
 TPU_VM = {**JOBSET, "on": "tpu-vm", "storage": "10.0.0.2:/share", "zone": "us-east5-a"}
 XPK = {**JOBSET, "on": "xpk", "cluster": "pods", "zone": "us-east5-a"}
 FITS = ("--config.batch_size=1024",)
+CUDNN = ("--config.model.dtype=bfloat16", "--config.model.attention_backend=cudnn")
 SKYPILOT = {"on": "skypilot", "topology": "v6e:4x4", "storage": "gs://bucket"}
 # RFC 1035, as Kubernetes' IsDNS1035Label has it.
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
@@ -559,6 +560,7 @@ def test_flags_that_cannot_work_are_refused(flags, message):
             "does not divide over 2 slices",
         ),
         ({}, {"overrides": []}, "batch = 8 does not divide over data=128"),
+        ({}, {"overrides": [*FITS, *CUDNN]}, "'cudnn' is not for 'tpu' devices"),
         ({}, {"overrides": ["--config.stepps=3"]}, "config.stepps is unknown"),
         ({}, {"overrides": [*FITS, "--config.run_dir=/me/run"]}, "run_dir=/me/run would be lost.*below /mnt/loam"),
         (
