@@ -167,9 +167,16 @@ def load_train_config(path: str, overrides: list[str]) -> Any:
 
 
 def configure_jax(config: Any, processes: int = 1) -> None:
-    from model.xla import configure, cpu_devices_for
+    from model.xla import configure
 
-    configure(config.cpu_devices or cpu_devices_for(config.batch_size // config.accumulation // processes))
+    configure(cpu_devices(config, processes))
+
+
+def cpu_devices(config: Any, processes: int) -> int:
+    """Into how many devices each of so many processes splits its CPU."""
+    from model.xla import cpu_devices_for
+
+    return config.cpu_devices or cpu_devices_for(config.batch_size // config.accumulation // processes)
 
 
 def run(arguments: argparse.Namespace) -> int:

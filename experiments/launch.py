@@ -32,7 +32,22 @@ Target = Literal["local", "tpu-vm", "jobset", "xpk", "skypilot"]
 REMOTE = "tpu-vm jobset xpk skypilot"
 MOUNT = PurePosixPath("/mnt/loam")
 JOB_NAME = r"[a-z]([a-z0-9-]*[a-z0-9])?"
-OBJECT_NAME = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?"  # of what Kubernetes makes neither pods nor services of
+# Kubernetes' names: namespaces are labels of DNS (RFC 1123); what it makes neither pods nor services of may have dots in its
+# name. A job names its queue in a label, which holds no more than 63 characters.
+DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_PART = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+OBJECT_NAME = rf"(?=.{{1,253}}$){_PART}(\.{_PART})*"
+QUEUE_NAME = rf"(?=.{{1,63}}$){OBJECT_NAME}"
+# https://github.com/distribution/reference: a host with its port, a path, and a tag or a digest.
+_HOST = r"(?:[A-Za-z0-9]|[A-Za-z0-9][A-Za-z0-9-]*[A-Za-z0-9])"
+_PATH = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_VERSION = r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,})?"
+IMAGE = rf"(?=.{{1,255}}{_VERSION}$)({_HOST}(\.{_HOST})*(:[0-9]+)?/)?{_PATH}(/{_PATH})*{_VERSION}"
+RULES = {
+    DNS_LABEL: " (at most 63 lower-case letters, digits and '-')",
+    OBJECT_NAME: " (at most 253 lower-case letters, digits, '-' and '.')",
+    QUEUE_NAME: " (at most 63 lower-case letters, digits, '-' and '.')",
+}
 STORAGE = {"tpu-vm": r"[\w.-]+:/\S*", "jobset": OBJECT_NAME, "xpk": OBJECT_NAME, "skypilot": r"gs://\S+"}
 EXIT_CODES = "0: done; 42 and 127 to 255: restart; others: an error of the job, which ends it"
 
@@ -52,7 +67,12 @@ class LaunchConfig:
     topology: str = _flag("a TPU slice, such as v5p:4x4x8", REMOTE, needed=True)
     slices: int = _flag("how many of them", "tpu-vm jobset xpk", 1)
     name: str = _flag("of the job; the config's if not given", REMOTE)
-    image: str = _flag("REGISTRY/PATH:TAG with a checkout", "tpu-vm jobset xpk", needed=True)
+    image: str = _flag(
+        "REGISTRY/PATH:TAG with a checkout",
+        "tpu-vm jobset xpk",
+        needed=True,
+        forms=dict.fromkeys(("tpu-vm", "jobset", "xpk"), IMAGE),
+    )
     storage: str = _flag(
         f"mounted at {MOUNT} for runs and data: a PersistentVolumeClaim (jobset), a storage that xpk has attached there (xpk), "
         "HOST:/SHARE of an NFS server (tpu-vm), gs://BUCKET (skypilot)",
@@ -60,15 +80,15 @@ class LaunchConfig:
         needed=True,
         forms=STORAGE,
     )
-    queue: str = _flag("Kueue's LocalQueue; '' is none", "jobset", "multislice-queue", forms={"jobset": OBJECT_NAME})
+    queue: str = _flag("Kueue's LocalQueue; '' is none", "jobset", "multislice-queue", forms={"jobset": QUEUE_NAME})
     priority: str = _flag("PriorityClass", "jobset xpk", forms={"jobset": OBJECT_NAME})
-    namespace: str = _flag("of Kubernetes", "jobset", "default", forms={"jobset": OBJECT_NAME})
+    namespace: str = _flag("of Kubernetes", "jobset", "default", forms={"jobset": DNS_LABEL})
     service_account: str = _flag("that the job acts as", "tpu-vm jobset", forms={"jobset": OBJECT_NAME})
     secret: tuple[str, ...] = _flag(
         "VARIABLE=SECRET, an environment variable whose value is the key VARIABLE of a Kubernetes Secret",
         "jobset",
         (),
-        forms={"jobset": rf"[A-Za-z_]\w*={OBJECT_NAME}"},
+        forms={"jobset": rf"[A-Za-z_][A-Za-z0-9_]*={OBJECT_NAME}"},
     )
     cluster: str = _flag("of xpk", "xpk", needed=True)
     project: str = _flag("of Google Cloud; gcloud's if not given", "tpu-vm xpk")
@@ -89,8 +109,8 @@ class LaunchConfig:
                 check(value >= (field.name not in ("spot", "max_restarts")), f"{flag}={value} is too small")
             form = about["forms"].get(self.on, "")
             for item in map(str, filter(None, value if isinstance(value, tuple) else (value,))) if form else ():
-                rule = " (lower-case letters, digits, '-' and '.')" if form == OBJECT_NAME else ""
-                check(bool(re.fullmatch(form, item)), f"{flag}={item!r} is not for --on={self.on}: {about['help']}{rule}")
+                right = bool(re.fullmatch(form, item))
+                check(right, f"{flag}={item!r} is not for --on={self.on}: {about['help']}{RULES.get(form, '')}")
         if self.on != "local":
             topology_of(self.topology)
         if self.on in ("tpu-vm", "skypilot"):
@@ -145,6 +165,7 @@ def make_jobs(
     Raises:
       ValueError: a config is wrong, or does not fit where it shall run: attention backend, mesh, paths or name.
     """
+    from experiments.cli import cpu_devices
     from model.attention import check_backend
     from model.sharding import check_slices
     from train.step import mesh_sizes
@@ -173,6 +194,8 @@ def make_jobs(
                 json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
             ).hexdigest()
             made_of |= {"image": launch.image, "machines": f"{machines}, {devices} devices", "exit-codes": EXIT_CODES}
+        elif os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":  # Other devices only the processes can count.
+            mesh_sizes(config, launch.processes * cpu_devices(config, launch.processes))
         words += [f"--config.{key}={directory}" for key, directory in directories.items()]
         made_of = {key: value for key, value in made_of.items() if value}
         jobs.append(Job(named, ("loam", "run", f"--config={config_path}", *words), made_of))

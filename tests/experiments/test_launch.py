@@ -531,6 +531,17 @@ def test_a_malformed_sweep_is_refused(sweeps):
         ({**JOBSET, "storage": "gs://bucket"}, "--storage='gs://bucket' is not for --on=jobset: .* a PersistentVolumeClaim"),
         ({**JOBSET, "queue": "Team Queue"}, "--queue='Team Queue' is not for --on=jobset: .*lower-case"),
         ({**JOBSET, "secret": ("hunter2",)}, "VARIABLE=SECRET"),
+        ({**JOBSET, "secret": ("TOKEN=" + "a" * 254,)}, "VARIABLE=SECRET"),
+        ({**JOBSET, "namespace": "a.b"}, "--namespace='a.b' is not for --on=jobset: .*at most 63"),
+        ({**JOBSET, "namespace": "a" * 64}, "--namespace=.*at most 63"),
+        ({**JOBSET, "queue": "a" * 64}, "--queue=.*at most 63"),
+        ({**JOBSET, "priority": "a" * 254}, "--priority=.*at most 253"),
+        ({**JOBSET, "storage": "a..b"}, "--storage='a..b' is not for"),
+        ({**JOBSET, "image": "bad image"}, "--image='bad image' is not for --on=jobset: REGISTRY/PATH:TAG"),
+        ({**XPK, "image": "host/Path:1"}, "--image='host/Path:1' is not for"),
+        ({**TPU_VM, "image": "host/path:" + "a" * 129}, "--image=.* is not for"),
+        ({**JOBSET, "image": f"host/path@sha256:{'0' * 31}"}, "--image=.* is not for"),
+        ({**JOBSET, "image": "host/" + "a" * 251}, "--image=.* is not for"),
         ({**JOBSET, "slices": 0}, "--slices=0 is too small"),
         ({**JOBSET, "max_restarts": -1}, "--max-restarts=-1 is too small"),
         ({**JOBSET, "cluster": "pods"}, "--cluster means nothing to --on=jobset, only to xpk"),
@@ -547,6 +558,45 @@ def test_a_malformed_sweep_is_refused(sweeps):
 def test_flags_that_cannot_work_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         LaunchConfig(**flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"namespace": "7-teams", "queue": "team.queue", "priority": "a" * 253, "service_account": "a-b.c"},
+        {"namespace": "a" * 63, "queue": "a" * 63, "secret": ("HF_TOKEN=hub.secret",)},
+        {"image": "loam"},
+        {"image": "localhost:5000/a__b/c-d.e"},
+        {"image": "us-docker.pkg.dev/project/loam:V1_a.b"},
+        {"image": f"Ghcr.io/a/b:1@sha256:{'0f' * 32}"},
+        {"image": "host/" + "a" * 250 + ":1"},
+    ],
+)
+def test_names_that_kubernetes_takes_are_taken(flags):
+    LaunchConfig(**{**JOBSET, **flags})
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides", "message"),
+    [
+        (3, ["--config.cpu_devices=1"], "batch = 8 does not divide over data=3"),
+        (9, [], "batch = 8 does not divide"),
+        (2, ["--config.cpu_devices=2", "--config.mesh.data=2"], "does not fit 4 devices"),
+        (2, ["--config.cpu_devices=1", "--config.mesh.data=1", "--config.mesh.tensor=2"], ""),
+        (2, [], ""),
+    ],
+)
+def test_rows_and_mesh_of_local_processes_are_checked(processes, overrides, message, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+    def make():
+        return jobs({"on": "local", "processes": processes}, overrides=overrides)
+
+    if message:
+        with pytest.raises(ValueError, match=message):
+            make()
+    else:
+        assert len(make()) == 1
 
 
 @pytest.mark.parametrize(

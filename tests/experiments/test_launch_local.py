@@ -121,7 +121,8 @@ def test_a_free_port_can_be_listened_on():
 
 def test_the_command_lines_of_local_processes(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    command = ["launch", "--config=configs/quickstart.py", "--on=local", "--processes=3", "--config.steps=7", "--dry-run"]
+    command = ["launch", "--config=configs/quickstart.py", "--on=local", "--processes=3", "--dry-run"]
+    command += ["--config.steps=7", "--config.batch_size=6"]
     assert main(command) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 3
