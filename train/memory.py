@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh
 
 from model.config import ModelConfig
@@ -117,17 +118,19 @@ def _period_bytes(model: ModelConfig, seq_len: int, tensor: int, room: float) ->
 
 
 def _residual_bytes(model: ModelConfig, seq_len: int, tensor: int, room: float) -> float:
-    """Bytes of all that the forward pass of a row leaves for the backward one, except parameters and what has their shapes."""
+    """Bytes of all that the forward pass of a row leaves for the backward one, except what does not depend on the row:
+    parameters, cast or reshaped."""
     params = abstract_params(param_specs(model))
     row = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
 
     def residuals(params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> Any:
         return jax.vjp(lambda params: forward(params, model, tokens, positions, segment_ids)[0], params)[1]
 
-    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    traced = jax.make_jaxpr(residuals)(params, row, row, row)
     total = 0.0
-    for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, row, row, row)):
-        if not {leaf.shape, leaf.shape[1:], leaf.shape[-2:]} & shapes:
+    for number, leaf in enumerate(traced.out_avals):
+        needed = dce_jaxpr(traced.jaxpr, [other == number for other in range(len(traced.out_avals))])[1]
+        if any(needed[-3:]):
             # Between the layers tokens are split over `tensor`; within them heads and the MLP's width are (`_share`).
             parts = tensor if leaf.shape[-2:] == (seq_len, model.d_model) else 1
             of_experts = model.moe and leaf.ndim == 2 and leaf.shape[0] == seq_len * model.moe.experts_per_token

@@ -54,6 +54,17 @@ def test_full_remat_keeps_the_input_of_every_layer():
     assert planned == pytest.approx(6 * rows * tokens * d_model * 4, rel=0.04)  # and a few vectors
 
 
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("shaped_like", [CONFIG.model.d_ff, CONFIG.model.d_model])
+def test_activations_grow_with_the_row_even_where_they_are_shaped_like_parameters(policy, shaped_like):
+    def at(seq_len):
+        model = dataclasses.replace(CONFIG.model, remat=policy)
+        config = dataclasses.replace(CONFIG, model=model, data=dataclasses.replace(DATA, seq_len=seq_len), mesh=MeshConfig())
+        return kept(plan_memory(config, mesh_sizes(config, 1)))
+
+    assert at(shaped_like - 8) < at(shaped_like) < at(shaped_like + 8)
+
+
 def test_less_remat_keeps_more():
     sizes = []
     for policy in ("full", "dots", "none"):
