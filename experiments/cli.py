@@ -9,9 +9,11 @@ import os
 import shlex
 import signal
 import sys
+import time
 import traceback
 from typing import Any
 
+BEGAN = time.perf_counter()  # What a run spends on imports and on joining the other processes is part of its time.
 DESCRIPTION = "Loam grows a language model through its whole life, in JAX."
 EXAMPLES = """examples:
   loam run --config=configs/quickstart.py
@@ -194,7 +196,7 @@ def run(arguments: argparse.Namespace) -> int:
     from train.loop import train
 
     log = functools.partial(print, flush=True) if group.is_first else lambda *_: None
-    status = train(config, log, group)
+    status = train(config, log, group, BEGAN)
     if status == 0 and group.is_first:
         print(summary(config.run_dir, write_report(config.run_dir)))
     return status

@@ -65,18 +65,19 @@ class Incident(Exception):
         self.step, self.reason = step, reason
 
 
-def train(config: TrainConfig, log: Log = print, group: Group | None = None) -> int:
+def train(config: TrainConfig, log: Log = print, group: Group | None = None, began: float | None = None) -> int:
     """Runs, or continues, the job to its end. Returns the exit status: 0, or PREEMPTED after SIGTERM or Ctrl-C.
 
     Args:
       group: the processes that all make this call, with the same config; by default this one is alone. Of several, any that
         raises ends them all.
+      began: when the process did, by `time.perf_counter`; by default now.
 
     Raises:
       ValueError, OSError: bad input, told before anything expensive; see the message.
       RuntimeError: the loss went bad more than `rollback.max_incidents` times.
     """
-    began = time.perf_counter()
+    began = time.perf_counter() if began is None else began
     run_dir = pathlib.Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(group or Group(deadlines=config.deadlines))
