@@ -137,7 +137,7 @@ def test_a_missing_shakespeare_says_where_to_get_it(here, tmp_path, monkeypatch,
 
 
 def test_a_missing_optional_package_is_an_error_of_the_input(here, tmp_path, monkeypatch, capsys):
-    def needs_package(config, log, group):
+    def needs_package(*_):
         raise ModuleNotFoundError("reading x needs the package 'y', which is not installed")
 
     monkeypatch.setattr("train.loop.train", needs_package)
