@@ -84,7 +84,7 @@ def compile_step(config: TrainConfig, topology: Topology, dump: Path) -> Report:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return report | {"memory": None, "refused": str(error)}
+        return report | {"memory": None, "refused": str(error), "estimated_step_seconds": None, "collectives": None}
     report["compile_seconds"] = time.perf_counter() - lowered_at
     memory = compiled.memory_analysis()
     report["memory"] = {
@@ -297,9 +297,9 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
         arguments = sum(plan[key] for key in ("parameters", "optimizer state", "moving average"))
         live = exhausted_bytes(compiled["refused"], arguments)
     else:
-        live = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
-        seconds = report["estimated_step_seconds"]
-        report["estimated_mfu"] = flops / (seconds * topology.num_devices * chip.peak_flops)
+        live = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"] + memory["generated_code"]
+    seconds = report["estimated_step_seconds"]
+    report["estimated_mfu"] = seconds and flops / (seconds * topology.num_devices * chip.peak_flops)
     report["hbm_bytes_per_device"] = live
     report["fits"] = memory is not None and live is not None and live <= chip.hbm_bytes
     return report

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +121,7 @@ def test_a_step_that_does_not_fit_is_an_error_with_proposals(tmp_path, capsys):
     out, error = capsys.readouterr()
     report = json.loads(out)
     assert not report["fits"]
+    assert [report[name] for name in ("estimated_step_seconds", "estimated_mfu", "collectives")] == [None] * 3
     assert report["hbm_bytes_per_device"] > report["hbm_limit_bytes"]
     assert "GiB of HBM on each device of v5e:2x2, which has 15.75" in error
     assert "--config.model.remat=full" in error
@@ -187,6 +189,16 @@ def test_bad_input_is_told_before_the_compiler_starts(words, message, tmp_path, 
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_generated_code_is_live_memory(tmp_path, monkeypatch):
+    memory = {"arguments": 3000, "outputs": 200, "aliased": 100, "temporaries": 50, "generated_code": 7}
+    mesh = {"data": 2, "fsdp": 2, "expert": 1}
+    told = json.dumps({"mesh": mesh, "memory": memory, "estimated_step_seconds": 2.0, "collectives": []})
+    compiler = lambda command, **_: Path(command[-1], "report.json").write_text(told)  # noqa: E731
+    monkeypatch.setattr(loam_compile.subprocess, "run", compiler)
+    report = loam_compile.compile_config(write_config(tmp_path), [], topology_of("v5e:2x2"))
+    assert report["hbm_bytes_per_device"] == 3000 + 200 - 100 + 50 + 7
 
 
 def test_a_missing_compiler_is_an_error_that_says_how_to_get_it(tmp_path, monkeypatch, capsys):
