@@ -109,11 +109,13 @@ def propose_mesh(arrays: Sequence[Dimensions], rules: Rules, sizes: dict[str, in
     """The mesh of as many devices nearest to `sizes` that fits, None if none does."""
     num_devices = math.prod(sizes.values())
 
-    def distance(candidate: dict[str, int]) -> float:
-        return sum(abs(math.log2(candidate[name] / sizes[name])) for name in MESH_AXES)
-
-    candidates = sorted(factorizations(num_devices), key=distance)
+    candidates = sorted(factorizations(num_devices), key=lambda candidate: distance(candidate, sizes))
     return next((candidate for candidate in candidates if not mesh_problem(arrays, rules, candidate)), None)
+
+
+def distance(mesh: dict[str, int], asked: dict[str, int]) -> float:
+    """How many doublings and halvings of the sizes asked for lead to a mesh."""
+    return round(sum(abs(math.log2(mesh[name] / size)) for name, size in asked.items()), 6)
 
 
 def factorizations(num_devices: int) -> list[dict[str, int]]:
@@ -143,9 +145,12 @@ def resolve_sizes(sizes: dict[str, int], num_devices: int, hosts_of_cpus: int = 
     resolved = {name: num_devices // known if sizes[name] == -1 else sizes[name] for name in MESH_AXES}
     if math.prod(resolved.values()) != num_devices:
         otherwise = f", or set cpu_devices to {known // hosts_of_cpus}" if hosts_of_cpus and known % hosts_of_cpus == 0 else ""
+        asked = {name: size for name, size in sizes.items() if size != -1}
+        nearest = min(factorizations(num_devices), key=lambda one: (distance(one, asked), sum(n > 1 for n in one.values())))
+        example = _words(nearest) if num_devices > 1 else "data=1"
         raise ValueError(
             f"mesh {_words({name: abs(size) for name, size in sizes.items()})} does not fit {num_devices} devices: its sizes "
-            f"must multiply to {num_devices}; for example data={num_devices} and 1 for the others{otherwise}"
+            f"must multiply to {num_devices}; for example {example} and 1 for the others{otherwise}"
         )
     return resolved
 

@@ -42,9 +42,17 @@ def test_mesh_takes_all_devices(sizes, expected):
     assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
 
 
-@pytest.mark.parametrize("sizes", [ONE | {"data": 3}, ONE | {"data": -1, "fsdp": 3}, ONE | {"data": -1, "fsdp": 16}])
-def test_mesh_of_another_number_of_devices_is_an_error(sizes):
-    with pytest.raises(ValueError, match=r"does not fit 8 devices.*for example data=8"):
+@pytest.mark.parametrize(
+    ("sizes", "proposal"),
+    [
+        (ONE | {"data": 3}, "data=8"),
+        (ONE | {"data": -1, "fsdp": 3}, "data=2 x fsdp=4"),
+        (ONE | {"data": -1, "fsdp": 16}, "fsdp=8"),
+        (ONE | {"fsdp": 64}, "fsdp=8"),
+    ],
+)
+def test_mesh_of_another_number_of_devices_is_an_error_that_names_the_nearest(sizes, proposal):
+    with pytest.raises(ValueError, match=rf"does not fit 8 devices.*for example {proposal} and 1 for the others"):
         make_mesh(sizes, jax.devices()[:8])
 
 
