@@ -28,6 +28,7 @@ quickstart: env
 
 test: env
 	$(BIN)/python -m pytest
+	LOAM_TEST_OPTIMISED=1 $(BIN)/python -m pytest -m 'optimised and not slow'
 
 test-slow: env
 	LOAM_TEST_OPTIMISED=1 $(BIN)/python -m pytest -m slow -n 0

@@ -21,7 +21,6 @@ from model.presets import preset
 from model.sharding import DECODE_RULES, MESH_AXES, TRAIN_RULES, Layout, make_mesh
 from model.transformer import forward, unembed
 from tests.networks import SMALL, random_params
-from tests.rounding import OPTIMISED
 
 CONTEXT = 32
 MODEL = dataclasses.replace(SMALL, num_layers=2, window_pattern=(0, 6), max_seq_len=CONTEXT)
@@ -216,7 +215,7 @@ class Traces(RuleBasedStateMachine):
 
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 TestTraces = Traces.TestCase
-TestTraces.settings = settings(max_examples=15, stateful_step_count=20, **_SETTINGS)
+TestTraces.settings = settings(max_examples=25, stateful_step_count=20, **_SETTINGS)
 
 
 class ManyTraces(Traces):
@@ -236,6 +235,7 @@ def small_pairs(answer):
     return [(token.token, token.logprob, token.raw_logprob) for token in answer]
 
 
+@pytest.mark.optimised
 def test_an_answer_does_not_depend_on_the_requests_beside_it():
     """In one shape of batch, which is what one size allows, not in a bit, wherever in it a row lies."""
     one_size = dataclasses.replace(ROOMY, max_batch=1)
@@ -247,8 +247,7 @@ def test_an_answer_does_not_depend_on_the_requests_beside_it():
         assert [token for token, *_ in single] == [token.token for token in answer]
     again = Engine(PARAMS, MODEL, ROOMY).generate([*requests[4:], *requests[:4]])
     for (answer,), (same,) in zip(together, [*again[4:], *again[:4]], strict=True):
-        # Without the optimiser, the rows that fill no vector are rounded otherwise.
-        np.testing.assert_allclose(small_pairs(answer), small_pairs(same), rtol=0, atol=0 if OPTIMISED else 1e-6)
+        assert small_pairs(answer) == small_pairs(same)
 
 
 def test_samples_of_one_prompt_cost_one_prefill():
