@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -83,6 +84,14 @@ def test_two_runs_of_a_config_are_bitwise_equal(job, tmp_path):
     again = dataclasses.replace(job, run_dir=str(tmp_path / "again"))
     train(again, log=lambda _: None)
     assert_same(job, again)
+
+
+def test_what_came_before_the_loop_counts_as_its_start(job, tmp_path):
+    config = dataclasses.replace(job, run_dir=shutil.copytree(job.run_dir, str(tmp_path / "run")))
+    assert train(config, log=lambda _: None, began=time.perf_counter() - 1000) == 0
+    timing = read_jsonl(f"{config.run_dir}/timing.jsonl")
+    assert [record["event_seconds"] > 1000 for record in timing if record.get("event") == "start"] == [False, True]
+    assert goodput(timing)["other"] > 1000
 
 
 def test_a_run_that_dies_and_is_stopped_continues_to_the_same_bits(job, tmp_path):
