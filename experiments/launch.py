@@ -146,6 +146,12 @@ class Job:
     facts: Mapping[str, str]
 
 
+def has_only_cpus() -> bool:
+    """Whether processes here will compute on CPUs; devices of other kinds are known to the processes that take them alone."""
+    accelerators = itertools.chain(*(Path("/dev").glob(name) for name in ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*")))
+    return os.environ.get("JAX_PLATFORMS", "" if any(accelerators) else "cpu") == "cpu"
+
+
 def make_jobs(
     launch: LaunchConfig,
     config_path: str,
@@ -194,7 +200,7 @@ def make_jobs(
                 json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
             ).hexdigest()
             made_of |= {"image": launch.image, "machines": f"{machines}, {devices} devices", "exit-codes": EXIT_CODES}
-        elif os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":  # Other devices only the processes can count.
+        elif has_only_cpus():
             mesh_sizes(config, launch.processes * cpu_devices(config, launch.processes))
         words += [f"--config.{key}={directory}" for key, directory in directories.items()]
         made_of = {key: value for key, value in made_of.items() if value}
