@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import experiments.cli
 import model.xla
 from data.tokenizer import load_tokenizer
 from experiments.cli import load_train_config, main
+from experiments.sampling import open_any
 from model.config import ModelConfig
 from model.convert.gguf import save
 from model.convert.huggingface import load
@@ -137,7 +139,8 @@ def test_a_missing_shakespeare_says_where_to_get_it(here, tmp_path, monkeypatch,
 
 
 def test_a_missing_optional_package_is_an_error_of_the_input(here, tmp_path, monkeypatch, capsys):
-    def needs_package(*_):
+    def needs_package(config, log, group, began):
+        assert began == experiments.cli.BEGAN
         raise ModuleNotFoundError("reading x needs the package 'y', which is not installed")
 
     monkeypatch.setattr("train.loop.train", needs_package)
@@ -301,3 +304,10 @@ def test_report_is_written_for_a_run_and_for_nothing_else(run_copy, tmp_path, ca
     for other in (tmp_path, tmp_path / "nowhere"):
         assert f"{other} is not the directory of a run" in refused(["report", other], capsys)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_run_of_a_tpu_is_opened_elsewhere(run_copy):
+    config = json.loads((run_copy / "config.json").read_text())
+    config["model"]["attention_backend"] = "flash"
+    (run_copy / "config.json").write_text(json.dumps(config))
+    assert open_any(str(run_copy)).config.attention_backend == "xla"
