@@ -109,11 +109,11 @@ def propose_mesh(arrays: Sequence[Dimensions], rules: Rules, sizes: dict[str, in
     """The mesh of as many devices nearest to `sizes` that fits, None if none does."""
     num_devices = math.prod(sizes.values())
 
-    candidates = sorted(factorizations(num_devices), key=lambda candidate: distance(candidate, sizes))
+    candidates = sorted(factorizations(num_devices), key=lambda candidate: mesh_distance(candidate, sizes))
     return next((candidate for candidate in candidates if not mesh_problem(arrays, rules, candidate)), None)
 
 
-def distance(mesh: dict[str, int], asked: dict[str, int]) -> float:
+def mesh_distance(mesh: dict[str, int], asked: dict[str, int]) -> float:
     """How many doublings and halvings of the sizes asked for lead to a mesh."""
     return round(sum(abs(math.log2(mesh[name] / size)) for name, size in asked.items()), 6)
 
@@ -146,7 +146,9 @@ def resolve_sizes(sizes: dict[str, int], num_devices: int, hosts_of_cpus: int = 
     if math.prod(resolved.values()) != num_devices:
         otherwise = f", or set cpu_devices to {known // hosts_of_cpus}" if hosts_of_cpus and known % hosts_of_cpus == 0 else ""
         asked = {name: size for name, size in sizes.items() if size != -1}
-        nearest = min(factorizations(num_devices), key=lambda one: (distance(one, asked), sum(n > 1 for n in one.values())))
+        nearest = min(
+            factorizations(num_devices), key=lambda one: (mesh_distance(one, asked), sum(n > 1 for n in one.values()))
+        )
         example = _words(nearest) if num_devices > 1 else "data=1"
         raise ValueError(
             f"mesh {_words({name: abs(size) for name, size in sizes.items()})} does not fit {num_devices} devices: its sizes "

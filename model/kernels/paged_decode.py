@@ -200,8 +200,7 @@ def paged_decode(
 
     Args:
       pages: keys and values of the pool, [N, K, S, D or width] or wider by columns of zeros, or one array of keys whose first
-        columns are the values; S a multiple of `slots_multiple`; int8 ones
-        are scaled as they are used.
+        columns are the values; S a multiple of `slots_multiple`; int8 ones are scaled as they are used.
       table_BP: int32, slot s of page table[b, p] holds position p * S + s of row b.
       positions_BT: int32; at a negative one is padding, which gets 0. T is small: a row's queries must be ones that `fits`.
       sinks_H: a logit per head that takes part in the softmax without a value (arXiv:2309.17453).
