@@ -25,6 +25,7 @@ KEPT = (
     "exposed_collective_seconds", "loops_of_unknown_length", "estimated_step_seconds", "estimated_mfu", "compile_seconds",
     "jax",
 )  # fmt: skip
+COMPARED = ("all-gather", "all-reduce")
 
 # What MaxText has measured: its page "Optimized models tiering", and for tpu7x the table of training/ironwood in tpu-recipes
 # (1,207 TFLOP/s on each chip of 2,307), both read in November 2026.
@@ -40,7 +41,7 @@ HEADER = """# Pods: what the compiler says
 Made by `make pods` with libtpu, the TPU compiler, on a machine without a TPU. **Bytes are what the compiler allocates; seconds
 and MFU are its estimate** (cycles of its operations over the clock, bundles of our kernels times the tiles they visit for one
 document as long as the row, and collectives by their bytes over the links where no work covers them). Nothing here was
-measured on a TPU: contention for HBM, stalls and stragglers are not in it, so expect less. MaxText's numbers are measurements.
+measured on a TPU: contention for HBM, stalls and stragglers are not in it. MaxText's numbers are measurements.
 
 """
 
@@ -83,7 +84,8 @@ def page(reports: dict[str, Report]) -> str:
         "",
         "Attention is our kernel, experts are jax's megablox, for one document as long as the row and an even router. *Matmul",
         "speed* is what the compiler expects of matmuls outside of kernels, over the chip's peak. A collective is exposed as",
-        "far as the device waits for it; each piece of work covers one collective at a time.",
+        "far as the device waits for it; each piece of work covers one collective at a time. *Gathered by all-reduce*: XLA does",
+        "so where shards of parameters are narrower than a register; that no all-gather is exposed then says nothing.",
         "",
         "| config | matmuls | matmul speed | attention | experts | other | exposed collectives | of these all-gathers |",
         "|---|---|---|---|---|---|---|---|",
@@ -93,7 +95,10 @@ def page(reports: dict[str, Report]) -> str:
         ideal = report["matmul_flops_per_device"] / topology_of(report["topology"]).chip.flops_per_cycle
         gathers = report["exposed_all_gathers"]
         waited = sum(one["exposed_seconds"] for one in gathers) / report["estimated_step_seconds"]
+        moved = {kind: sum(one["bytes"] for one in report["collectives"] if one["kind"] == kind) for kind in COMPARED}
+        by_all_reduce = moved["all-gather"] < 0.01 * moved["all-reduce"]
         told = f"{100 * waited:.1f} % ({len(gathers)} of them)" if gathers else "none"
+        told = "gathered by all-reduce" if by_all_reduce else told
         speed = f"{100 * ideal / report['estimated_cycles']['matmul']:.0f} %"
         lines.append(f"| {name} | {' | '.join([matmuls, speed, *parts, told])} |")
     return HEADER + "\n".join(lines) + "\n"

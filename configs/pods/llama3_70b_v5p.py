@@ -2,7 +2,7 @@
 
 Command:   loam compile --config=configs/pods/llama3_70b_v5p.py --topology=v5p:8x8x8
 Hardware:  v5p:8x8x8; compiling takes a laptop
-Expected:  50.1 of 95.74 GiB a device; by the compiler's estimate 13.5 s a step, 59.2 % MFU; docs/pods.md
+Expected:  50.2 of 95.74 GiB a device; by the compiler's estimate 13.5 s a step, 59.2 % MFU; docs/pods.md
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
 Command:   loam compile --config=configs/pods/llama3_8b_128k_v5p.py --topology=v5p:4x4x8
 Hardware:  v5p:4x4x8; compiling takes a laptop
-Expected:  16.6 of 95.74 GiB a device; by the compiler's estimate 4.34 s a step, 61.0 % MFU; docs/pods.md
+Expected:  16.7 of 95.74 GiB a device; by the compiler's estimate 4.34 s a step, 61.0 % MFU; docs/pods.md
 """
 
 from ml_collections import ConfigDict
