@@ -170,10 +170,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 weights of the tensor of that name: norms near 1, matrices so large that attention is far from uniform."""
+def draw(name: str, shape: tuple[int, ...], norm: float = 1.0) -> np.ndarray:
+    """float32 weights of the tensor of that name: norms near `norm`, matrices so large that attention is far from uniform."""
     generator = np.random.RandomState(zlib.crc32(name.encode()))  # its numbers are the same in every version of numpy
-    mean = 1.0 if "norm" in name or ".ln_" in name else 0.0
+    mean = norm if "norm" in name or ".ln_" in name else 0.0
     scale = 0.3 if len(shape) > 1 else 0.1
     return (mean * (not name.endswith("bias")) + scale * generator.standard_normal(shape)).astype(np.float32)
 
@@ -181,8 +181,10 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def write_checkpoint(directory: Path, config: dict[str, Any], shapes: dict[str, list[int]]) -> None:
     """A checkpoint of weights that are drawn from their names, in one file and by nothing of ours."""
     header, chunks, start = {}, [], 0
+    # Gemma's norms add 1 to their weights. Twice the activations would make attention so sharp that rounding grows to 1e-4.
+    norm = 0.0 if config["model_type"].startswith("gemma") else 1.0
     for name, shape in shapes.items():
-        chunks.append(draw(name, tuple(shape)).tobytes())
+        chunks.append(draw(name, tuple(shape), norm).tobytes())
         end = start + len(chunks[-1])
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
         start = end
