@@ -81,7 +81,9 @@ def train(config: TrainConfig, log: Log = print, group: Group | None = None, beg
     run_dir = pathlib.Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(group or Group(deadlines=config.deadlines))
+        # What this config cannot do here is told before anything is written.
         check_writers(config.writers)
+        trainer = make_trainer(config)
         if group.is_first:
             stack.enter_context(only_process_in(run_dir))
         share_directory(run_dir, group)
@@ -89,7 +91,6 @@ def train(config: TrainConfig, log: Log = print, group: Group | None = None, beg
         checkpoints = Checkpoints(str(run_dir / "checkpoints"), config.checkpoint.keep, group)
         stack.enter_context(contextlib.closing(checkpoints))
         compare_config(run_dir, config, checkpoints)
-        trainer = make_trainer(config)
         # One more than are kept exists while it is written; a short run makes fewer, and perhaps one on SIGTERM.
         copies = min(config.checkpoint.keep, math.ceil(config.steps / config.checkpoint.every)) + 1
         check_room(str(run_dir), trainer.abstract_state, copies - len(checkpoints.steps()))

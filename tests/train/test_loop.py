@@ -469,6 +469,26 @@ def test_a_directory_that_cannot_be_written_is_refused(job, tmp_path):
         train(dataclasses.replace(job, run_dir=str(tmp_path / "file" / "run")), log=lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mesh.tensor=3", "does not fit 8 devices"),
+        ("mesh.tensor=8", "heads = 4 does not divide over tensor=8"),
+        ("mesh.expert=8", "expert=8 has nothing to split"),
+        ("model.attention_backend=flash", "flash"),
+        ("optimizer.schedule.warmup=21 steps", "more than the 20 of the run"),
+        ("writers=('wandb',)", "needs the package wandb"),
+    ],
+)
+def test_a_refused_run_leaves_nothing_behind(job, tmp_path, monkeypatch, override, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    overrides = [f"--config.run_dir={tmp_path / 'run'}", f"--config.{override}"]
+    config = load_train_config(f"{pathlib.Path(job.run_dir).parent}/tiny.py", overrides)
+    with pytest.raises((ValueError, ModuleNotFoundError), match=message):
+        train(config, log=lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_is_too_small_is_refused_before_any_work(job, tmp_path, monkeypatch):
     """The parameters, their moving average and Adam's two moments, for the three kept and one that is being written."""
     sizes = [path.stat().st_size for path in pathlib.Path(job.run_dir, "checkpoints/20/state").rglob("0*") if path.is_file()]
