@@ -1,4 +1,4 @@
-"""Every mesh of a table gives the loss and the gradients of one device, and takes over the checkpoint of any other."""
+"""Every mesh of a table gives the loss and the gradients of one device, and takes over the training state of any other."""
 
 import contextlib
 import dataclasses
@@ -16,9 +16,10 @@ from model.presets import preset
 from model.sharding import MESH_AXES, TRAIN_RULES, Layout, check_mesh, make_mesh
 from model.transformer import activations
 from tests.networks import random_params
+from tests.train.test_step import CONFIG
 from train.checkpoint import Checkpoints
-from train.config import LossConfig
-from train.step import gradient_sums
+from train.config import LossConfig, MeshConfig, OptimizerConfig
+from train.step import gradient_sums, make_trainer
 
 ROWS, TOKENS = 16, 64
 LOSS = LossConfig(z_loss=1e-2, chunk_tokens=16)
@@ -155,27 +156,61 @@ def test_rows_stay_where_they_are(mesh):
     assert max(sizes) < ROWS * TOKENS * DENSE.d_model
 
 
-def check_moves(directory, model, meshes):
-    """Between any two of them, bit by bit."""
-    specs = param_specs(model)
-    expected = random_params(model)
-    layouts = {name: param_shardings(specs, layout_of(mesh)) for name, mesh in meshes.items()}
-    for name, shardings in layouts.items():
-        with contextlib.closing(Checkpoints(str(directory / name), keep=3)) as checkpoints:
-            checkpoints.save(1, jax.device_put(expected, shardings), {})
-    for source, target in itertools.product(layouts, repeat=2):
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), expected, layouts[target])
-        with contextlib.closing(Checkpoints(str(directory / source), keep=3)) as checkpoints:
-            restored, _ = checkpoints.restore(1, abstract)
-        assert jax.tree.map(lambda x: x.sharding, restored) == layouts[target]
+OPTIMIZERS = {"dense": OptimizerConfig(name="muon", adam_learning_rate=1e-3, ema_decay=0.9)}
+
+
+def abstract_state(name, mesh):
+    """All that changes from step to step, with the moving average; as a run lays it out."""
+    config = dataclasses.replace(
+        CONFIG,
+        model=MODELS[name],
+        data=dataclasses.replace(CONFIG.data, seq_len=TOKENS),
+        batch_size=ROWS,
+        optimizer=OPTIMIZERS.get(name, OptimizerConfig(ema_decay=0.9)),
+        mesh=MeshConfig(**{"data": 1} | (MESHES | EXPERT_MESHES)[mesh]),
+    )
+    return make_trainer(config, jax.devices()[:8]).abstract_state
+
+
+def random_state(abstract):
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        if np.issubdtype(leaf.dtype, np.integer):
+            return rng.integers(1, 1000, leaf.shape, leaf.dtype)
+        return rng.standard_normal(leaf.shape).astype(leaf.dtype)
+
+    return jax.tree.map(draw, abstract)
+
+
+def check_moves(directory, name, pairs):
+    """A training state, saved on the first mesh of each pair and read on the second, bit by bit."""
+    abstract = {mesh: abstract_state(name, mesh) for pair in pairs for mesh in pair}
+    expected = random_state(next(iter(abstract.values())))
+    shardings = {mesh: jax.tree.map(lambda leaf: leaf.sharding, state) for mesh, state in abstract.items()}
+    for mesh, of_mesh in shardings.items():
+        for part in (of_mesh.params, of_mesh.opt_state, of_mesh.ema):
+            assert mesh == "data" or not all(sharding.is_fully_replicated for sharding in jax.tree.leaves(part))
+        with contextlib.closing(Checkpoints(str(directory / mesh), keep=3)) as checkpoints:
+            checkpoints.save(1, jax.device_put(expected, of_mesh), {})
+    for source, target in pairs:
+        with contextlib.closing(Checkpoints(str(directory / source), keep=None)) as checkpoints:
+            restored, _ = checkpoints.restore(1, abstract[target])
+        assert jax.tree.map(lambda x: x.sharding, restored) == shardings[target]
         jax.tree.map(np.testing.assert_array_equal, restored, expected)
 
 
-def test_a_checkpoint_moves_between_meshes(tmp_path):
-    check_moves(tmp_path, DENSE, {name: MESHES[name] for name in ("data", "fsdp-context-tensor", "fsdp")})
+@pytest.mark.parametrize(
+    ("name", "meshes"),
+    [("grouped", ("data", "fsdp-context-tensor", "fsdp")), ("experts", ("expert-context-tensor", "fsdp-expert-context"))],
+)
+def test_a_training_state_moves_between_meshes(name, meshes, tmp_path):
+    check_moves(tmp_path, name, list(zip(meshes, (*meshes[1:], meshes[0]), strict=True)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "meshes"), [("dense", MESHES), ("latent", EXPERT_MESHES)], ids=["dense", "latent"])
-def test_a_checkpoint_moves_between_any_two_meshes(name, meshes, tmp_path):
-    check_moves(tmp_path, MODELS[name], meshes)
+@pytest.mark.parametrize("name", ["dense", "experts", "latent"])
+def test_a_training_state_moves_between_any_two_meshes(name, tmp_path):
+    """That fit: eight-fold `tensor` splits neither the two key heads of the experts' model nor four of latent attention."""
+    meshes = MESHES if name == "dense" else {mesh for mesh in MESHES | EXPERT_MESHES if mesh != "tensor"}
+    check_moves(tmp_path, name, list(itertools.product(meshes, repeat=2)))
