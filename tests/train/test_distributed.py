@@ -157,7 +157,7 @@ def test_when_one_is_gone_all_leave_and_another_number_goes_on(config_file, whol
     wait_for_step(job, run_dir, 10)
     job[victim].send_signal(which)
     others = [process for i, process in enumerate(job) if i != victim]
-    statuses = end(others, 30)
+    statuses = end(job if which == signal.SIGTERM else others, 30)
     job[victim].kill()
     job[victim].wait()
     # 42, or a signal: both ask for a restart.

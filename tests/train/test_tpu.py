@@ -1,11 +1,13 @@
 """The sharded training step, compiled for TPUs by their own compiler; nothing runs on one."""
 
+import importlib.util
 import json
 import textwrap
+from pathlib import Path
 
 import pytest
 
-from tests.libtpu import run_with_libtpu
+from tests.libtpu import require_libtpu, run_with_libtpu
 
 COMPILE = textwrap.dedent(
     """
@@ -50,3 +52,17 @@ def test_a_sharded_step_compiles_with_as_many_kernels_as_it_needs(mesh, remat, f
     found = json.loads(run_with_libtpu(COMPILE, json.dumps(mesh), remat).splitlines()[-1])
     assert (found["forward"], found["backward"]) == (forward, backward)
     assert (found["permutes"] > 0) == ("context" in mesh)
+
+
+def test_without_the_compiler_such_tests_are_skipped_but_in_ci_they_fail(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.delenv("LOAM_REQUIRE_LIBTPU", raising=False)
+    either = (pytest.skip.Exception, pytest.fail.Exception)  # or a skip of ours, where a failure was due, would skip this test
+    with pytest.raises(either, match="not installed") as skipped:
+        require_libtpu()
+    monkeypatch.setenv("LOAM_REQUIRE_LIBTPU", "1")
+    with pytest.raises(either, match="not installed") as failed:
+        require_libtpu()
+    assert (skipped.type, failed.type) == either
+    ci = (Path(__file__).parents[2] / ".ci/run").read_text()
+    assert "export EXTRAS=tpu LOAM_REQUIRE_LIBTPU=1\n" in ci
