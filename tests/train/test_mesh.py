@@ -68,6 +68,8 @@ EXPERT_MESHES = {
     "fsdp-expert-context": {"fsdp": 2, "expert": 2, "context": 2},
     "expert-context-tensor": {"expert": 2, "context": 2, "tensor": 2},
 }
+# Eight-fold `tensor` splits neither the two key heads of "experts" nor the four heads of "latent".
+OF_EXPERTS = [mesh for mesh in MESHES | EXPERT_MESHES if mesh != "tensor"]
 QUICK = [
     ("dense", "tensor", 1),
     ("dense", "context", 1),
@@ -81,8 +83,7 @@ TABLE = [
     *(("dense", mesh, 1) for mesh in MESHES),
     ("dense", "data", 2),
     ("grouped", "fsdp-context-tensor", 1),
-    *(("experts", mesh, 1) for mesh in ("data", "expert", "fsdp-expert-context")),
-    ("latent", "expert-tensor", 1),
+    *((name, mesh, 1) for name in ("experts", "latent") for mesh in OF_EXPERTS),
     ("latent", "expert-context-tensor", 2),
 ]
 CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in TABLE if case not in QUICK)]
@@ -211,6 +212,4 @@ def test_a_training_state_moves_between_meshes(name, meshes, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "experts", "latent"])
 def test_a_training_state_moves_between_any_two_meshes(name, tmp_path):
-    """That fit: eight-fold `tensor` splits neither the two key heads of the experts' model nor four of latent attention."""
-    meshes = MESHES if name == "dense" else {mesh for mesh in MESHES | EXPERT_MESHES if mesh != "tensor"}
-    check_moves(tmp_path, name, list(itertools.product(meshes, repeat=2)))
+    check_moves(tmp_path, name, list(itertools.product(MESHES if name == "dense" else OF_EXPERTS, repeat=2)))
