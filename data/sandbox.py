@@ -119,7 +119,7 @@ def run(program: str, limits: Limits = Limits()) -> SandboxResult:
         # Before it is waited for, while its number cannot be another's.
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        status = process.wait()
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe:
                 pipe.close()
@@ -130,7 +130,7 @@ def run(program: str, limits: Limits = Limits()) -> SandboxResult:
         raise SandboxUnavailable(
             f"programs of others cannot be run here: {_last_line(stderr) or 'the interpreter did not start'}"
         )
-    return _result(process.returncode, cut, stdout[1:], stderr, limits)
+    return _result(status, cut, stdout[1:], stderr, limits)
 
 
 def _result(status: int, cut: str, stdout: str, stderr: str, limits: Limits) -> SandboxResult:

@@ -64,7 +64,7 @@ class PythonPrograms(Task):
     placeholders: ClassVar[tuple[str, ...]] = ("prompt", "tests")
     template: str = "{prompt}\nIt must pass:\n{tests}\n"
     path: str = ""
-    limits: Limits = Limits()
+    limits: Limits = dataclasses.field(default_factory=Limits)
 
     def validate(self) -> None:
         if not self.path:
@@ -116,8 +116,11 @@ def run_tests(program: str, setup: str, tests: list[str], limits: Limits) -> Sco
     if result.outcome != "passed":
         reason = {"failed": "program failed", "timed_out": "program timed out", "killed": "program killed"}[result.outcome]
         return Score(0.0, reason)
+    _, marked, output = result.stdout.rpartition(f"\n{mark}")
+    if not marked:
+        return Score(0.0, "program left before the tests")
     try:
-        values = [_value(item) for item in json.loads(result.stdout.rpartition(f"\n{mark}")[2])]
+        values = [_value(item) for item in json.loads(output)]
     except (ValueError, TypeError, KeyError, RecursionError):
         return Score(0.0, "program left before the tests")
     if len(values) != len(expected):
@@ -151,7 +154,7 @@ def split_assertion(test: str) -> tuple[str, _Expected | None]:
                 return ast.unparse(computed), _Expected(ast.literal_eval(literal))
             except ValueError:
                 continue
-    return ast.unparse(condition), None
+    return f"not not ({ast.unparse(condition)})", None
 
 
 def _value(item: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import random
 from types import ModuleType
@@ -34,23 +35,29 @@ class ReasoningGym(Task):
         if self.dataset not in names:
             raise ValueError(f"ReasoningGym.dataset={self.dataset!r} is not among its {len(names)}: {', '.join(sorted(names))}")
         try:
-            self._dataset(0)
+            _dataset(self.dataset, self.options)
         except (AssertionError, TypeError, ValueError) as error:
             raise ValueError(f"ReasoningGym: {self.dataset} does not take options {dict(self.options)}: {error}") from None
 
-    def _dataset(self, seed: int) -> Any:
-        return _gym().create_dataset(self.dataset, seed=seed, size=1, **dict(self.options))
-
     def draw(self, rng: random.Random) -> Example:
-        entry = self._dataset(rng.randrange(2**31))[0]
+        number = rng.randrange(2**31)
+        try:
+            entry = _dataset(self.dataset, self.options)[number]
+        except IndexError:  # some list their items when they are made; then the number serves as the seed
+            entry = _dataset.__wrapped__(self.dataset, self.options, seed=number)[0]
         question = entry["question"]
         return Example(self.template.format(question=question), str(entry["answer"]), question, {"entry": entry})
 
     def judge(self, answer: str, example: Example) -> Score:
-        reward = float(self._dataset(0).score_answer(answer, example.metadata["entry"]))
+        reward = float(_dataset(self.dataset, self.options).score_answer(answer, example.metadata["entry"]))
         if reward == 1.0:
             return RIGHT
         return Score(reward if self.partial_credit else 0.0, "partly right" if reward > 0 else "wrong answer")
+
+
+@functools.lru_cache(maxsize=16)  # making one may take seconds: some read a book first
+def _dataset(name: str, options: tuple[tuple[str, Any], ...], seed: int = 0) -> Any:
+    return _gym().create_dataset(name, seed=seed, size=1, **dict(options))
 
 
 def _gym() -> ModuleType:
