@@ -47,7 +47,7 @@ class SandboxUnavailable(RuntimeError):
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Attributes:
-    wall_seconds: from start to end, whatever it does.
+    wall_seconds: from start to end, whatever it does; generous, because a loaded machine is no fault of the program.
     cpu_seconds: of all its threads; whole seconds, which is how the kernel counts them.
     memory_bytes: of address space; an interpreter alone takes about 30 MB.
     output_bytes: of standard output and of standard error, each.

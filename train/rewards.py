@@ -128,9 +128,7 @@ def check_parts(parts: Sequence[Part]) -> None:
             if condition is None:
                 raise ValueError(f"reward {part.name!r}: only_if={part.only_if!r} is not one of {names}")
             if condition.judges != "answer" or condition.only_if or condition.gate:
-                raise ValueError(
-                    f"reward {part.name!r}: only_if={part.only_if!r} must be a part that judges the answer by itself"
-                )
+                raise ValueError(f"reward {part.name!r}: only_if={part.only_if!r} must judge the answer by itself")
     if all(part.gate for part in parts):
         raise ValueError(f"rewards {names} are all gates: there is nothing to let through")
 

@@ -59,6 +59,8 @@ class PythonPrograms(Task):
     Attributes:
       path: MBPP's JSON array, or the same objects as JSONL. A problem is held out by the hash of its prompt.
       limits: of each run.
+
+    Making one runs an empty program, so that SandboxUnavailable is raised where the config is read.
     """
 
     placeholders: ClassVar[tuple[str, ...]] = ("prompt", "tests")
@@ -74,6 +76,7 @@ class PythonPrograms(Task):
                 "PythonPrograms.answer_format must be 'bare': the program is the fenced block, or the whole completion"
             )
         _read(self.path)
+        run("")
 
     def draw(self, rng: random.Random) -> Example:
         raise NotImplementedError("problems come from a file: see example")
@@ -121,7 +124,7 @@ def run_tests(program: str, setup: str, tests: list[str], limits: Limits) -> Sco
         return Score(0.0, "program left before the tests")
     try:
         values = [_value(item) for item in json.loads(output)]
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return Score(0.0, "program left before the tests")
     if len(values) != len(expected):
         return Score(0.0, "program left before the tests")

@@ -115,6 +115,13 @@ def test_assertions_are_split_so_that_the_answer_stays_outside():
             split_assertion(bad)
 
 
+def programs(path):
+    try:
+        return PythonPrograms(path=path, limits=QUICK)
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+
+
 def score(program, tests=("assert f(2) == 4",), setup=""):
     try:
         return run_tests(program, setup, list(tests), QUICK)
@@ -169,8 +176,8 @@ def test_programs_from_a_file(tmp_path):
     rows = [DOUBLE | {"prompt": f"Write double(x), number {i}."} for i in range(100)]
     array = tmp_path / "array.json"
     array.write_text(json.dumps(rows))
-    task = PythonPrograms(path=str(array), limits=QUICK)
-    lines = PythonPrograms(path=write_jsonl(tmp_path / "lines.jsonl", rows))
+    task = programs(str(array))
+    lines = programs(write_jsonl(tmp_path / "lines.jsonl", rows))
     assert [task.example(i, 0) for i in range(5)] == [lines.example(i, 0) for i in range(5)]
     sides = [{task.example(i, 0, split).problem for i in range(100)} for split in ("train", "eval")]
     assert not sides[0] & sides[1]
@@ -207,6 +214,14 @@ def test_a_program_file_that_is_not_there_is_named(tmp_path):
         PythonPrograms(path=str(tmp_path / "none"))
     with pytest.raises(ValueError, match="path is needed"):
         PythonPrograms()
+
+
+def test_where_no_program_can_be_run_the_config_is_refused(tmp_path, monkeypatch):
+    broken = tmp_path / "child.py"
+    broken.write_text("raise OSError('no seccomp here')")
+    monkeypatch.setattr("data.sandbox._CHILD", broken)
+    with pytest.raises(SandboxUnavailable, match="no seccomp here"):
+        PythonPrograms(path=write_jsonl(tmp_path / "rows.jsonl", [DOUBLE]))
 
 
 # reasoning-gym

@@ -59,7 +59,7 @@ def hostile(completion, example):
 
 @pytest.fixture(scope="module")
 def verifiers():
-    with Verifiers((Part("hostile", hostile), Part("right", right)), workers=2, timeout_seconds=1.5) as verify:
+    with Verifiers((Part("hostile", hostile), Part("right", right)), workers=2, timeout_seconds=3.0) as verify:
         yield verify
 
 
@@ -90,7 +90,7 @@ def test_verifiers_that_misbehave_are_named_counted_and_no_zero(verifiers):
     ][:10]
     messages = {completions[f.index]: f.message for f in verdicts.failures}
     assert messages["raise"] == "ZeroDivisionError: of my own"
-    assert "1.5 s" in messages["hang"]
+    assert "3.0 s" in messages["hang"]
     assert "status 7" in messages["exit"]
     assert "nan" in messages["nan"]
     expected = {"failed": 12, "raised": 1, "hung": 1, "died": 3, "returned": 7, "reason/fine": 2 / 14}
@@ -207,8 +207,8 @@ def test_a_closed_gate_does_not_hide_that_a_part_failed():
         ([Part("a"), Part("a")], "parts with different names"),
         ([Part("right"), Part("tags", judges="form")], "'tags' pays for form whatever the answer; make it a gate"),
         ([Part("right"), Part("tags", judges="form", only_if="wright")], "only_if='wright' is not one of"),
-        ([Part("right"), Part("a", judges="form", only_if="b"), Part("b", judges="form", gate=True)], "must be a part that judges"),
-        ([Part("a", only_if="a")], "must be a part that judges the answer by itself"),
+        ([Part("right"), Part("a", judges="form", only_if="b"), Part("b", judges="form", gate=True)], "must judge the answer"),
+        ([Part("a", only_if="a")], "must judge the answer by itself"),
         ([Part("right"), Part("json", gate=True, only_if="right")], "a gate counts for all parts"),
         ([Part("right"), Part("json", gate=True, weight=2.0)], "a gate multiplies"),
         ([Part("right", weight=0.0)], "weight=0.0"),
