@@ -86,7 +86,7 @@ class SandboxResult:
 
 
 def run(program: str, limits: Limits = Limits()) -> SandboxResult:
-    """Runs `program` as `__main__` and waits for it. About 40 ms for an empty one.
+    """Runs `program` as `__main__` and waits for it. Some 50 ms for an empty one.
 
     Raises:
       SandboxUnavailable: the program was not started; the message says what this machine lacks.
