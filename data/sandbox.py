@@ -53,7 +53,7 @@ class Limits:
     output_bytes: of standard output and of standard error, each.
     """
 
-    wall_seconds: float = 10.0
+    wall_seconds: float = 30.0
     cpu_seconds: int = 5
     memory_bytes: int = 512 << 20
     output_bytes: int = 1 << 20

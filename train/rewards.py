@@ -1,7 +1,7 @@
 """Rewards of completions: parts by name, run where they can fail, and composed into one number per completion.
 
     parts = (Part("right", task.score), Part("short", is_short, judges="form", only_if="right", weight=0.1))
-    with Verifiers(parts, workers=2, timeout_seconds=30) as verify:
+    with Verifiers(parts, workers=2, timeout_seconds=60) as verify:
         verdicts = verify(completions, examples)
     rewards = compose(parts, verdicts.values)        # rewards.total, rewards.valid, both [n]
     metrics = rewards.metrics | verdicts.metrics
@@ -174,7 +174,7 @@ class Verifiers:
     workers, but for time: a verifier that comes close to `timeout_seconds` may hang on one machine and not on another.
     """
 
-    def __init__(self, parts: Sequence[Part], workers: int = 1, timeout_seconds: float = 30.0):
+    def __init__(self, parts: Sequence[Part], workers: int = 1, timeout_seconds: float = 60.0):
         """
         Args:
           timeout_seconds: of one verifier on one completion; above the wall-clock limit of a sandbox that it uses.
