@@ -1,0 +1,57 @@
+"""KTO (arXiv:2402.01306): answers that are each desirable or not, judged against the policy's mean distance from the reference.
+
+Axis: B answers.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.objectives.aggregate import as_float, divide, masked_mean
+from train.objectives.config import KTOConfig
+
+
+def mismatched_rows(rows: int) -> np.ndarray:
+    """For each prompt, the row [B] whose answer it is paired with to estimate the distance: that of the next row.
+
+    Raises:
+      ValueError: a single row has only its own answer.
+    """
+    if rows < 2:
+        raise ValueError(
+            f"KTO pairs prompts with other rows' answers, and the batch has {rows} row: take a batch of at least 2"
+        )
+    return np.roll(np.arange(rows), -1)
+
+
+def kto_reference_point(policy: jax.Array, reference: jax.Array, valid: jax.Array) -> jax.Array:
+    """z0, a constant: mean of log policy - log reference over mismatched answers [B], at least 0.
+
+    Once per update, over the whole batch: a z0 of each micro-batch would be another loss.
+    """
+    return jax.lax.stop_gradient(jnp.maximum(masked_mean(policy - reference, valid), 0))
+
+
+def kto_losses(
+    config: KTOConfig, policy: jax.Array, reference: jax.Array, desirable: jax.Array, reference_point: jax.Array
+) -> jax.Array:
+    """Losses [B] of sums of log-probabilities [B] and labels [B] (1 desirable, 0 not), class weights included."""
+    z = config.beta * (policy - reference - reference_point)
+    gain = config.desirable_weight * jax.nn.sigmoid(-z)
+    return jnp.where(desirable != 0, gain, config.undesirable_weight * jax.nn.sigmoid(z))
+
+
+def class_balance(config: KTOConfig, desirable: jax.Array, valid: jax.Array) -> jax.Array:
+    """(desirable weight x count) / (undesirable weight x count), which should lie in [1, 4/3]; 0 without undesirable ones."""
+    valid = as_float(valid)
+    good = jnp.sum(valid * as_float(desirable != 0))
+    return divide(config.desirable_weight * good, config.undesirable_weight * (jnp.sum(valid) - good))
+
+
+def class_means(x: jax.Array, desirable: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Means of `x` [B] over desirable and over undesirable answers; 0, not NaN, for a class that is absent."""
+    valid = as_float(valid)
+    good = valid * as_float(desirable != 0)
+    return masked_mean(x, good), masked_mean(x, valid - good)

@@ -1,0 +1,72 @@
+"""What shows whether post-training is honest and healthy.
+
+Axes: B sequences, T tokens. Shares are of the whole batch; what is marked "per token" is to be weighed and summed like a loss.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.objectives.aggregate import as_float, divide, masked, masked_mean
+from train.objectives.kl import kl_values
+
+
+def pass_at_k(num_samples: np.ndarray | int, num_correct: np.ndarray | int, k: int) -> np.ndarray:
+    """Unbiased chance that one of k samples is right, of `num_correct` right ones among `num_samples` of each problem
+    (arXiv:2107.03374): 1 - C(n - c, k) / C(n, k), as a product without large numbers.
+
+    Raises:
+      ValueError: k is more than the samples there are, or counts make no sense.
+    """
+    n, c = np.broadcast_arrays(np.asarray(num_samples), np.asarray(num_correct))
+    if k < 1 or (n < k).any():
+        raise ValueError(f"pass@{k} needs at least {max(k, 1)} samples of each problem, and k >= 1; there are {n.min()}")
+    if ((c < 0) | (c > n)).any():
+        raise ValueError("num_correct must lie in [0, num_samples]")
+    i = np.arange(k)
+    return 1 - np.prod(np.maximum(n[..., None] - c[..., None] - i, 0) / (n[..., None] - i), axis=-1)
+
+
+def clip_fractions(log_ratio: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float) -> dict[str, jax.Array]:
+    """Per token: whether the clip took its gradient, split by the sign of the advantage. Zero until the policy has moved."""
+    ratio = jnp.exp(log_ratio)
+    return {
+        "clip_low_fraction": as_float((ratio < 1 - clip_low) & (advantages < 0)),
+        "clip_high_fraction": as_float((ratio > 1 + clip_high) & (advantages > 0)),
+    }
+
+
+def sampler_mismatch(trainer_logprobs: jax.Array, sampler_logprobs: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Of the same tokens [B, T] scored by the trainer before it moves and by the sampler: KL(sampler, trainer) per token
+    (k3: never negative), and the largest difference of log-probabilities."""
+    difference = jnp.abs(masked(trainer_logprobs, mask) - masked(sampler_logprobs, mask))
+    return {
+        "mismatch_kl": masked_mean(kl_values(sampler_logprobs, trainer_logprobs, mask, "k3"), mask),
+        "mismatch_max": jnp.max(difference),
+    }
+
+
+def effective_sample_fraction(weights: jax.Array, mask: jax.Array) -> jax.Array:
+    """(sum w)^2 / (n sum w^2) of importance weights [B, T]: 1 if all are equal, 1/n if one rules."""
+    total, squares = jnp.sum(masked(weights, mask)), jnp.sum(masked(jnp.square(weights), mask))
+    return divide(jnp.square(total), jnp.sum(as_float(mask)) * squares)
+
+
+def rollout_metrics(
+    rewards: jax.Array, correct: jax.Array, lengths: jax.Array, truncated: jax.Array, valid: jax.Array
+) -> dict[str, jax.Array]:
+    """Of the whole batch, all [B]. Lengths of right and of wrong answers apart: wrong ones that grow are a biased loss."""
+    valid = as_float(valid)
+    right = valid * as_float(correct)
+    mean = masked_mean(rewards, valid)
+    return {
+        "reward_mean": mean,
+        "reward_std": jnp.sqrt(masked_mean(jnp.square(rewards - mean), valid)),
+        "correct_fraction": masked_mean(as_float(correct), valid),
+        "truncated_fraction": masked_mean(as_float(truncated), valid),
+        "length_mean": masked_mean(lengths, valid),
+        "length_correct": masked_mean(lengths, right),
+        "length_wrong": masked_mean(lengths, valid - right),
+    }

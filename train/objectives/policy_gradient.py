@@ -1,0 +1,229 @@
+"""A policy-gradient update: `prepare` makes constants of the whole batch of rollouts, `policy_sums` the loss of a part of it.
+
+`prepare` has no gradient and sees all rows, so group statistics, whitening and normalisers are those of the whole batch. Its
+result has only [B, ...] arrays, which may be dealt out to micro-batches and devices by rows; the losses of the parts add up.
+
+Axes: B samples, one per row; T tokens.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from train.objectives.aggregate import as_float, masked, masked_mean, sequence_sums, token_weights, weighted_sum
+from train.objectives.cispo import cispo_losses
+from train.objectives.config import PolicyConfig
+from train.objectives.entropy import high_entropy_mask
+from train.objectives.grpo import group_advantages, group_statistics, maxrl_advantages, overlong_penalty
+from train.objectives.gspo import gspo_losses, sequence_log_ratio
+from train.objectives.importance import importance_weights, log_ratio
+from train.objectives.kl import kl_losses, kl_values
+from train.objectives.metrics import clip_fractions, effective_sample_fraction, sampler_mismatch
+from train.objectives.ppo import clipped_losses, explained_variance, generalised_advantages, token_rewards, value_losses, whiten
+from train.objectives.reinforce import leave_one_out_baseline, reinforce_losses, rewards_to_go
+
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Rollouts:
+    """A whole batch of samples. What a config does not need may be None.
+
+    Attributes:
+      mask: [B, T], 1 on generated tokens, stop token included; 0 on prompt, tool output and padding.
+      sampler_logprobs: [B, T], of the distribution that was sampled from.
+      trainer_logprobs: [B, T], of the policy before its first update on this batch, at the same temperature.
+      rewards: [B]. A row whose reward is not finite (or negative, with maxrl) is left out, and counted.
+      groups: int [B] in [0, B), equal for samples of one prompt.
+      valid: [B], 0 for rows that are no samples.
+      truncated: [B], 1 for samples that reached the length limit.
+      reference_logprobs: [B, T], at the same temperature.
+      values: [B, T], of the state before each token.
+      entropies: [B, T], of the policy before its first update, for `entropy_fraction` < 1.
+      baseline: scalar for `ema`, or rewards [B] of greedy answers for `greedy`.
+    """
+
+    mask: jax.Array
+    sampler_logprobs: jax.Array
+    trainer_logprobs: jax.Array
+    rewards: jax.Array
+    groups: jax.Array
+    valid: jax.Array
+    truncated: jax.Array
+    reference_logprobs: jax.Array | None = None
+    values: jax.Array | None = None
+    entropies: jax.Array | None = None
+    baseline: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class PolicyBatch:
+    """Constants of an update, each [B, T]; weights are those of the whole batch.
+
+    Attributes:
+      weights: of the policy loss, importance weights included.
+      kl_weights: of the KL loss: the same aggregation, over all actions.
+      token_weights: a mean over all actions, of entropy, values and what is reported.
+    """
+
+    mask: jax.Array
+    old_logprobs: jax.Array
+    advantages: jax.Array
+    weights: jax.Array
+    kl_weights: jax.Array
+    token_weights: jax.Array
+    reference_logprobs: jax.Array | None
+    old_values: jax.Array | None
+    returns: jax.Array | None
+
+
+def prepare(config: PolicyConfig, rollouts: Rollouts, kl_coefficient: jax.Array | float) -> tuple[PolicyBatch, Metrics]:
+    """Constants of the update and metrics of the rollouts.
+
+    Args:
+      kl_coefficient: of k1 in the reward; `config.kl.reward_coefficient`, or what has become of it.
+    """
+    counts = as_float(rollouts.valid) * jnp.isfinite(rollouts.rewards)
+    if config.advantage == "maxrl":
+        counts *= rollouts.rewards >= 0
+    mask = as_float(rollouts.mask) * counts[:, None]
+    scores = _shaped_rewards(config, rollouts, mask)
+    equal = group_statistics(scores, rollouts.groups, counts).all_equal
+    kl, metrics = None, {}
+    if config.kl.needs_reference:
+        reference = _given(rollouts.reference_logprobs, "reference_logprobs")
+        kl = kl_values(rollouts.trainer_logprobs, reference, mask, "k1")
+        metrics["reference_kl"] = masked_mean(sequence_sums(kl, mask), counts)
+    per_token = token_rewards(scores, mask, kl if config.kl.reward_coefficient else None, kl_coefficient)
+    returns = None
+    if config.value is not None:
+        values = _given(rollouts.values, "values")
+        advantages, returns = generalised_advantages(per_token, values, mask, config.value.discount, config.value.gae_lambda)
+        metrics["explained_variance"] = explained_variance(values, returns, mask)
+    else:
+        advantages = _advantages(config, rollouts, per_token, mask, counts)
+    trained = mask
+    if config.truncation == "mask":
+        trained = trained * (1 - as_float(rollouts.truncated))[:, None]
+    if config.zero_variance != "keep":
+        trained = trained * ~equal[:, None]
+    if config.whiten:
+        advantages = whiten(advantages, trained)
+    rows_trained = jnp.any(trained != 0, axis=-1)
+    if config.entropy_fraction < 1:
+        trained = high_entropy_mask(_given(rollouts.entropies, "entropies"), trained, config.entropy_fraction)
+    importance = importance_weights(config.importance, rollouts.trainer_logprobs, rollouts.sampler_logprobs, mask)
+    batch = PolicyBatch(
+        mask=mask,
+        old_logprobs=masked(rollouts.trainer_logprobs, mask),
+        advantages=masked(advantages, mask),
+        weights=token_weights(trained, config.aggregation, config.max_length) * importance,
+        kl_weights=token_weights(mask, config.aggregation, config.max_length) * importance,
+        token_weights=token_weights(mask, "token_mean"),
+        reference_logprobs=rollouts.reference_logprobs,
+        old_values=None if rollouts.values is None else masked(rollouts.values, mask),
+        returns=returns,
+    )
+    return jax.lax.stop_gradient(batch), metrics | {
+        "zero_variance_fraction": masked_mean(as_float(equal), counts),
+        "effective_batch_fraction": masked_mean(as_float(rows_trained & ~equal), rollouts.valid),
+        "bad_reward_fraction": masked_mean(1 - counts, rollouts.valid),
+        "effective_sample_fraction": effective_sample_fraction(importance, mask),
+        "advantage_std": jnp.sqrt(masked_mean(jnp.square(advantages - masked_mean(advantages, trained)), trained)),
+        **sampler_mismatch(rollouts.trainer_logprobs, rollouts.sampler_logprobs, mask),
+    }
+
+
+def _given(x: jax.Array | None, name: str) -> jax.Array:
+    if x is None:
+        raise ValueError(f"this policy objective needs {name}, and they are None")
+    return x
+
+
+def _shaped_rewards(config: PolicyConfig, rollouts: Rollouts, mask: jax.Array) -> jax.Array:
+    match config.truncation:
+        case "zero_reward":
+            return masked(rollouts.rewards, 1 - as_float(rollouts.truncated))
+        case "penalty":
+            return rollouts.rewards - config.truncation_penalty * as_float(rollouts.truncated)
+        case "soft_penalty":
+            return rollouts.rewards + overlong_penalty(jnp.sum(mask, axis=-1), config.max_length, config.overlong_cache)
+        case _:
+            return rollouts.rewards
+
+
+def _advantages(
+    config: PolicyConfig, rollouts: Rollouts, per_token: jax.Array, mask: jax.Array, counts: jax.Array
+) -> jax.Array:
+    """[B, T]."""
+    returns = sequence_sums(per_token, mask)
+    match config.advantage:
+        case "group":
+            advantages = group_advantages(returns, rollouts.groups, counts, config.scale)
+            return masked(advantages[:, None], mask)
+        case "maxrl":
+            return masked(maxrl_advantages(returns, rollouts.groups, counts)[:, None], mask)
+        case "batch":
+            baseline = masked_mean(returns, counts)
+        case "rloo":
+            baseline = leave_one_out_baseline(returns, rollouts.groups, counts)
+        case "ema" | "greedy":
+            baseline = _given(rollouts.baseline, "baseline")
+        case _:
+            baseline = 0.0
+    returns = rewards_to_go(per_token, mask) if config.reward_to_go else returns[:, None]
+    return masked(returns - jnp.broadcast_to(baseline, counts.shape)[:, None], mask)
+
+
+def policy_sums(
+    config: PolicyConfig,
+    batch: PolicyBatch,
+    logprobs: jax.Array,
+    entropies: jax.Array | None = None,
+    values: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """The loss of some of the batch's rows, and metrics; both are to be added up over all rows.
+
+    Args:
+      logprobs: [B, T], of the policy that is trained; differentiable, like the other two.
+      entropies: [B, T], reported, and rewarded by `entropy_coefficient`.
+      values: [B, T], for `gae`.
+    """
+    mask, weights = batch.mask, batch.token_weights
+    logprobs = masked(logprobs, mask)
+    logs = log_ratio(logprobs, batch.old_logprobs, mask)
+    clipped_logs = logs
+    match config.surrogate:
+        case "reinforce":
+            losses = reinforce_losses(logprobs, batch.advantages)
+        case "clipped":
+            losses = clipped_losses(logs, batch.advantages, config.clip_low, config.clip_high, config.dual_clip)
+        case "gspo":
+            losses = gspo_losses(logs, mask, batch.advantages, config.clip_low, config.clip_high)
+            clipped_logs = sequence_log_ratio(logs, mask)
+        case "cispo":
+            losses = cispo_losses(logprobs, logs, batch.advantages, config.clip_high)
+    total = weighted_sum(batch.weights, losses)
+    sums = {"policy_loss": total, "update_kl": weighted_sum(weights, jnp.expm1(logs) - logs)}
+    if config.surrogate != "reinforce":
+        fractions = clip_fractions(clipped_logs, batch.advantages, config.clip_low, config.clip_high)
+        sums |= {name: weighted_sum(weights, of_token) for name, of_token in fractions.items()}
+    if config.kl.loss_coefficient:
+        reference = _given(batch.reference_logprobs, "reference_logprobs")
+        kl = kl_losses(logprobs, reference, mask, config.kl.loss_estimator, logs, config.kl.ratio)
+        sums["kl_loss"] = weighted_sum(batch.kl_weights, kl)
+        total += config.kl.loss_coefficient * sums["kl_loss"]
+    if entropies is not None:
+        sums["entropy"] = weighted_sum(weights, entropies)
+        total -= config.entropy_coefficient * sums["entropy"]
+    if config.value is not None:
+        values, old_values = masked(_given(values, "values"), mask), _given(batch.old_values, "values")
+        of_value = value_losses(values, old_values, _given(batch.returns, "returns"), config.value.clip)
+        sums["value_loss"] = weighted_sum(weights, of_value)
+        if config.value.clip:
+            moved = jnp.abs(values - old_values) > config.value.clip
+            sums["value_clip_fraction"] = weighted_sum(weights, as_float(moved))
+        total += config.value.coefficient * sums["value_loss"]
+    return total, sums | {"loss": total}

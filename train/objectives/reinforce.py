@@ -1,0 +1,44 @@
+"""REINFORCE (Williams 1992): -A log p, where the advantage A is a return minus a baseline that does not depend on the sample.
+
+Baselines: an average of earlier batches, the mean of the batch, of the other samples of the prompt (RLOO, arXiv:2402.14740), or
+the reward of the greedy answer (ReMax, arXiv:2310.10505). The batch mean includes the sample itself, which scales the expected
+gradient by 1 - 1/B and changes nothing else.
+
+Axes: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from train.objectives.aggregate import as_float, divide, masked, masked_mean
+
+
+def reinforce_losses(logprobs: jax.Array, advantages: jax.Array) -> jax.Array:
+    """Losses [B, T] of log-probabilities and advantages [B, T]."""
+    return -jax.lax.stop_gradient(advantages) * logprobs
+
+
+def rewards_to_go(rewards: jax.Array, mask: jax.Array) -> jax.Array:
+    """Sum [B, T] of the rewards [B, T] of each token and those after it."""
+    return masked(jnp.cumsum(masked(rewards, mask)[:, ::-1], axis=1)[:, ::-1], mask)
+
+
+def leave_one_out_baseline(rewards: jax.Array, groups: jax.Array, valid: jax.Array) -> jax.Array:
+    """Mean reward [B] of the group's other valid rows; 0 for a row alone.
+
+    Args:
+      rewards: [B], of the whole batch, so that a group may lie on several devices.
+      groups: int [B] in [0, B), equal for samples of one prompt.
+      valid: [B], 0 for rows that are no samples.
+    """
+    B = rewards.shape[0]
+    valid = as_float(valid)
+    total = jax.ops.segment_sum(masked(rewards, valid), groups, B)[groups] - masked(rewards, valid)
+    return divide(total, jax.ops.segment_sum(valid, groups, B)[groups] - valid)
+
+
+def update_ema(ema: jax.Array, returns: jax.Array, valid: jax.Array, decay: float) -> jax.Array:
+    """Baseline of the next batch; this batch's own returns [B] would bias its gradient."""
+    return jnp.where(jnp.any(valid != 0), decay * ema + (1 - decay) * masked_mean(returns, valid), ema)

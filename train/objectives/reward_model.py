@@ -1,0 +1,74 @@
+"""Reward models: pairs and rankings (Bradley-Terry), outcomes, and single steps of a solution.
+
+The score of an answer is read at its last token, the stop token; scores and losses want float32 or more.
+
+Axes: N pairs or rankings, K answers of a ranking, B answers, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from train.objectives.aggregate import as_float, divide, masked, sequence_sums
+from train.objectives.config import RewardModelConfig
+from train.objectives.ppo import last_action
+
+# Label of tokens that end no step.
+IGNORE = -100
+
+
+def last_token_scores(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scores [B] at the last masked token of `scores` [B, T], wherever padding lies."""
+    return sequence_sums(scores, last_action(mask))
+
+
+def pairwise_losses(
+    config: RewardModelConfig, chosen: jax.Array, rejected: jax.Array, margin: jax.Array | float = 0.0
+) -> jax.Array:
+    """-log s(chosen - rejected - margin) + centring x (chosen + rejected)^2, [N] of scores [N].
+
+    (arXiv:2203.02155; margin: arXiv:2307.09288; centring: arXiv:2312.09244.)
+    """
+    losses = -jax.nn.log_sigmoid(chosen - rejected - margin)
+    return losses + config.centring * jnp.square(chosen + rejected)
+
+
+def ranking_losses(config: RewardModelConfig, scores: jax.Array, ranks: jax.Array, valid: jax.Array) -> jax.Array:
+    """Mean pairwise loss [N] over all pairs of different rank in each ranking; so a ranking of K weighs as much as a pair.
+
+    Args:
+      scores, ranks, valid: [N, K]; rank 0 is best, equal ranks are ties and not compared; `valid` is 0 for missing answers.
+    """
+    both = (valid != 0)[:, :, None] & (valid != 0)[:, None, :]
+    pairs = as_float(both & (ranks[:, :, None] < ranks[:, None, :]))
+    losses = pairwise_losses(config, scores[:, :, None], scores[:, None, :])
+    return divide(jnp.sum(masked(losses, pairs), axis=(1, 2)), jnp.sum(pairs, axis=(1, 2)))
+
+
+def outcome_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Binary cross-entropy of logits with labels in [0, 1], of one shape: at the last token, or at all (arXiv:2110.14168)."""
+    return -labels * jax.nn.log_sigmoid(logits) - (1 - labels) * jax.nn.log_sigmoid(-logits)
+
+
+def process_losses(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Losses and mask [B, T]: binary cross-entropy where a step ends, nothing where the label is `IGNORE`.
+
+    Labels may be soft, such as the share of continuations that succeed (arXiv:2305.20050, arXiv:2312.08935).
+    """
+    mask = as_float(labels != IGNORE)
+    return masked(outcome_losses(masked(logits, mask), masked(labels, mask)), mask), mask
+
+
+def solution_scores(logits: jax.Array, step_ends: jax.Array, aggregation: Literal["min", "product", "last"]) -> jax.Array:
+    """Score [B] in [0, 1] of a solution, of its steps' logits [B, T] where `step_ends` is 1; 1 if it has no steps."""
+    log_p = masked(jax.nn.log_sigmoid(masked(logits, step_ends)), step_ends)
+    match aggregation:
+        case "min":
+            return jnp.exp(jnp.min(log_p, axis=-1))
+        case "product":
+            return jnp.exp(jnp.sum(log_p, axis=-1))
+        case "last":
+            return jnp.exp(sequence_sums(log_p, last_action(step_ends)))
