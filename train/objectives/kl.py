@@ -9,8 +9,8 @@ With d = log policy - log reference of a sampled token:
 | k3 | exp(-d) - 1 + d | yes, >= 0 | that of KL(reference, policy): the other direction |
 
 k1 subtracted from the reward, as a constant, gives the gradient of KL(policy, reference). All this holds for whole sequences if
-d is the sequence's; per token, k2 in the loss is the gradient of the KL of each next token while the distribution of prefixes is
-held fixed.
+d is the sequence's; per token, k2 in the loss is the gradient of the KL of each next token while the distribution of prefixes
+is held fixed.
 """
 
 from __future__ import annotations
