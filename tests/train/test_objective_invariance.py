@@ -103,8 +103,8 @@ def make_data() -> dict[str, np.ndarray]:
         "reference": -1 + 0.4 * noise[2],
         "old_values": 0.3 * noise[3],
     }
-    for x in data.values():
-        x[~mask] = np.nan
+    for name in ("old", "sampler", "reference", "old_values"):
+        data[name][~mask] = np.nan
     step_labels = np.where(mask, random.integers(0, 2, (B, T)), IGNORE)
     step_labels[:, 0] = IGNORE
     return data | {
@@ -119,8 +119,9 @@ def make_data() -> dict[str, np.ndarray]:
     }
 
 
-def prepare_all(data):
-    """Constants of each objective, of the whole batch; leading axis B or B / 2 or B / 4."""
+@functools.partial(jax.jit, static_argnums=1)
+def prepare_all(data, names):
+    """Constants and metrics of the objectives named, of the whole batch; leading axis B, or that of pairs or rankings."""
     rollouts = Rollouts(
         mask=data["mask"],
         sampler_logprobs=data["sampler"],
@@ -132,91 +133,83 @@ def prepare_all(data):
         reference_logprobs=data["reference"],
         values=data["old_values"],
         entropies=-data["old"],
-        baseline=data["baseline"],
     )
-    metrics = {}
-    constants = {}
-    for name, config in POLICIES.items():
-        rows = rollouts.replace(baseline=jnp.asarray(0.3)) if config.advantage == "ema" else rollouts
-        constants[name], metrics[name] = prepare(config, rows, config.kl.reward_coefficient)
+    constants, metrics = {}, {}
+    for name in names:
+        if name in POLICIES:
+            config = POLICIES[name]
+            rows = rollouts.replace(baseline=jnp.asarray(0.3) if config.advantage == "ema" else data["baseline"])
+            constants[name], metrics[name] = prepare(config, rows, config.kl.reward_coefficient)
     reference = sequence_sums(data["reference"], data["mask"])
     mismatched = sequence_sums(data["old"], data["mask"])[mismatched_rows(B)]
     z0 = kto_reference_point(mismatched, reference[mismatched_rows(B)], data["valid"])
-    constants |= {
+    return constants | {
         "pairs": sequence_weights(jnp.arange(B // 2) != 5),
         "rankings": sequence_weights(jnp.arange(B // 4) != 2),
         "rows": sequence_weights(data["valid"]),
         "tokens": token_weights(data["mask"], "token_mean"),
         "step_ends": token_weights(process_losses(data["step_labels"], data["step_labels"])[1], "token_mean"),
         "z0": jnp.full(B, z0),
-    }
-    return constants, metrics
+    }, metrics
 
 
-def all_losses(weights, data, constants):
-    """Every objective's loss, of whatever rows it is given; each is a function of its own row of `weights` [objectives, D]."""
-    mask = data["mask"]
-    losses, sums = {}, {}
+def loss(name, weights, data, constants):
+    """An objective's loss of whatever rows it is given, and metrics; of a linear model that makes NaN outside of the mask."""
+    mask, reference = data["mask"], data["reference"]
 
-    def parameters(name):
-        return weights[OBJECTIVES.index(name)]
+    def visible(x):
+        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 2)) > 0, x, jnp.nan)
 
-    def logprobs(name):
-        return -jax.nn.softplus(data["features"] @ parameters(name))
-
-    def values(name):
-        return data["features"] @ (2 * parameters(name))
-
-    def scores(name):
-        return last_token_scores(values(name), mask)
-
-    for name, config in POLICIES.items():
-        log_p = logprobs(name)
-        entropies = log_p**2 if config.entropy_coefficient else None
-        losses[name], sums[name] = policy_sums(config, constants[name], log_p, entropies, values(name))
-    reference = pair_logprobs(data["reference"], mask)
-    for name, config in PAIRS.items():
-        policy = pair_logprobs(logprobs(name), mask)
-        losses[name] = weighted_sum(constants["pairs"], pair_losses(config, policy, reference))
-        metrics = pair_metrics(config, policy, reference)
-        sums[name] = {key: weighted_sum(constants["pairs"], x) for key, x in metrics.items()}
-    kto = KTOConfig(desirable_weight=1.2)
-    kto_policy, kto_reference = sequence_sums(logprobs("kto"), mask), sequence_sums(data["reference"], mask)
-    pairs, rankings = scores("reward_pairs"), scores("reward_rankings").reshape(-1, 4)
-    ranks = jnp.broadcast_to(jnp.asarray([0, 1, 1, 2]), rankings.shape)
-    of_sequence = {
-        "kto": ("rows", kto_losses(kto, kto_policy, kto_reference, data["desirable"], constants["z0"])),
-        "outcome": ("rows", outcome_losses(scores("outcome"), data["desirable"])),
-        "reward_pairs": ("pairs", pairwise_losses(RewardModelConfig(), pairs[0::2], pairs[1::2], 0.1)),
-        "reward_rankings": ("rankings", ranking_losses(RewardModelConfig(), rankings, ranks, jnp.ones_like(ranks))),
-        "process": ("step_ends", process_losses(values("process"), data["step_labels"])[0]),
-        "distil_sequence": ("tokens", sequence_losses(logprobs("distil_sequence"))),
-    }
-    teacher = jnp.where(mask[..., None] > 0, data["teacher_logits"], 0.0)
-    for name, objective in {"distil_forward": forward_kl_losses, "distil_reverse": reverse_kl_losses}.items():
-        logits = jnp.einsum("d,btdv->btv", parameters(name), data["feature_logits"])
-        of_sequence[name] = "tokens", objective(jnp.where(mask[..., None] > 0, logits, 0.0), teacher, 2.0)
-    losses |= {name: weighted_sum(constants[which], x) for name, (which, x) in of_sequence.items()}
-    return losses, sums
+    logprobs = visible(-jax.nn.softplus(data["features"] @ weights))
+    values = visible(data["features"] @ (2 * weights))
+    scores = last_token_scores(values, mask)
+    if name in POLICIES:
+        config = POLICIES[name]
+        return policy_sums(config, constants[name], logprobs, logprobs**2 if config.entropy_coefficient else None, values)
+    if name in PAIRS:
+        policy, reference = pair_logprobs(logprobs, mask), pair_logprobs(reference, mask)
+        metrics = pair_metrics(PAIRS[name], policy, reference)
+        weigh = functools.partial(weighted_sum, constants["pairs"])
+        return weigh(pair_losses(PAIRS[name], policy, reference)), {key: weigh(x) for key, x in metrics.items()}
+    match name:
+        case "kto":
+            sums = sequence_sums(logprobs, mask), sequence_sums(reference, mask)
+            which, losses = "rows", kto_losses(KTOConfig(desirable_weight=1.2), *sums, data["desirable"], constants["z0"])
+        case "reward_pairs":
+            which, losses = "pairs", pairwise_losses(RewardModelConfig(), scores[0::2], scores[1::2], 0.1)
+        case "reward_rankings":
+            rankings = scores.reshape(-1, 4)
+            ranks = jnp.broadcast_to(jnp.asarray([0, 1, 1, 2]), rankings.shape)
+            which, losses = "rankings", ranking_losses(RewardModelConfig(), rankings, ranks, jnp.ones_like(ranks))
+        case "outcome":
+            which, losses = "rows", outcome_losses(scores, data["desirable"])
+        case "process":
+            which, losses = "step_ends", process_losses(values, data["step_labels"])[0]
+        case "distil_sequence":
+            which, losses = "tokens", sequence_losses(logprobs)
+        case _:
+            objective = forward_kl_losses if name == "distil_forward" else reverse_kl_losses
+            logits = visible(jnp.einsum("d,btdv->btv", weights, data["feature_logits"]))
+            which, losses = "tokens", objective(logits, data["teacher_logits"], 2.0)
+    return weighted_sum(constants[which], losses), {}
 
 
-OBJECTIVES = [*POLICIES, *PAIRS, *OTHERS]
-WEIGHTS = np.tile([0.3, -0.5, 0.7], (len(OBJECTIVES), 1))
-
-
-@jax.jit
-def gradients(data, constants):
-    """Losses, gradients [objectives, D], and metrics."""
+@functools.partial(jax.jit, static_argnums=2)
+def gradients(data, constants, names):
+    """Losses, gradients [objectives, D], and metrics. Each objective has parameters of its own, so one backward pass does."""
 
     def total(weights):
-        losses, sums = all_losses(weights, data, constants)
-        return sum(losses.values()), (losses, sums)
+        found = {name: loss(name, weights[i], data, constants) for i, name in enumerate(names)}
+        return sum(x for x, _ in found.values()), found
 
-    slopes, (losses, sums) = jax.grad(total, has_aux=True)(jnp.asarray(WEIGHTS))
-    return {"losses": losses, "slopes": slopes, **sums}
+    slopes, found = jax.grad(total, has_aux=True)(jnp.asarray(np.tile(WEIGHTS, (len(names), 1))))
+    return {"losses": found, "slopes": slopes}
 
 
-prepare_all = jax.jit(prepare_all)
+WEIGHTS = np.asarray([0.3, -0.5, 0.7])
+ALL = (*POLICIES, *PAIRS, *OTHERS)
+# What differs most: every kind of weight, statistics over the batch, sequences, values, constants made of the batch.
+SOME = ("grpo", "gspo", "ppo", "dpo", "kto", "reward_rankings", "process")
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +217,12 @@ def data():
     return make_data()
 
 
-@pytest.fixture(scope="module")
-def whole(data):
+@pytest.fixture(scope="module", params=[pytest.param(SOME, id="some"), pytest.param(ALL, id="all", marks=pytest.mark.slow)])
+def whole(request, data):
+    """Names of objectives, their constants, metrics and gradients."""
     with jax.enable_x64(True):
-        constants, metrics = prepare_all(data)
-        return constants, metrics, gradients(data, constants)
+        constants, metrics = prepare_all(data, request.param)
+        return request.param, constants, metrics, gradients(data, constants, request.param)
 
 
 def check_equal(found, expected):
@@ -236,23 +230,22 @@ def check_equal(found, expected):
     jax.tree_util.tree_map_with_path(lambda path, x, y: check(x, y, err_msg=jax.tree_util.keystr(path)), found, expected)
 
 
-def test_every_objective_is_here_and_finite_though_padding_is_not(whole):
-    _, metrics, result = jax.device_get(whole)
-    assert set(result["losses"]) == set(OBJECTIVES)
+def test_every_loss_is_finite_though_padding_is_not(whole):
+    metrics, result = jax.device_get(whole[2:])
     assert np.isfinite(ravel_pytree((metrics, result))[0]).all()
     assert (np.abs(result["slopes"]).max(axis=1) > 1e-4).all()
 
 
 def test_micro_batches_are_one_batch(whole, data):
-    """Parts of a quarter of the rows each, of unequal numbers of tokens."""
-    constants, _, expected = whole
+    """Quarters of the rows, of unequal numbers of tokens."""
+    names, constants, _, expected = whole
 
     def part(x, i):
         rows = x.shape[0] // PARTS
         return np.asarray(x)[i * rows : (i + 1) * rows]
 
     with jax.enable_x64(True):
-        parts = [gradients(*jax.tree.map(lambda x, i=i: part(x, i), (data, constants))) for i in range(PARTS)]
+        parts = [gradients(*jax.tree.map(lambda x, i=i: part(x, i), (data, constants)), names) for i in range(PARTS)]
         check_equal(jax.tree.map(lambda *x: sum(map(np.asarray, x)), *parts), jax.device_get(expected))
         # A mean of the parts' means is another loss.
         means = np.concatenate([token_weights(part(data["mask"], i), "token_mean") / PARTS for i in range(PARTS)])
@@ -260,17 +253,12 @@ def test_micro_batches_are_one_batch(whole, data):
 
 
 def test_eight_devices_are_one(whole, data):
+    names, constants, metrics, expected = whole
     mesh = Mesh(np.asarray(jax.devices()[:8]), ("data",))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     with jax.enable_x64(True):
-        constants, metrics = prepare_all({name: jax.device_put(x, rows) for name, x in data.items()})
-        check_equal(jax.device_get((constants, metrics)), jax.device_get(whole[:2]))
-
-        # Each device adds up its own rows.
-        def local(data, constants):
-            return jax.tree.map(lambda x: jax.lax.psum(x, "data"), gradients(data, constants))
-
-        sums = jax.jit(
-            jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec(), check_vma=False)
-        )
-        check_equal(jax.device_get(sums(data, constants)), jax.device_get(whole[2]))
+        dealt_out = {name: jax.device_put(x, rows) for name, x in data.items()}
+        found = prepare_all(dealt_out, names)
+        check_equal(jax.device_get(found), jax.device_get((constants, metrics)))
+        result = gradients(dealt_out, jax.tree.map(lambda x: jax.device_put(x, rows), found[0]), names)
+        check_equal(jax.device_get(result), jax.device_get(expected))
