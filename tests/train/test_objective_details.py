@@ -1,0 +1,643 @@
+"""Details that are easily got wrong, one test each, against numpy, scipy and torch, or an invariant."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import torch
+
+from train.objectives.aggregate import token_weights, weighted_sum
+from train.objectives.cispo import cispo_losses
+from train.objectives.config import (
+    DPOConfig,
+    ImportanceConfig,
+    KLConfig,
+    KTOConfig,
+    ORPOConfig,
+    PolicyConfig,
+    RewardModelConfig,
+    SimPOConfig,
+    ValueConfig,
+)
+from train.objectives.distillation import forward_kl_losses, reverse_kl_losses
+from train.objectives.entropy import adapt_coefficient, entropy, high_entropy_mask
+from train.objectives.grpo import group_advantages, multi_reward_advantages, overlong_penalty, select_groups
+from train.objectives.gspo import gspo_losses
+from train.objectives.importance import importance_weights, log_ratio
+from train.objectives.kl import kl_losses, kl_values
+from train.objectives.kto import class_balance, class_means, kto_losses, kto_reference_point, mismatched_rows
+from train.objectives.metrics import effective_sample_fraction, rollout_metrics, sampler_mismatch
+from train.objectives.orpo import log1mexp
+from train.objectives.pairs import PairLogprobs, pair_logprobs, preference_accuracy
+from train.objectives.policy_gradient import Rollouts, policy_sums, prepare
+from train.objectives.ppo import (
+    adapt_kl_coefficient,
+    clipped_losses,
+    explained_variance,
+    generalised_advantages,
+    token_rewards,
+    value_losses,
+    whiten,
+)
+from train.objectives.preference import pair_losses, pair_metrics
+from train.objectives.reinforce import leave_one_out_baseline, rewards_to_go, update_ema
+from train.objectives.reward_model import (
+    last_token_scores,
+    outcome_losses,
+    pairwise_losses,
+    process_losses,
+    ranking_losses,
+    solution_scores,
+)
+
+B, T = 4, 5
+MASK = np.asarray([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 1, 1, 1, 1], [1, 1, 0, 1, 0]], float)
+random = np.random.default_rng(0)
+LOGPROBS, OLD, SAMPLER, REFERENCE = -random.exponential(size=(4, B, T))
+GROUPS, ONES = np.asarray([0, 1, 0, 1]), np.ones(B)
+close = np.testing.assert_allclose
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make_rollouts(**changes) -> Rollouts:
+    rollouts = Rollouts(
+        mask=MASK,
+        sampler_logprobs=OLD,
+        trainer_logprobs=OLD,
+        rewards=np.asarray([1.0, 0.5, 0.0, 0.25]),
+        groups=GROUPS,
+        valid=ONES,
+        truncated=np.asarray([0, 0, 1, 0]),
+        reference_logprobs=REFERENCE,
+        values=np.zeros((B, T)),
+    )
+    return jax.tree.map(jnp.asarray, rollouts.replace(**changes))
+
+
+run_prepare = jax.jit(prepare, static_argnums=0)
+run_sums = jax.jit(policy_sums, static_argnums=0)
+
+
+# Sampler, trainer and what lies between them.
+
+
+def test_three_policies_are_distinct_and_only_the_trained_one_has_a_gradient():
+    """A token's weight is trainer / sampler, its ratio policy / trainer."""
+    config = PolicyConfig(advantage="none", importance=ImportanceConfig("token", cap=1e9), aggregation="seq_sum")
+    batch, _ = run_prepare(config, make_rollouts(sampler_logprobs=jnp.asarray(SAMPLER)), 0.0)
+    close(batch.weights, MASK / B * np.exp(OLD - SAMPLER), rtol=1e-12)
+    close(batch.old_logprobs, MASK * OLD)
+    gradient = jax.grad(lambda x: jnp.sum(importance_weights(config.importance, x, jnp.asarray(SAMPLER), MASK)))(
+        jnp.asarray(OLD)
+    )
+    assert not gradient.any()
+
+
+def test_importance_weights_truncate_and_reject():
+    ratio = np.exp(OLD - SAMPLER)
+    total = np.exp(np.sum(MASK * (OLD - SAMPLER), axis=1, keepdims=True))
+    mean = total ** (1 / MASK.sum(axis=1, keepdims=True))
+
+    def within(x):
+        return (x >= 0.5) & (x <= 2)
+
+    expected = {
+        ("none", "none"): 1.0,
+        ("token", "none"): np.minimum(ratio, 2),
+        ("sequence", "none"): np.minimum(total, 2),
+        ("token", "token"): np.where(within(ratio), ratio, 0),
+        ("none", "sequence"): within(total),
+        ("none", "geometric"): within(mean),
+    }
+    # Every bound bites somewhere.
+    assert (ratio > 2)[MASK > 0].any()
+    assert (ratio < 0.5)[MASK > 0].any()
+    assert not within(total).all()
+    assert within(total).sum() != within(mean).sum()
+    for (level, reject), weights in expected.items():
+        config = ImportanceConfig(level, reject=reject)
+        close(importance_weights(config, OLD, SAMPLER, MASK), MASK * weights, rtol=1e-12, err_msg=str(config))
+
+
+def test_mismatch_is_zero_for_equal_policies_and_never_negative():
+    same = sampler_mismatch(OLD, OLD, MASK)
+    assert same == {"mismatch_kl": 0, "mismatch_max": 0}
+    other = sampler_mismatch(OLD, SAMPLER, MASK)
+    assert other["mismatch_kl"] > 0
+    close(other["mismatch_max"], np.abs(OLD - SAMPLER)[MASK > 0].max())
+    close(effective_sample_fraction(np.asarray([1.0, 1, 4, 0]), np.asarray([1, 1, 0, 1])), 4 / (3 * 2))
+
+
+# Advantages.
+
+
+def test_loo_baseline_is_the_scaled_group_mean_whatever_the_group_sizes():
+    """Rows of a group lie apart, one row is no sample, one is alone."""
+    rewards = np.asarray([1.0, 5, 2, 4, 7, 9, 100, 3])
+    groups = np.asarray([0, 3, 0, 3, 5, 3, 3, 0])
+    valid = np.asarray([1, 1, 1, 1, 1, 1, 0, 1])
+    loo = rewards - leave_one_out_baseline(rewards, groups, valid)
+    plain = group_advantages(rewards, groups, valid)
+    for group in (0, 3):
+        rows = (groups == group) & (valid > 0)
+        n = rows.sum()
+        close(plain[rows], rewards[rows] - rewards[rows].mean())
+        close(loo[rows], n / (n - 1) * plain[rows])
+    assert plain[6] == 0
+    # Alone, a sample is compared with nothing.
+    assert plain[4] == loo[4] == 7
+
+
+def test_group_std_has_ddof_1_and_eps_outside_of_the_root_and_batch_std_is_of_rewards():
+    rewards = np.asarray([1.0, 0.5, 0.0, 0.75])
+    scaled = group_advantages(rewards, GROUPS, ONES, "group", eps=0.1)
+    expected = torch.tensor([rewards[0], rewards[2]])
+    close(scaled[0], (expected[0] - expected.mean()) / (expected.std() + 0.1))
+    batch = group_advantages(rewards, GROUPS, ONES, "batch", eps=0.1)
+    close(batch[0], 0.5 / (rewards.std(ddof=1) + 0.1))
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.3, 1e8 + 0.1])
+def test_zero_variance_is_found_exactly(reward):
+    """Seven times 0.1 has another mean than 0.1: without the comparison, advantages would be rounding over rounding."""
+    rewards = np.full(7, reward)
+    assert (group_advantages(rewards, np.zeros(7, int), np.ones(7), "group", eps=0.0) == 0).all()
+    rewards[3] = np.nextafter(reward, 1e9)
+    assert np.abs(group_advantages(rewards, np.zeros(7, int), np.ones(7), "group")).max() < 1e-2
+
+
+def test_zero_variance_groups_are_kept_in_or_dropped_from_the_denominator():
+    rollouts = make_rollouts(rewards=jnp.asarray([1.0, 0.5, 0.0, 0.5]))
+    for kept in (True, False):
+        batch, metrics = run_prepare(PolicyConfig(zero_variance="keep" if kept else "drop"), rollouts, 0.0)
+        trained = MASK if kept else MASK * np.asarray([1, 0, 1, 0])[:, None]
+        close(batch.weights, trained / trained.sum())
+        assert metrics["zero_variance_fraction"] == metrics["effective_batch_fraction"] == 0.5
+
+
+def test_dynamic_sampling_takes_the_first_informative_prompts_and_tells_what_is_missing():
+    indices, missing = select_groups(np.asarray([False, True, False, True, True]), 2)
+    assert indices.tolist() == [1, 3]
+    assert missing == 0
+    indices, missing = select_groups(np.asarray([False, True, False]), 2)
+    assert indices.tolist() == [1, 0]
+    assert missing == 1
+
+
+def test_rewards_of_several_kinds_are_normalised_each_or_summed():
+    kinds, coefficients = np.asarray([[0.0, 0, 1, 1], [0, 100, 0, 100]]), np.asarray([1.0, 2.0])
+    same = np.zeros(4, int)
+    each = multi_reward_advantages(kinds, coefficients, same, ONES, "group", normalise_each=True)
+    close(each, 3**0.5 / 2 * np.asarray([-3, 1, -1, 3]), rtol=1e-3)
+    summed = multi_reward_advantages(kinds, coefficients, same, ONES, "group", normalise_each=False)
+    close(summed, group_advantages(kinds[0] + 2 * kinds[1], same, ONES, "group"))
+
+
+def test_bad_rewards_are_left_out_and_counted():
+    rollouts = make_rollouts(rewards=jnp.asarray([1.0, jnp.nan, 0.0, 0.25]))
+    batch, metrics = run_prepare(PolicyConfig(scale="group"), rollouts, 0.0)
+    assert metrics["bad_reward_fraction"] == 0.25
+    loss, sums = run_sums(PolicyConfig(scale="group"), batch, LOGPROBS)
+    assert np.isfinite([loss, *sums.values(), *metrics.values()]).all()
+    assert not batch.weights[1].any()
+    _, metrics = run_prepare(PolicyConfig(advantage="maxrl"), make_rollouts(rewards=-jnp.ones(B)), 0.0)
+    assert metrics["bad_reward_fraction"] == 1
+
+
+def test_ema_baseline_does_not_see_its_own_batch():
+    config = PolicyConfig(surrogate="reinforce", advantage="ema", clip_low=0, clip_high=0)
+    batch, _ = run_prepare(config, make_rollouts(baseline=jnp.asarray(0.4)), 0.0)
+    close(batch.advantages, MASK * (np.asarray([1, 0.5, 0, 0.25])[:, None] - 0.4))
+    close(update_ema(0.4, np.asarray([1.0, 2, 9]), np.asarray([1, 1, 0]), 0.9), 0.36 + 0.15)
+    assert update_ema(0.4, np.asarray([1.0]), np.zeros(1), 0.9) == 0.4
+
+
+# Ratio and clip.
+
+
+def test_first_update_has_ratio_1_and_an_inert_clip():
+    batch, _ = run_prepare(PolicyConfig(), make_rollouts(), 0.0)
+    _, sums = run_sums(PolicyConfig(), batch, OLD)
+    assert sums["clip_low_fraction"] == sums["clip_high_fraction"] == sums["update_kl"] == 0
+    close(sums["policy_loss"], -np.sum(batch.weights * batch.advantages))
+
+
+def test_clip_fractions_are_split_by_sign():
+    config = PolicyConfig(clip_low=0.2, clip_high=0.28)
+    ratio = np.asarray([[1.5, 1.25, 0.5, 1, 1], [1, 1, 1, 1, 1], [1, 0.7, 1.5, 0.85, 1], [1, 1, 1, 1, 1]])
+    batch, _ = run_prepare(config, make_rollouts(), 0.0)
+    _, sums = run_sums(config, batch, OLD + np.log(ratio))
+    close(sums["clip_high_fraction"], 1 / MASK.sum())
+    close(sums["clip_low_fraction"], 1 / MASK.sum())
+
+
+def test_clip_higher_and_dual_clip_against_a_case_by_case_definition():
+    ratio, advantages = np.meshgrid([0.1, 0.5, 0.8, 1, 1.2, 1.28, 1.5, 2.9, 3, 4, 50], [-2.0, -1, 0, 1, 2])
+
+    def by_cases(r, a):
+        if a >= 0:
+            return -min(r, 1.28) * a
+        return min(max(r, 0.8), 3) * -a
+
+    losses = clipped_losses(np.log(ratio), advantages, 0.2, 0.28, 3.0)
+    close(losses, np.vectorize(by_cases)(ratio, advantages), rtol=1e-12)
+
+
+def test_cispo_differentiates_the_logprob_only_and_drops_no_token():
+    logprobs, advantages = jnp.asarray([-1.0, -1.0]), jnp.asarray([2.0, -3.0])
+    logs = jnp.log(jnp.asarray([9.0, 0.5]))
+
+    def loss(x):
+        return jnp.sum(cispo_losses(x, logs + x - jax.lax.stop_gradient(x), advantages, 1.5))
+
+    close(jax.grad(loss)(logprobs), [-2.5 * 2, 0.5 * 3])
+
+
+def test_gspo_is_the_sequence_level_objective_in_value_and_gradient():
+    advantages = jnp.asarray([1.0, -1.0, 0.5, -2.0])
+    mask = jnp.asarray(MASK)
+
+    def by_tokens(x):
+        losses = gspo_losses(log_ratio(x, OLD, mask), mask, advantages[:, None] * mask, 0.2, 0.3)
+        return weighted_sum(token_weights(mask, "seq_mean"), losses)
+
+    def by_sequences(x):
+        ratio = jnp.exp(jnp.sum(mask * (x - OLD), axis=1) / jnp.sum(mask, axis=1))
+        return -jnp.mean(jnp.minimum(ratio * advantages, jnp.clip(ratio, 0.8, 1.3) * advantages))
+
+    found, expected = (jax.jit(jax.value_and_grad(f))(jnp.asarray(LOGPROBS)) for f in (by_tokens, by_sequences))
+    close(found[0], expected[0], rtol=1e-12)
+    close(found[1], expected[1], atol=1e-14)
+    assert np.any(expected[1][0]) or np.any(expected[1][2])
+
+
+# Aggregation.
+
+
+def test_denominators_have_the_mask_of_the_numerators():
+    """Truncated samples leave both, but stay in their group's mean."""
+    batch, _ = run_prepare(PolicyConfig(truncation="mask"), make_rollouts(), 0.0)
+    trained = MASK * np.asarray([1, 1, 0, 1])[:, None]
+    close(batch.weights, trained / trained.sum())
+    close(batch.advantages[0, 0], 0.5)
+    batch, _ = run_prepare(PolicyConfig(), make_rollouts(valid=jnp.asarray([1, 0, 1, 0])), 0.0)
+    close(batch.weights.sum(), 1)
+    for kind in ("seq_mean", "seq_sum", "dr_grpo", "token_mean"):
+        assert not token_weights(np.zeros((2, 3)), kind, 3).any()
+
+
+def test_truncated_samples_are_kept_zeroed_or_penalised():
+    for options, reward in {
+        "keep": ({}, 0.5),
+        "zero": ({"truncation": "zero_reward"}, 0.0),
+        "penalty": ({"truncation": "penalty", "truncation_penalty": 0.2}, 0.3),
+        "soft": ({"truncation": "soft_penalty", "max_length": 4, "overlong_cache": 2}, -0.5),
+    }.values():
+        config = PolicyConfig(advantage="none", **options)
+        rollouts = make_rollouts(rewards=jnp.full(B, 0.5))
+        batch, _ = run_prepare(config, rollouts, 0.0)
+        close(batch.advantages[2, 1], reward)
+        close(batch.advantages[1, 0], 0.5)
+    close(overlong_penalty(np.asarray([0, 12, 13, 14, 16, 20]), 16, 4), [0, 0, -0.25, -0.5, -1, -1])
+
+
+def test_components_have_normalisers_of_their_own():
+    """Values, entropy and KL are means over all actions though the policy loss is of few tokens."""
+    config = PolicyConfig(
+        entropy_fraction=0.2,
+        entropy_coefficient=0.3,
+        kl=KLConfig(loss_coefficient=0.7, loss_estimator="k3"),
+    )
+    entropies = random.uniform(size=(B, T))
+    batch, _ = run_prepare(config, make_rollouts(entropies=jnp.asarray(entropies)), 0.0)
+    assert (batch.weights > 0).sum() == 3
+    close(batch.weights.sum(), 1)
+    total, sums = run_sums(config, batch, LOGPROBS, entropies)
+    d = LOGPROBS - REFERENCE
+    close(sums["kl_loss"], np.mean((np.exp(-d) - 1 + d)[MASK > 0]))
+    close(sums["entropy"], np.mean(entropies[MASK > 0]))
+    close(total, sums["policy_loss"] + 0.7 * sums["kl_loss"] - 0.3 * sums["entropy"])
+
+
+def test_every_coefficient_changes_the_gradient():
+    configs = {
+        "none": PolicyConfig(),
+        "kl in loss": PolicyConfig(kl=KLConfig(loss_coefficient=0.1)),
+        "kl in reward": PolicyConfig(kl=KLConfig(reward_coefficient=0.1)),
+        "entropy": PolicyConfig(entropy_coefficient=0.1),
+    }
+
+    def gradient(config):
+        def loss(logprobs):
+            batch, _ = prepare(config, make_rollouts(), config.kl.reward_coefficient)
+            return policy_sums(config, batch, logprobs, -logprobs * jnp.exp(logprobs))[0]
+
+        return jax.jit(jax.grad(loss))(jnp.asarray(OLD))
+
+    gradients = [gradient(config) for config in configs.values()]
+    for other in gradients[1:]:
+        assert np.abs(gradients[0] - other).max() > 1e-3
+
+
+def test_missing_arrays_are_named():
+    with pytest.raises(ValueError, match="reference_logprobs"):
+        prepare(PolicyConfig(kl=KLConfig(loss_coefficient=0.1)), make_rollouts(reference_logprobs=None), 0.0)
+
+
+# KL.
+
+
+def test_k3_is_not_of_the_inverted_ratio():
+    """By an exact expectation over a categorical of eight; with d negated it would estimate something else, as credibly."""
+    log_p, log_r = np.log(random.dirichlet(np.ones(8), size=2))
+    true = np.sum(np.exp(log_p) * (log_p - log_r))
+    mean = {k: np.sum(np.exp(log_p) * kl_values(log_p, log_r, np.ones(8), k)) for k in ("k1", "k2", "k3")}
+    close([mean["k1"], mean["k3"]], true, rtol=1e-12)
+    assert abs(mean["k2"] - true) > 0.01
+    assert abs(np.sum(np.exp(log_p) * (np.expm1(log_p - log_r) - (log_p - log_r))) - true) > 0.1
+
+
+def test_kl_is_clamped_and_precise():
+    """In float32: finite at any distance, gradient too; and near 0 not lost to cancellation."""
+    d = np.asarray([-1e4, -50, 50, 1e4, 1e-4], np.float32)
+    zeros, ones = np.zeros(5, np.float32), np.ones(5, np.float32)
+    for estimator in ("k1", "k2", "k3"):
+        values, slopes = jax.jit(jax.value_and_grad(lambda x, k=estimator: jnp.sum(kl_values(x, zeros, ones, k))))(d)
+        assert np.isfinite(values)
+        assert np.isfinite(slopes).all()
+    d64 = 1e-3
+    close(kl_values(np.float32(d64), np.float32(0), np.float32(1), "k3"), np.expm1(-d64) + d64, rtol=2e-3)
+
+
+def test_kl_in_the_reward_is_detached_and_per_token():
+    config = PolicyConfig(advantage="none", reward_to_go=True, kl=KLConfig(reward_coefficient=0.1))
+    batch, metrics = run_prepare(config, make_rollouts(), 0.1)
+    k1 = (OLD - REFERENCE)[0]
+    close(batch.advantages[0, :3], [1 - 0.1 * k1[:3].sum(), 1 - 0.1 * k1[1:3].sum(), 1 - 0.1 * k1[2]])
+    close(metrics["reference_kl"], np.mean(np.sum(MASK * (OLD - REFERENCE), axis=1)))
+
+    def through(x):
+        return jnp.sum(token_rewards(jnp.ones(B), jnp.asarray(MASK), kl_values(x, REFERENCE, MASK, "k1"), 0.1))
+
+    assert not jax.grad(through)(jnp.asarray(OLD)).any()
+
+
+def test_adaptive_kl_coefficient_is_proportional_and_bounded():
+    close(adapt_kl_coefficient(0.2, 6.6, 500, 6.0, 10_000), 0.2 * (1 + 0.1 * 0.05))
+    close(adapt_kl_coefficient(0.2, 600.0, 500, 6.0, 10_000), 0.2 * 1.01)
+    close(adapt_kl_coefficient(0.2, 0.0, 500, 6.0, 10_000), 0.2 * 0.99)
+
+
+# Entropy.
+
+
+def test_entropy_is_of_the_whole_distribution_and_can_be_differentiated():
+    logits = random.normal(size=(3, 7))
+    close(entropy(logits), scipy.stats.entropy(scipy.special.softmax(logits, axis=-1), axis=-1))
+    close(entropy(np.asarray([0.0, -np.inf])), 0)
+    ours = jax.grad(lambda x: jnp.sum(entropy(x)))(jnp.asarray(logits))
+    theirs = torch.tensor(logits, requires_grad=True)
+    torch.distributions.Categorical(logits=theirs).entropy().sum().backward()
+    close(ours, theirs.grad, atol=1e-12)
+
+
+def test_high_entropy_tokens_are_chosen_over_the_batch_and_the_coefficient_adapts():
+    entropies = random.permutation(B * T).reshape(B, T).astype(float)
+    chosen = high_entropy_mask(entropies, MASK, 0.25)
+    assert set(entropies[chosen > 0]) == set(np.sort(entropies[MASK > 0])[-3:])
+    assert adapt_coefficient(0.01, 0.5, 1.0, 0.005) == 0.015
+    assert adapt_coefficient(0.003, 1.5, 1.0, 0.005) == 0
+
+
+# PPO.
+
+
+def test_score_is_added_at_the_stop_token_not_at_the_last_column():
+    rewards = token_rewards(np.asarray([5.0, 6, 7, 8]), MASK)
+    assert np.argwhere(rewards).tolist() == [[0, 2], [1, 0], [2, 4], [3, 3]]
+    close(rewards.sum(axis=1), [5, 6, 7, 8])
+
+
+def test_gae_passes_over_observations_and_ends_at_the_stop_token():
+    """The same as of the actions alone, side by side, by the plain recursion; what lies elsewhere may be NaN."""
+    rewards, values = random.normal(size=(2, B, T))
+    hidden = np.where(MASK > 0, 0, np.nan)
+    advantages, returns = generalised_advantages(rewards + hidden, values + hidden, MASK, 0.9, 0.8)
+    for row in range(B):
+        acts = np.flatnonzero(MASK[row])
+        advantage, next_value = 0.0, 0.0
+        for t in acts[::-1]:
+            advantage = rewards[row, t] + 0.9 * next_value - values[row, t] + 0.72 * advantage
+            next_value = values[row, t]
+            close(advantages[row, t], advantage)
+            close(returns[row, t], advantage + next_value)
+    assert not advantages[MASK == 0].any()
+
+
+def test_gae_with_lambda_1_is_monte_carlo_and_with_0_one_step():
+    rewards, values = random.normal(size=(2, B, T))
+    _, returns = generalised_advantages(rewards, values, MASK, 1.0, 1.0)
+    close(returns, rewards_to_go(rewards, MASK), atol=1e-12)
+    advantages, _ = generalised_advantages(rewards, values, MASK, 1.0, 0.0)
+    close(advantages[0, :3], rewards[0, :3] + np.asarray([values[0, 1], values[0, 2], 0]) - values[0, :3])
+
+
+def test_returns_are_made_before_advantages_are_whitened():
+    config = PolicyConfig(advantage="gae", value=ValueConfig(gae_lambda=1.0), whiten=True)
+    batch, _ = run_prepare(config, make_rollouts(values=jnp.asarray(LOGPROBS)), 0.0)
+    close(batch.returns, MASK * np.asarray([1, 0.5, 0, 0.25])[:, None], atol=1e-12)
+    acts = np.asarray(batch.advantages)[MASK > 0]
+    close([acts.mean(), acts.std(ddof=1)], [0, 1], atol=1e-6)
+
+
+def test_whitening_is_over_the_mask_and_may_keep_the_mean():
+    x = random.normal(3, 2, size=(B, T))
+    acts = x[MASK > 0]
+    close(whiten(x, MASK)[MASK > 0], (acts - acts.mean()) / acts.std(ddof=1), rtol=1e-6)
+    close(whiten(x, MASK, shift_mean=False)[MASK > 0].mean(), acts.mean())
+
+
+def test_value_loss_is_the_larger_of_both():
+    values, returns = np.asarray([1.0, 0.1, -1, 0.1]), np.asarray([1.0, 1.0, 0, -1.0])
+    close(value_losses(values, np.zeros(4), returns, 0.2), np.asarray([0.64, 0.81, 1, 1.21]) / 2)
+    close(value_losses(values, np.zeros(4), returns), np.square(values - returns) / 2)
+
+
+def test_explained_variance_is_0_for_zeros_and_constants_and_1_for_the_returns():
+    returns = random.normal(size=(B, T))
+    assert explained_variance(np.zeros((B, T)), returns, MASK) == 0
+    close(explained_variance(returns + 3, returns, MASK), 1)
+    assert explained_variance(returns, np.ones((B, T)), MASK) == 0
+    assert explained_variance(-returns, returns, MASK) < 0
+
+
+# Preferences. Before the first update the policy is the reference.
+
+PAIR = PairLogprobs(*(jnp.asarray(x) for x in ([-4.0, -9.0], [-6.0, -2.0], [4.0, 6.0], [3.0, 2.0])))
+
+
+@pytest.mark.parametrize(
+    "config", [DPOConfig(), DPOConfig(kind="conservative", label_smoothing=0.2), DPOConfig(length_normalised=True)]
+)
+def test_dpo_begins_at_log_2_with_accuracy_one_half(config):
+    close(pair_losses(config, PAIR, PAIR), np.log(2))
+    metrics = pair_metrics(config, PAIR, PAIR)
+    assert metrics["accuracy"].tolist() == [0.5, 0.5]
+    assert not metrics["reward_margin"].any()
+    assert metrics["logprob_chosen"].tolist() == [-4, -9]
+
+
+def test_pair_sums_take_answers_with_stop_tokens_by_rows_that_alternate():
+    pairs = pair_logprobs(LOGPROBS, MASK)
+    sums = np.sum(LOGPROBS * MASK, axis=1)
+    close([pairs.chosen, pairs.rejected], [sums[0::2], sums[1::2]])
+    close([pairs.chosen_lengths, pairs.rejected_lengths], [[3, 4], [1, 3]])
+
+
+def test_robust_dpo_is_unbiased_under_flipped_labels():
+    e = 0.3
+    config = DPOConfig(kind="robust", label_smoothing=e)
+    swapped = PairLogprobs(PAIR.rejected, PAIR.chosen, PAIR.rejected_lengths, PAIR.chosen_lengths)
+    zero = jax.tree.map(jnp.zeros_like, PAIR)
+    noisy = (1 - e) * pair_losses(config, PAIR, zero) + e * pair_losses(config, swapped, zero)
+    close(noisy, pair_losses(DPOConfig(), PAIR, zero))
+
+
+def test_lengths_matter_to_averaged_losses_only():
+    longer = PAIR.replace(chosen_lengths=2 * PAIR.chosen_lengths)
+    zero = jax.tree.map(jnp.zeros_like, PAIR)
+    close(pair_losses(DPOConfig(), PAIR, zero), pair_losses(DPOConfig(), longer, zero))
+    for config in (SimPOConfig(), ORPOConfig(), DPOConfig(kind="ipo", length_normalised=True)):
+        assert np.abs(pair_losses(config, PAIR, zero) - pair_losses(config, longer, zero)).min() > 1e-3
+
+
+def test_log1mexp_is_stable_with_its_gradient():
+    x = np.asarray([-1e-12, -1e-3, -0.7, -0.6931, -5, -100.0])
+    with np.errstate(divide="ignore"):
+        exact = torch.log(-torch.expm1(torch.tensor(x))).numpy()
+    close(log1mexp(x)[:5], exact[:5], rtol=1e-9)
+    slopes = jax.vmap(jax.grad(log1mexp))(jnp.asarray([-200.0, -1.0, 0.0], jnp.float32))
+    assert np.isfinite(slopes).all()
+    assert np.isfinite(log1mexp(jnp.zeros(1, jnp.float32))).all()
+
+
+# KTO.
+
+
+def test_kto_begins_at_half_the_class_weight():
+    losses = kto_losses(KTOConfig(0.1, 1.4, 0.6), OLD[:, 0], OLD[:, 0], np.asarray([1, 0, 1, 0]), 0.0)
+    close(losses, [0.7, 0.3, 0.7, 0.3])
+
+
+def test_kto_reference_point_is_of_mismatched_rows_detached_and_not_negative():
+    assert mismatched_rows(3).tolist() == [1, 2, 0]
+    with pytest.raises(ValueError, match="batch of at least 2"):
+        mismatched_rows(1)
+    policy = jnp.asarray([1.0, 2.0, 30.0])
+    close(kto_reference_point(policy, jnp.zeros(3), np.asarray([1, 1, 0])), 1.5)
+    assert kto_reference_point(-policy, jnp.zeros(3), np.ones(3)) == 0
+    assert not jax.grad(lambda x: kto_reference_point(x, jnp.zeros(3), jnp.ones(3)))(policy).any()
+
+
+def test_kto_without_one_class_has_no_nan():
+    assert class_means(np.asarray([1.0, 3.0]), np.ones(2), np.ones(2)) == (2.0, 0.0)
+    close(class_balance(KTOConfig(0.1, 1.0, 1.5), np.asarray([1, 1, 0, 0]), np.asarray([1, 1, 1, 0])), 2 / 1.5)
+    assert class_balance(KTOConfig(), np.ones(2), np.ones(2)) == 0
+
+
+# Reward models.
+
+
+def test_reward_is_read_at_the_last_token_wherever_padding_lies():
+    scores = random.normal(size=(B, T))
+    close(last_token_scores(np.where(MASK > 0, scores, np.nan), MASK), scores[np.arange(B), [2, 0, 4, 3]])
+
+
+def test_bradley_terry_begins_at_log_2_and_centring_removes_the_free_constant():
+    close(pairwise_losses(RewardModelConfig(), np.zeros(2), np.zeros(2)), np.log(2))
+    shifted = [pairwise_losses(RewardModelConfig(c), np.asarray(1.0) + 5, np.asarray(0.5) + 5) for c in (0, 0.01)]
+    plain = [pairwise_losses(RewardModelConfig(c), np.asarray(1.0), np.asarray(0.5)) for c in (0, 0.01)]
+    close(shifted[0], plain[0])
+    assert shifted[1] > plain[1] + 1
+
+
+def test_ranking_is_the_mean_over_pairs_without_ties():
+    scores, ranks = np.asarray([[0.3, 1.0, -0.5, 2.0], [1, 2, 3, 4]]), np.asarray([[0, 1, 1, 2], [0, 0, 0, 0]])
+    valid = np.asarray([[1, 1, 1, 1], [1, 1, 1, 1]])
+    config = RewardModelConfig(0.01)
+
+    def expected(row, pairs):
+        return np.mean([-np.log(scipy.special.expit(row[i] - row[j])) + 0.01 * (row[i] + row[j]) ** 2 for i, j in pairs])
+
+    close(ranking_losses(config, scores, ranks, valid), [expected(scores[0], [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]), 0])
+    valid[0, 3] = 0
+    close(ranking_losses(config, scores, ranks, valid)[0], expected(scores[0], [(0, 1), (0, 2)]))
+    assert preference_accuracy(np.asarray([1.0, 2, 3]), np.asarray([1.0, 3, 2])).tolist() == [0.5, 0, 1]
+
+
+def test_outcome_and_process_losses_are_torch_s():
+    logits, labels = random.normal(size=(B, T)) * 5, random.uniform(size=(B, T))
+    theirs = torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels), reduction="none")
+    close(outcome_losses(logits, labels), theirs, rtol=1e-10)
+    labels[MASK == 0] = -100
+    losses, mask = process_losses(np.where(MASK > 0, logits, np.nan), labels)
+    close(mask, MASK)
+    close(losses, np.where(MASK > 0, theirs, 0), rtol=1e-10)
+
+
+def test_steps_are_put_together_by_minimum_product_or_the_last():
+    logits = random.normal(size=(B, T))
+    p = [scipy.special.expit(row[acts > 0]) for row, acts in zip(logits, MASK, strict=True)]
+    close(solution_scores(logits, MASK, "min"), [x.min() for x in p])
+    close(solution_scores(logits, MASK, "product"), [x.prod() for x in p])
+    close(solution_scores(logits, MASK, "last"), [x[-1] for x in p])
+
+
+# Distillation and health.
+
+
+def test_distillation_losses_are_scipy_s_and_equal_at_the_teacher():
+    student, teacher = random.normal(size=(2, 3, 6))
+    p, q = (scipy.special.softmax(x / 2, axis=-1) for x in (student, teacher))
+    close(forward_kl_losses(student, teacher, 2.0), 4 * scipy.special.rel_entr(q, p).sum(axis=-1))
+    close(reverse_kl_losses(student, teacher, 2.0), 4 * scipy.special.rel_entr(p, q).sum(axis=-1))
+    for losses in (forward_kl_losses, reverse_kl_losses):
+        close(jax.grad(lambda x, losses=losses: jnp.sum(losses(x, teacher)))(jnp.asarray(teacher)), 0, atol=1e-12)
+    assert np.isfinite(forward_kl_losses(np.zeros(2), np.asarray([0.0, -np.inf])))
+
+
+def test_lengths_of_right_and_wrong_answers_are_apart():
+    metrics = rollout_metrics(
+        np.asarray([1.0, 0, 0, 9]),
+        np.asarray([1, 0, 0, 1]),
+        np.asarray([3, 10, 20, 99]),
+        np.asarray([0, 0, 1, 1]),
+        np.asarray([1, 1, 1, 0]),
+    )
+    expected = {"reward_mean": 1 / 3, "reward_std": 2**0.5 / 3, "correct_fraction": 1 / 3, "truncated_fraction": 1 / 3}
+    expected |= {"length_mean": 11, "length_correct": 3, "length_wrong": 15}
+    for name, value in expected.items():
+        close(metrics[name], value, err_msg=name)
+
+
+def test_losses_stay_float32_and_finite_for_wild_ratios():
+    with jax.enable_x64(False):
+        config = dataclasses.replace(PolicyConfig(), kl=KLConfig(loss_coefficient=0.1, loss_estimator="k3"))
+        batch, _ = run_prepare(config, make_rollouts(), 0.0)
+        gradient = jax.jit(jax.grad(lambda x: policy_sums(config, batch, x)[0]))(jnp.asarray(OLD - 1e4, jnp.float32))
+        assert gradient.dtype == jnp.float32
+        assert np.isfinite(gradient).all()
+        assert np.isfinite(jax.grad(lambda x: policy_sums(config, batch, x)[0])(jnp.asarray(OLD + 1e4, jnp.float32))).all()
+
+
+def test_kl_losses_of_another_policy_need_its_ratio():
+    values = kl_losses(LOGPROBS, REFERENCE, MASK, "k2", log_ratio(LOGPROBS, OLD, MASK), "detached")
+    close(values, MASK * np.square(LOGPROBS - REFERENCE) / 2 * np.exp(LOGPROBS - OLD))
