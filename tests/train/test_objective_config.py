@@ -25,6 +25,7 @@ from train.objectives.config import (
     dr_grpo,
 )
 
+NO_CLIP = {"surrogate": "reinforce", "clip_low": 0, "clip_high": 0}
 REFUSED = {
     "gspo_with_token_mean": ("aggregation='token_mean'", {"surrogate": "gspo", "aggregation": "token_mean"}),
     "gspo_with_values": ("gspo", {"surrogate": "gspo", "aggregation": "seq_mean", "advantage": "gae", "value": ValueConfig()}),
@@ -39,7 +40,7 @@ REFUSED = {
     "gae_without_values": ("policy.value", {"advantage": "gae"}),
     "dr_grpo_without_length": ("policy.max_length", {"aggregation": "dr_grpo"}),
     "dual_clip_inside_of_clip": ("policy.dual_clip", {"dual_clip": 1.1}),
-    "dual_clip_of_reinforce": ("policy.dual_clip", {"surrogate": "reinforce", "clip_low": 0, "clip_high": 0, "dual_clip": 3.0}),
+    "dual_clip_of_reinforce": ("policy.dual_clip", {**NO_CLIP, "dual_clip": 3.0}),
     "reinforce_with_clip": ("reinforce has no ratio", {"surrogate": "reinforce"}),
     "reinforce_twice": (
         "updates_per_batch=1",

@@ -1,16 +1,33 @@
-"""Details that are easily got wrong, one test each, against numpy, scipy and torch, or an invariant."""
+"""Details that are easily got wrong, one test each, against numpy or scipy, or an invariant."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-import torch
+import scipy.stats
 
-from train.objectives.aggregate import token_weights, weighted_sum
-from train.objectives.cispo import cispo_losses
+from train.objectives import (
+    aggregate,
+    cispo,
+    distillation,
+    entropy,
+    grpo,
+    gspo,
+    importance,
+    kl,
+    kto,
+    metrics,
+    orpo,
+    pairs,
+    ppo,
+    preference,
+    reinforce,
+    reward_model,
+)
 from train.objectives.config import (
     DPOConfig,
     ImportanceConfig,
@@ -22,36 +39,82 @@ from train.objectives.config import (
     SimPOConfig,
     ValueConfig,
 )
-from train.objectives.distillation import forward_kl_losses, reverse_kl_losses
-from train.objectives.entropy import adapt_coefficient, entropy, high_entropy_mask
-from train.objectives.grpo import group_advantages, multi_reward_advantages, overlong_penalty, select_groups
-from train.objectives.gspo import gspo_losses
-from train.objectives.importance import importance_weights, log_ratio
-from train.objectives.kl import kl_losses, kl_values
-from train.objectives.kto import class_balance, class_means, kto_losses, kto_reference_point, mismatched_rows
-from train.objectives.metrics import effective_sample_fraction, rollout_metrics, sampler_mismatch
-from train.objectives.orpo import log1mexp
-from train.objectives.pairs import PairLogprobs, pair_logprobs, preference_accuracy
-from train.objectives.policy_gradient import Rollouts, policy_sums, prepare
-from train.objectives.ppo import (
-    adapt_kl_coefficient,
-    clipped_losses,
-    explained_variance,
-    generalised_advantages,
-    token_rewards,
-    value_losses,
-    whiten,
+from train.objectives.pairs import (
+    PairLogprobs,
 )
-from train.objectives.preference import pair_losses, pair_metrics
-from train.objectives.reinforce import leave_one_out_baseline, rewards_to_go, update_ema
-from train.objectives.reward_model import (
-    last_token_scores,
-    outcome_losses,
-    pairwise_losses,
-    process_losses,
-    ranking_losses,
-    solution_scores,
+from train.objectives.policy_gradient import (
+    Rollouts,
+    policy_sums,
+    prepare,
 )
+
+
+def quick(function):
+    """`function` as one compiled program, not one for each of its operations, from and to numpy; as it is under a gradient."""
+    choices = {"config", "scale", "normalise_each", "dual_clip", "clip", "estimator", "aggregation", "wanted", "fraction"}
+    choices |= {"temperature", "shift_mean", "ratio"}
+    static = [name for name in inspect.signature(function).parameters if name in choices]
+    compiled = jax.jit(function, static_argnames=static)
+
+    def call(*args, **kwargs):
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):
+            return function(*args, **kwargs)
+        return jax.device_get(compiled(*args, **kwargs))
+
+    return call
+
+
+def gradient_of(function, *args):
+    return jax.device_get(jax.jit(jax.grad(function))(*args))
+
+
+token_weights = quick(aggregate.token_weights)
+weighted_sum = quick(aggregate.weighted_sum)
+cispo_losses = quick(cispo.cispo_losses)
+forward_kl_losses = quick(distillation.forward_kl_losses)
+reverse_kl_losses = quick(distillation.reverse_kl_losses)
+adapt_coefficient = quick(entropy.adapt_coefficient)
+high_entropy_mask = quick(entropy.high_entropy_mask)
+entropy = quick(entropy.entropy)
+group_advantages = quick(grpo.group_advantages)
+multi_reward_advantages = quick(grpo.multi_reward_advantages)
+overlong_penalty = quick(grpo.overlong_penalty)
+select_groups = quick(grpo.select_groups)
+gspo_losses = quick(gspo.gspo_losses)
+importance_weights = quick(importance.importance_weights)
+log_ratio = quick(importance.log_ratio)
+kl_losses = quick(kl.kl_losses)
+kl_values = quick(kl.kl_values)
+class_balance = quick(kto.class_balance)
+class_means = quick(kto.class_means)
+kto_losses = quick(kto.kto_losses)
+kto_reference_point = quick(kto.kto_reference_point)
+mismatched_rows = kto.mismatched_rows
+effective_sample_fraction = quick(metrics.effective_sample_fraction)
+rollout_metrics = quick(metrics.rollout_metrics)
+sampler_mismatch = quick(metrics.sampler_mismatch)
+log1mexp = quick(orpo.log1mexp)
+pair_logprobs = quick(pairs.pair_logprobs)
+preference_accuracy = quick(pairs.preference_accuracy)
+adapt_kl_coefficient = quick(ppo.adapt_kl_coefficient)
+clipped_losses = quick(ppo.clipped_losses)
+explained_variance = quick(ppo.explained_variance)
+generalised_advantages = quick(ppo.generalised_advantages)
+token_rewards = quick(ppo.token_rewards)
+value_losses = quick(ppo.value_losses)
+whiten = quick(ppo.whiten)
+pair_losses = quick(preference.pair_losses)
+pair_metrics = quick(preference.pair_metrics)
+leave_one_out_baseline = quick(reinforce.leave_one_out_baseline)
+rewards_to_go = quick(reinforce.rewards_to_go)
+update_ema = quick(reinforce.update_ema)
+last_token_scores = quick(reward_model.last_token_scores)
+outcome_losses = quick(reward_model.outcome_losses)
+pairwise_losses = quick(reward_model.pairwise_losses)
+process_losses = quick(reward_model.process_losses)
+ranking_losses = quick(reward_model.ranking_losses)
+solution_scores = quick(reward_model.solution_scores)
+run_prepare, run_sums = quick(prepare), quick(policy_sums)
 
 B, T = 4, 5
 MASK = np.asarray([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 1, 1, 1, 1], [1, 1, 0, 1, 0]], float)
@@ -79,11 +142,7 @@ def make_rollouts(**changes) -> Rollouts:
         reference_logprobs=REFERENCE,
         values=np.zeros((B, T)),
     )
-    return jax.tree.map(jnp.asarray, rollouts.replace(**changes))
-
-
-run_prepare = jax.jit(prepare, static_argnums=0)
-run_sums = jax.jit(policy_sums, static_argnums=0)
+    return rollouts.replace(**changes)
 
 
 # Sampler, trainer and what lies between them.
@@ -92,7 +151,7 @@ run_sums = jax.jit(policy_sums, static_argnums=0)
 def test_three_policies_are_distinct_and_only_the_trained_one_has_a_gradient():
     """A token's weight is trainer / sampler, its ratio policy / trainer."""
     config = PolicyConfig(advantage="none", importance=ImportanceConfig("token", cap=1e9), aggregation="seq_sum")
-    batch, _ = run_prepare(config, make_rollouts(sampler_logprobs=jnp.asarray(SAMPLER)), 0.0)
+    batch, _ = run_prepare(config, make_rollouts(sampler_logprobs=SAMPLER), 0.0)
     close(batch.weights, MASK / B * np.exp(OLD - SAMPLER), rtol=1e-12)
     close(batch.old_logprobs, MASK * OLD)
     gradient = jax.grad(lambda x: jnp.sum(importance_weights(config.importance, x, jnp.asarray(SAMPLER), MASK)))(
@@ -159,8 +218,7 @@ def test_loo_baseline_is_the_scaled_group_mean_whatever_the_group_sizes():
 def test_group_std_has_ddof_1_and_eps_outside_of_the_root_and_batch_std_is_of_rewards():
     rewards = np.asarray([1.0, 0.5, 0.0, 0.75])
     scaled = group_advantages(rewards, GROUPS, ONES, "group", eps=0.1)
-    expected = torch.tensor([rewards[0], rewards[2]])
-    close(scaled[0], (expected[0] - expected.mean()) / (expected.std() + 0.1))
+    close(scaled[0], 0.5 / (np.std([1.0, 0.0], ddof=1) + 0.1))
     batch = group_advantages(rewards, GROUPS, ONES, "batch", eps=0.1)
     close(batch[0], 0.5 / (rewards.std(ddof=1) + 0.1))
 
@@ -175,7 +233,7 @@ def test_zero_variance_is_found_exactly(reward):
 
 
 def test_zero_variance_groups_are_kept_in_or_dropped_from_the_denominator():
-    rollouts = make_rollouts(rewards=jnp.asarray([1.0, 0.5, 0.0, 0.5]))
+    rollouts = make_rollouts(rewards=np.asarray([1.0, 0.5, 0.0, 0.5]))
     for kept in (True, False):
         batch, metrics = run_prepare(PolicyConfig(zero_variance="keep" if kept else "drop"), rollouts, 0.0)
         trained = MASK if kept else MASK * np.asarray([1, 0, 1, 0])[:, None]
@@ -202,19 +260,19 @@ def test_rewards_of_several_kinds_are_normalised_each_or_summed():
 
 
 def test_bad_rewards_are_left_out_and_counted():
-    rollouts = make_rollouts(rewards=jnp.asarray([1.0, jnp.nan, 0.0, 0.25]))
+    rollouts = make_rollouts(rewards=np.asarray([1.0, np.nan, 0.0, 0.25]))
     batch, metrics = run_prepare(PolicyConfig(scale="group"), rollouts, 0.0)
     assert metrics["bad_reward_fraction"] == 0.25
     loss, sums = run_sums(PolicyConfig(scale="group"), batch, LOGPROBS)
     assert np.isfinite([loss, *sums.values(), *metrics.values()]).all()
     assert not batch.weights[1].any()
-    _, metrics = run_prepare(PolicyConfig(advantage="maxrl"), make_rollouts(rewards=-jnp.ones(B)), 0.0)
+    _, metrics = run_prepare(PolicyConfig(advantage="maxrl"), make_rollouts(rewards=-np.ones(B)), 0.0)
     assert metrics["bad_reward_fraction"] == 1
 
 
 def test_ema_baseline_does_not_see_its_own_batch():
     config = PolicyConfig(surrogate="reinforce", advantage="ema", clip_low=0, clip_high=0)
-    batch, _ = run_prepare(config, make_rollouts(baseline=jnp.asarray(0.4)), 0.0)
+    batch, _ = run_prepare(config, make_rollouts(baseline=np.asarray(0.4)), 0.0)
     close(batch.advantages, MASK * (np.asarray([1, 0.5, 0, 0.25])[:, None] - 0.4))
     close(update_ema(0.4, np.asarray([1.0, 2, 9]), np.asarray([1, 1, 0]), 0.9), 0.36 + 0.15)
     assert update_ema(0.4, np.asarray([1.0]), np.zeros(1), 0.9) == 0.4
@@ -252,18 +310,17 @@ def test_clip_higher_and_dual_clip_against_a_case_by_case_definition():
 
 
 def test_cispo_differentiates_the_logprob_only_and_drops_no_token():
-    logprobs, advantages = jnp.asarray([-1.0, -1.0]), jnp.asarray([2.0, -3.0])
-    logs = jnp.log(jnp.asarray([9.0, 0.5]))
+    logprobs, advantages = np.asarray([-1.0, -1.0]), np.asarray([2.0, -3.0])
+    logs = np.log(np.asarray([9.0, 0.5]))
 
     def loss(x):
         return jnp.sum(cispo_losses(x, logs + x - jax.lax.stop_gradient(x), advantages, 1.5))
 
-    close(jax.grad(loss)(logprobs), [-2.5 * 2, 0.5 * 3])
+    close(gradient_of(loss, logprobs), [-2.5 * 2, 0.5 * 3])
 
 
 def test_gspo_is_the_sequence_level_objective_in_value_and_gradient():
-    advantages = jnp.asarray([1.0, -1.0, 0.5, -2.0])
-    mask = jnp.asarray(MASK)
+    advantages, mask = np.asarray([1.0, -1.0, 0.5, -2.0]), MASK
 
     def by_tokens(x):
         losses = gspo_losses(log_ratio(x, OLD, mask), mask, advantages[:, None] * mask, 0.2, 0.3)
@@ -273,7 +330,7 @@ def test_gspo_is_the_sequence_level_objective_in_value_and_gradient():
         ratio = jnp.exp(jnp.sum(mask * (x - OLD), axis=1) / jnp.sum(mask, axis=1))
         return -jnp.mean(jnp.minimum(ratio * advantages, jnp.clip(ratio, 0.8, 1.3) * advantages))
 
-    found, expected = (jax.jit(jax.value_and_grad(f))(jnp.asarray(LOGPROBS)) for f in (by_tokens, by_sequences))
+    found, expected = (jax.device_get(jax.jit(jax.value_and_grad(f))(LOGPROBS)) for f in (by_tokens, by_sequences))
     close(found[0], expected[0], rtol=1e-12)
     close(found[1], expected[1], atol=1e-14)
     assert np.any(expected[1][0]) or np.any(expected[1][2])
@@ -288,24 +345,23 @@ def test_denominators_have_the_mask_of_the_numerators():
     trained = MASK * np.asarray([1, 1, 0, 1])[:, None]
     close(batch.weights, trained / trained.sum())
     close(batch.advantages[0, 0], 0.5)
-    batch, _ = run_prepare(PolicyConfig(), make_rollouts(valid=jnp.asarray([1, 0, 1, 0])), 0.0)
+    batch, _ = run_prepare(PolicyConfig(), make_rollouts(valid=np.asarray([1, 0, 1, 0])), 0.0)
     close(batch.weights.sum(), 1)
     for kind in ("seq_mean", "seq_sum", "dr_grpo", "token_mean"):
         assert not token_weights(np.zeros((2, 3)), kind, 3).any()
 
 
 def test_truncated_samples_are_kept_zeroed_or_penalised():
-    for options, reward in {
-        "keep": ({}, 0.5),
-        "zero": ({"truncation": "zero_reward"}, 0.0),
-        "penalty": ({"truncation": "penalty", "truncation_penalty": 0.2}, 0.3),
-        "soft": ({"truncation": "soft_penalty", "max_length": 4, "overlong_cache": 2}, -0.5),
-    }.values():
-        config = PolicyConfig(advantage="none", **options)
-        rollouts = make_rollouts(rewards=jnp.full(B, 0.5))
-        batch, _ = run_prepare(config, rollouts, 0.0)
-        close(batch.advantages[2, 1], reward)
-        close(batch.advantages[1, 0], 0.5)
+    expected = {
+        PolicyConfig(advantage="none"): 0.5,
+        PolicyConfig(advantage="none", truncation="zero_reward"): 0.0,
+        PolicyConfig(advantage="none", truncation="penalty", truncation_penalty=0.2): 0.3,
+        PolicyConfig(advantage="none", truncation="soft_penalty", max_length=4, overlong_cache=2): -0.5,
+    }
+    rollouts = make_rollouts(rewards=np.full(B, 0.5))
+    advantages = jax.device_get(jax.jit(lambda x: [prepare(config, x, 0.0)[0].advantages for config in expected])(rollouts))
+    for found, reward in zip(advantages, expected.values(), strict=True):
+        close([found[2, 1], found[1, 0]], [reward, 0.5])
     close(overlong_penalty(np.asarray([0, 12, 13, 14, 16, 20]), 16, 4), [0, 0, -0.25, -0.5, -1, -1])
 
 
@@ -317,7 +373,7 @@ def test_components_have_normalisers_of_their_own():
         kl=KLConfig(loss_coefficient=0.7, loss_estimator="k3"),
     )
     entropies = random.uniform(size=(B, T))
-    batch, _ = run_prepare(config, make_rollouts(entropies=jnp.asarray(entropies)), 0.0)
+    batch, _ = run_prepare(config, make_rollouts(entropies=entropies), 0.0)
     assert (batch.weights > 0).sum() == 3
     close(batch.weights.sum(), 1)
     total, sums = run_sums(config, batch, LOGPROBS, entropies)
@@ -328,23 +384,21 @@ def test_components_have_normalisers_of_their_own():
 
 
 def test_every_coefficient_changes_the_gradient():
-    configs = {
-        "none": PolicyConfig(),
-        "kl in loss": PolicyConfig(kl=KLConfig(loss_coefficient=0.1)),
-        "kl in reward": PolicyConfig(kl=KLConfig(reward_coefficient=0.1)),
-        "entropy": PolicyConfig(entropy_coefficient=0.1),
-    }
+    configs = [
+        PolicyConfig(),
+        PolicyConfig(kl=KLConfig(loss_coefficient=0.1)),
+        PolicyConfig(kl=KLConfig(reward_coefficient=0.1)),
+        PolicyConfig(entropy_coefficient=0.1),
+    ]
 
-    def gradient(config):
-        def loss(logprobs):
-            batch, _ = prepare(config, make_rollouts(), config.kl.reward_coefficient)
-            return policy_sums(config, batch, logprobs, -logprobs * jnp.exp(logprobs))[0]
+    def losses(logprobs):
+        batches = [prepare(config, make_rollouts(), config.kl.reward_coefficient)[0] for config in configs]
+        entropies = -logprobs * jnp.exp(logprobs)
+        return jnp.stack([policy_sums(*case, logprobs, entropies)[0] for case in zip(configs, batches, strict=True)])
 
-        return jax.jit(jax.grad(loss))(jnp.asarray(OLD))
-
-    gradients = [gradient(config) for config in configs.values()]
-    for other in gradients[1:]:
-        assert np.abs(gradients[0] - other).max() > 1e-3
+    plain, *others = jax.device_get(jax.jit(jax.jacrev(losses))(OLD))
+    for other in others:
+        assert np.abs(plain - other).max() > 1e-3
 
 
 def test_missing_arrays_are_named():
@@ -385,9 +439,9 @@ def test_kl_in_the_reward_is_detached_and_per_token():
     close(metrics["reference_kl"], np.mean(np.sum(MASK * (OLD - REFERENCE), axis=1)))
 
     def through(x):
-        return jnp.sum(token_rewards(jnp.ones(B), jnp.asarray(MASK), kl_values(x, REFERENCE, MASK, "k1"), 0.1))
+        return jnp.sum(token_rewards(np.ones(B), MASK, kl_values(x, REFERENCE, MASK, "k1"), 0.1))
 
-    assert not jax.grad(through)(jnp.asarray(OLD)).any()
+    assert not gradient_of(through, OLD).any()
 
 
 def test_adaptive_kl_coefficient_is_proportional_and_bounded():
@@ -403,10 +457,9 @@ def test_entropy_is_of_the_whole_distribution_and_can_be_differentiated():
     logits = random.normal(size=(3, 7))
     close(entropy(logits), scipy.stats.entropy(scipy.special.softmax(logits, axis=-1), axis=-1))
     close(entropy(np.asarray([0.0, -np.inf])), 0)
-    ours = jax.grad(lambda x: jnp.sum(entropy(x)))(jnp.asarray(logits))
-    theirs = torch.tensor(logits, requires_grad=True)
-    torch.distributions.Categorical(logits=theirs).entropy().sum().backward()
-    close(ours, theirs.grad, atol=1e-12)
+    log_p = scipy.special.log_softmax(logits, axis=-1)
+    slopes = -np.exp(log_p) * (log_p - np.sum(np.exp(log_p) * log_p, axis=-1, keepdims=True))
+    close(gradient_of(lambda x: jnp.sum(entropy(x)), logits), slopes, atol=1e-12)
 
 
 def test_high_entropy_tokens_are_chosen_over_the_batch_and_the_coefficient_adapts():
@@ -452,7 +505,7 @@ def test_gae_with_lambda_1_is_monte_carlo_and_with_0_one_step():
 
 def test_returns_are_made_before_advantages_are_whitened():
     config = PolicyConfig(advantage="gae", value=ValueConfig(gae_lambda=1.0), whiten=True)
-    batch, _ = run_prepare(config, make_rollouts(values=jnp.asarray(LOGPROBS)), 0.0)
+    batch, _ = run_prepare(config, make_rollouts(values=LOGPROBS), 0.0)
     close(batch.returns, MASK * np.asarray([1, 0.5, 0, 0.25])[:, None], atol=1e-12)
     acts = np.asarray(batch.advantages)[MASK > 0]
     close([acts.mean(), acts.std(ddof=1)], [0, 1], atol=1e-6)
@@ -481,7 +534,7 @@ def test_explained_variance_is_0_for_zeros_and_constants_and_1_for_the_returns()
 
 # Preferences. Before the first update the policy is the reference.
 
-PAIR = PairLogprobs(*(jnp.asarray(x) for x in ([-4.0, -9.0], [-6.0, -2.0], [4.0, 6.0], [3.0, 2.0])))
+PAIR = PairLogprobs(*(np.asarray(x) for x in ([-4.0, -9.0], [-6.0, -2.0], [4.0, 6.0], [3.0, 2.0])))
 
 
 @pytest.mark.parametrize(
@@ -506,14 +559,14 @@ def test_robust_dpo_is_unbiased_under_flipped_labels():
     e = 0.3
     config = DPOConfig(kind="robust", label_smoothing=e)
     swapped = PairLogprobs(PAIR.rejected, PAIR.chosen, PAIR.rejected_lengths, PAIR.chosen_lengths)
-    zero = jax.tree.map(jnp.zeros_like, PAIR)
+    zero = jax.tree.map(np.zeros_like, PAIR)
     noisy = (1 - e) * pair_losses(config, PAIR, zero) + e * pair_losses(config, swapped, zero)
     close(noisy, pair_losses(DPOConfig(), PAIR, zero))
 
 
 def test_lengths_matter_to_averaged_losses_only():
     longer = PAIR.replace(chosen_lengths=2 * PAIR.chosen_lengths)
-    zero = jax.tree.map(jnp.zeros_like, PAIR)
+    zero = jax.tree.map(np.zeros_like, PAIR)
     close(pair_losses(DPOConfig(), PAIR, zero), pair_losses(DPOConfig(), longer, zero))
     for config in (SimPOConfig(), ORPOConfig(), DPOConfig(kind="ipo", length_normalised=True)):
         assert np.abs(pair_losses(config, PAIR, zero) - pair_losses(config, longer, zero)).min() > 1e-3
@@ -521,12 +574,10 @@ def test_lengths_matter_to_averaged_losses_only():
 
 def test_log1mexp_is_stable_with_its_gradient():
     x = np.asarray([-1e-12, -1e-3, -0.7, -0.6931, -5, -100.0])
-    with np.errstate(divide="ignore"):
-        exact = torch.log(-torch.expm1(torch.tensor(x))).numpy()
-    close(log1mexp(x)[:5], exact[:5], rtol=1e-9)
-    slopes = jax.vmap(jax.grad(log1mexp))(jnp.asarray([-200.0, -1.0, 0.0], jnp.float32))
+    close(log1mexp(x), np.where(x > -1, np.log(-np.expm1(x)), np.log1p(-np.exp(x))), rtol=1e-12)
+    slopes = gradient_of(lambda x: jnp.sum(log1mexp(x)), np.asarray([-200.0, -1.0, 0.0], np.float32))
     assert np.isfinite(slopes).all()
-    assert np.isfinite(log1mexp(jnp.zeros(1, jnp.float32))).all()
+    assert np.isfinite(log1mexp(np.zeros(1, np.float32))).all()
 
 
 # KTO.
@@ -541,10 +592,10 @@ def test_kto_reference_point_is_of_mismatched_rows_detached_and_not_negative():
     assert mismatched_rows(3).tolist() == [1, 2, 0]
     with pytest.raises(ValueError, match="batch of at least 2"):
         mismatched_rows(1)
-    policy = jnp.asarray([1.0, 2.0, 30.0])
-    close(kto_reference_point(policy, jnp.zeros(3), np.asarray([1, 1, 0])), 1.5)
-    assert kto_reference_point(-policy, jnp.zeros(3), np.ones(3)) == 0
-    assert not jax.grad(lambda x: kto_reference_point(x, jnp.zeros(3), jnp.ones(3)))(policy).any()
+    policy = np.asarray([1.0, 2.0, 30.0])
+    close(kto_reference_point(policy, np.zeros(3), np.asarray([1, 1, 0])), 1.5)
+    assert kto_reference_point(-policy, np.zeros(3), np.ones(3)) == 0
+    assert not gradient_of(lambda x: kto_reference_point(x, np.zeros(3), np.ones(3)), policy).any()
 
 
 def test_kto_without_one_class_has_no_nan():
@@ -583,9 +634,11 @@ def test_ranking_is_the_mean_over_pairs_without_ties():
     assert preference_accuracy(np.asarray([1.0, 2, 3]), np.asarray([1.0, 3, 2])).tolist() == [0.5, 0, 1]
 
 
-def test_outcome_and_process_losses_are_torch_s():
+def test_outcome_and_process_losses_are_cross_entropies_where_there_are_labels():
     logits, labels = random.normal(size=(B, T)) * 5, random.uniform(size=(B, T))
-    theirs = torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels), reduction="none")
+    theirs = -scipy.special.xlogy(labels, scipy.special.expit(logits)) - scipy.special.xlogy(
+        1 - labels, scipy.special.expit(-logits)
+    )
     close(outcome_losses(logits, labels), theirs, rtol=1e-10)
     labels[MASK == 0] = -100
     losses, mask = process_losses(np.where(MASK > 0, logits, np.nan), labels)
@@ -610,7 +663,7 @@ def test_distillation_losses_are_scipy_s_and_equal_at_the_teacher():
     close(forward_kl_losses(student, teacher, 2.0), 4 * scipy.special.rel_entr(q, p).sum(axis=-1))
     close(reverse_kl_losses(student, teacher, 2.0), 4 * scipy.special.rel_entr(p, q).sum(axis=-1))
     for losses in (forward_kl_losses, reverse_kl_losses):
-        close(jax.grad(lambda x, losses=losses: jnp.sum(losses(x, teacher)))(jnp.asarray(teacher)), 0, atol=1e-12)
+        close(gradient_of(lambda x, losses=losses: jnp.sum(losses(x, teacher)), teacher), 0, atol=1e-12)
     assert np.isfinite(forward_kl_losses(np.zeros(2), np.asarray([0.0, -np.inf])))
 
 
@@ -632,10 +685,11 @@ def test_losses_stay_float32_and_finite_for_wild_ratios():
     with jax.enable_x64(False):
         config = dataclasses.replace(PolicyConfig(), kl=KLConfig(loss_coefficient=0.1, loss_estimator="k3"))
         batch, _ = run_prepare(config, make_rollouts(), 0.0)
-        gradient = jax.jit(jax.grad(lambda x: policy_sums(config, batch, x)[0]))(jnp.asarray(OLD - 1e4, jnp.float32))
-        assert gradient.dtype == jnp.float32
-        assert np.isfinite(gradient).all()
-        assert np.isfinite(jax.grad(lambda x: policy_sums(config, batch, x)[0])(jnp.asarray(OLD + 1e4, jnp.float32))).all()
+        gradient = jax.jit(jax.grad(lambda x: policy_sums(config, batch, x)[0]))
+        for distance in (-1e4, 1e4):
+            slopes = gradient((OLD + distance).astype(np.float32))
+            assert slopes.dtype == np.float32
+            assert np.isfinite(slopes).all()
 
 
 def test_kl_losses_of_another_policy_need_its_ratio():

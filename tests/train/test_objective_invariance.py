@@ -208,8 +208,8 @@ def gradients(data, constants, names):
 
 WEIGHTS = np.asarray([0.3, -0.5, 0.7])
 ALL = (*POLICIES, *PAIRS, *OTHERS)
-# What differs most: every kind of weight, statistics over the batch, sequences, values, constants made of the batch.
-SOME = ("grpo", "gspo", "ppo", "dpo", "kto", "reward_rankings", "process")
+# What differs most: statistics and weights of the batch, values, pairs, constants made of the batch.
+SOME = ("grpo", "ppo", "dpo", "kto")
 
 
 @pytest.fixture(scope="module")

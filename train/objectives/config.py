@@ -136,7 +136,7 @@ class PolicyConfig:
         not out of their group's mean; give them `zero_reward`; subtract `truncation_penalty`; or (`soft_penalty`) subtract a
         penalty that rises from 0 to 1 over the last `overlong_cache` tokens before the limit.
       zero_variance: groups whose rewards are all equal: `keep` them in the denominators, `drop` them, or sample other prompts
-        until there are enough (`resample`).
+        until there are enough (`resample`, which is `drop` here).
       entropy_coefficient: bonus on the entropy of the whole distribution.
       entropy_fraction: train only on this share of tokens, those of highest entropy (arXiv:2506.01939).
       updates_per_batch: optimizer updates made of one batch of rollouts.

@@ -10,7 +10,7 @@ from train.objectives.pairs import PairLogprobs
 
 
 def log1mexp(x: jax.Array) -> jax.Array:
-    """log(1 - exp(x)) of x <= 0 without cancellation (Maechler 2012); at 0 as if at -eps, where it is still finite."""
+    """log(1 - exp(x)) of x <= 0 without cancellation (Mächler 2012); at 0 as if at -eps, where it is still finite."""
     x = jnp.minimum(x, -jnp.finfo(x.dtype).eps)
     near = x > -jnp.log(2.0)
     # Each branch sees only arguments that it can differentiate.
