@@ -1,4 +1,4 @@
-"""Losses against those of TRL: its trainers' loss functions, run on arrays as they are, with stand-ins for trainer and model."""
+"""Losses against those of TRL: its trainers' loss functions on plain arrays, with stand-ins for trainer and model."""
 
 import collections
 import types
