@@ -548,8 +548,8 @@ def test_dpo_begins_at_log_2_with_accuracy_one_half(config):
     assert metrics["logprob_chosen"].tolist() == [-4, -9]
 
 
-def test_pair_sums_take_answers_with_stop_tokens_by_rows_that_alternate():
-    pairs = pair_logprobs(LOGPROBS, MASK)
+def test_pair_sums_are_over_answers_alone():
+    pairs = pair_logprobs(LOGPROBS.reshape(2, 2, T), MASK.reshape(2, 2, T))
     sums = np.sum(LOGPROBS * MASK, axis=1)
     close([pairs.chosen, pairs.rejected], [sums[0::2], sums[1::2]])
     close([pairs.chosen_lengths, pairs.rejected_lengths], [[3, 4], [1, 3]])

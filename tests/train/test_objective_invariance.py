@@ -167,7 +167,7 @@ def loss(name, weights, data, constants):
         config = POLICIES[name]
         return policy_sums(config, constants[name], logprobs, logprobs**2 if config.entropy_coefficient else None, values)
     if name in PAIRS:
-        policy, reference = pair_logprobs(logprobs, mask), pair_logprobs(reference, mask)
+        policy, reference = (pair_logprobs(x.reshape(-1, 2, T), mask.reshape(-1, 2, T)) for x in (logprobs, reference))
         metrics = pair_metrics(PAIRS[name], policy, reference)
         weigh = functools.partial(weighted_sum, constants["pairs"])
         return weigh(pair_losses(PAIRS[name], policy, reference)), {key: weigh(x) for key, x in metrics.items()}

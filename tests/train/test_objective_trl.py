@@ -171,8 +171,8 @@ def outputs_of(logprobs):
     )
 
 
-# Rows of TRL: all chosen, then all rejected; ours alternate.
-ALTERNATE = np.arange(B).reshape(2, -1).T.ravel()
+# Rows of TRL: all chosen, then all rejected.
+PAIRED = np.arange(B).reshape(2, -1).T
 # TRL counts prompt and completion; one token of prompt.
 FULL_MASK = np.concatenate([np.zeros((B, 1)), MASK], axis=1)
 
@@ -212,7 +212,7 @@ def test_dpo_loss_and_gradient(config, kind):
     loss.backward()
 
     def ours(x):
-        pairs = (pair_logprobs(x[ALTERNATE], MASK[ALTERNATE]) for x in (x, REFERENCE))
+        pairs = (pair_logprobs(x[PAIRED], MASK[PAIRED]) for x in (x, REFERENCE))
         return weighted_sum(sequence_weights(np.ones(B // 2)), pair_losses(config, *pairs))
 
     value, gradient = jax.jit(jax.value_and_grad(ours))(POLICY)

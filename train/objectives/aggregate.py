@@ -30,12 +30,12 @@ def divide(total: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def sequence_sums(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Sums [B] over the masked tokens of `x` [B, T]."""
+    """Sums [..., T] -> [...] over masked tokens."""
     return jnp.sum(masked(x, mask), axis=-1)
 
 
 def sequence_means(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Means [B] over the masked tokens of `x` [B, T]; 0 for a row without any."""
+    """Means [..., T] -> [...] over masked tokens; 0 where there are none."""
     return divide(sequence_sums(x, mask), jnp.sum(as_float(mask), axis=-1))
 
 

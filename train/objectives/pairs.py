@@ -31,10 +31,10 @@ class PairLogprobs:
 
 
 def pair_logprobs(logprobs: jax.Array, mask: jax.Array) -> PairLogprobs:
-    """From [2 N, T] of rows that alternate: chosen, rejected, chosen, ..., so that a pair stays together when rows are dealt
-    out in twos. The mask is 1 on the answers' tokens."""
+    """From [N, 2, T], chosen before rejected: a pair is one row, which stays whole when rows are dealt out. The mask is 1
+    on the answers' tokens."""
     sums, lengths = sequence_sums(logprobs, mask), jnp.sum(as_float(mask), axis=-1)
-    return PairLogprobs(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2])
+    return PairLogprobs(sums[:, 0], sums[:, 1], lengths[:, 0], lengths[:, 1])
 
 
 def preference_accuracy(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
