@@ -1,18 +1,20 @@
 """Our flash attention against jax's splash attention, by the TPU compiler's schedules: python benchmarks/attention_schedule.py
 
 No TPU is needed: both are compiled by libtpu (the extra `tpu`), for each chip generation, and compared by the number of VLIW
-bundles of a tile times the number of tiles visited. 8,192 tokens, head dimension 128, bfloat16, one head, as
+bundles that a head takes. 8,192 tokens, head dimension 128, bfloat16, as
 
   causal   one document
   packed   eight documents of 1,024 tokens
   shifted  the same, begun 512 tokens earlier, so that documents end amid our tiles
+  uneven   eight documents of 655 to 1,333 tokens, which end anywhere
 
 Splash attention visits the same tiles in all, because its masks do not know of segments. It is taken at the block sizes that
-suit it best in each case. Counted is what a tile costs: of ours the loop over tiles, of splash the block that computes and what
-its grid does in every step; not what begins and ends a row of tiles.
+suit it best in each case. Counted is the whole kernel, every basic block as often as it runs; those whose condition only the
+hardware knows, such as the waits and starts of copies, in every round of their loop. Splash has work for visited tiles,
+beginnings and ends for rows of tiles, and control for all steps of its grid, of which it visits every tile or none.
 
   --tune    also tries our block sizes, and writes the best of each chip to model/kernels/block_sizes.json
-  --table   writes docs/kernels.md
+  --table   writes docs/kernels.json, and of it docs/kernels.md
 
 The last line is JSON: ours over theirs, the worst of all chips.
 """
@@ -20,6 +22,7 @@ The last line is JSON: ours over theirs, the worst of all chips.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -28,15 +31,31 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from experiments.tpu_schedule import TOPOLOGIES, Schedule, compiler_environment, read_schedule, used, write_section
+from experiments.tpu_schedule import (
+    KERNELS_PAGE,
+    TOPOLOGIES,
+    AttentionCode,
+    Schedule,
+    Tiles,
+    compiler_environment,
+    read_schedule,
+    used,
+    write_section,
+)
 
-LENGTH, HEAD_DIM, DOCUMENT = 8192, 128, 1024
-LAYOUTS = {"causal": (LENGTH, 0), "packed": (DOCUMENT, 0), "shifted": (DOCUMENT, DOCUMENT // 2)}  # length, tokens of it cut off
+# With so many heads no operand fits into VMEM, where the compiler would put those of a few heads.
+LENGTH, HEAD_DIM, HEADS = 8192, 128, 64
+LAYOUTS = {  # lengths of documents
+    "causal": (LENGTH,),
+    "packed": (1024,) * 8,
+    "shifted": (512, *(1024,) * 7, 512),
+    "uneven": (1201, 830, 1017, 1333, 655, 1150, 902, 1104),
+}
 PASSES = ("forward", "backward")
 # (queries, keys, keys computed at once)
 SPLASH_SIZES = ((512, 512, 512), (1024, 1024, 512), (1024, 1024, 1024))
 OUR_SIZES = ((512, 512), (1024, 512), (1024, 1024))
-WORK = "MXU"  # What tells a tile's code from the rest of a kernel.
+RESULTS = KERNELS_PAGE.with_suffix(".json")
 
 
 # --- In a process for each compilation, which libtpu's flags demand ---------------------------------------------------------
@@ -54,7 +73,7 @@ def compile_ours(topology: str, sizes: tuple[int, int]) -> None:
         (_, lse), pull = jax.vjp(lambda q, k, v: flash_attention(q, k, v, plan, scale=HEAD_DIM**-0.5), q, q, q)
         return pull((d_out, jnp.zeros_like(lse)))
 
-    heads, ids = shape(1, 1, LENGTH, HEAD_DIM), shape(1, LENGTH, dtype="int32")
+    heads, ids = shape(1, HEADS, LENGTH, HEAD_DIM), shape(1, LENGTH, dtype="int32")
     compile_for(topology, both, heads, heads, ids, ids)
 
 
@@ -64,7 +83,7 @@ def compile_splash(topology: str, sizes: tuple[int, int, int], segments: bool) -
 
     bq, bk, compute = sizes
     attention = splash_attention_kernel.make_splash_mha(
-        mask=splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((LENGTH, LENGTH))]),
+        mask=splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((LENGTH, LENGTH))] * HEADS),
         block_sizes=splash_attention_kernel.BlockSizes(
             block_q=bq, block_kv=bk, block_kv_compute=compute, block_q_dkv=bq, block_kv_dkv=bk, block_kv_dkv_compute=compute,
             use_fused_bwd_kernel=True,
@@ -78,7 +97,7 @@ def compile_splash(topology: str, sizes: tuple[int, int, int], segments: bool) -
         _, pull = jax.vjp(lambda *qkv: attention(*qkv, segment_ids), q, q, q)
         return pull(d_out)
 
-    heads = shape(1, LENGTH, HEAD_DIM)
+    heads = shape(HEADS, LENGTH, HEAD_DIM)
     compile_for(topology, both, heads, heads, shape(LENGTH, dtype="int32"))
 
 
@@ -116,53 +135,64 @@ def schedules(kind: str, topology: str, sizes: tuple[int, ...]) -> tuple[Schedul
         return forward, backward
 
 
-def tile_codes(kind: str, schedule: Schedule) -> list[list[Any]]:
-    """The code of a tile: of ours, the loops over masked, full and again masked tiles; of splash, all that each step runs."""
-    if kind == "ours":
-        loops = schedule.tile_loops()
-        if len(loops) != 3:
-            raise ValueError(f"{len(loops)} loops of our kernel use the {WORK}, not 3: its code has changed, mend this count")
-        return loops
-    blocks = schedule.blocks()
-    work = max((block for block in blocks if used(block, WORK)), key=len)
-    # Blocks that store vectors besides begin or end a row of tiles.
-    control = [block for block in blocks if block[0].depth and not used(block, WORK) and not used(block, "VSTORE")]
-    return [work + [bundle for block in control for bundle in block]]
-
-
-def tiles_visited(kind: str, layout: str, pass_: str, sizes: tuple[int, ...]) -> tuple[int, int]:
-    """(masked, full) tiles of one head; splash has one kind only, and no notion of documents."""
+def tiles_of_layout(layout: str, pass_: str, block: tuple[int, int]) -> Tiles:
+    """What our kernel visits of one head."""
     import jax.numpy as jnp
     import numpy as np
 
-    if kind == "splash":
-        last_query = np.arange(sizes[0], LENGTH + 1, sizes[0]) - 1
-        return int(np.sum(last_query // sizes[1] + 1)), 0
-    from model.kernels.tiles import BlockSizes, make_plan
+    from model.kernels.tiles import BlockSizes, make_plan, part_sizes
 
-    document, cut_off = LAYOUTS[layout]
-    segments, positions = (jnp.asarray(x[None]) for x in np.divmod(np.arange(LENGTH) + cut_off, document))
-    block = (sizes[0], sizes[1])
-    plan = make_plan(segments + 1, positions, segments + 1, positions, sizes=BlockSizes(block, block))
-    visits = getattr(plan, pass_)
-    every = int(np.sum(visits.stop - visits.first))
-    full = int(np.sum(visits.full_stop - visits.full_first))
-    return every - full, full
+    lengths = LAYOUTS[layout]
+    segments = np.repeat(np.arange(len(lengths)), lengths)[None] + 1
+    positions = np.concatenate([np.arange(length) for length in lengths])[None]
+    ids = (jnp.asarray(segments), jnp.asarray(positions))
+    visits = getattr(make_plan(*ids, *ids, sizes=BlockSizes(block, block)), pass_)
+    every, full = int(np.sum(visits.stop - visits.first)), int(np.sum(visits.full_stop - visits.full_first))
+    part = part_sizes(block)
+    parts = int(np.sum(visits.part_stop - visits.part_first)) - full * (block[0] // part[0]) * (block[1] // part[1])
+    return Tiles(full, every - full, parts, LENGTH // block[pass_ == "backward"])
 
 
-def bundles(kind: str, layout: str, pass_: str, sizes: tuple[int, ...], schedule: Schedule) -> dict[str, Any]:
-    """Bundles of all tiles of a head, and what its code looks like."""
-    codes = tile_codes(kind, schedule)
-    masked, full = tiles_visited(kind, layout, pass_, sizes)
-    of_masked, of_full = len(codes[0]), len(codes[min(1, len(codes) - 1)])
-    typical = codes[1] if kind == "ours" and full else codes[0]
+def our_bundles(layout: str, pass_: str, sizes: tuple[int, ...], schedule: Schedule) -> dict[str, Any]:
+    """Bundles of a head, and what the code of a full tile looks like."""
+    from model.kernels.tiles import part_sizes
+
+    block, of_keys = (sizes[0], sizes[1]), pass_ == "backward"
+    tiles = tiles_of_layout(layout, pass_, block)
+    code = AttentionCode.of(schedule, block[of_keys] // part_sizes(block)[of_keys])
+    typical = schedule.tile_loops()[1 if tiles.full else 0]
     return {
         "sizes": sizes,
-        "tiles": masked + full,
-        "bundles_per_tile": of_full if full else of_masked,
-        "bundles": masked * of_masked + full * of_full,
+        "parts": part_sizes(block),
+        **{f"tiles_{name}": n for name, n in dataclasses.asdict(tiles).items()},
+        **{f"bundles_{name}": n for name, n in dataclasses.asdict(code).items()},
+        "bundles": code.cycles(tiles),
         "mxu_use": used(typical, "MXU") / schedule.capacity["MXU"] / len(typical),
         "spills": used(typical, "SPILL"),
+    }
+
+
+def splash_bundles(sizes: tuple[int, ...], schedule: Schedule) -> dict[str, Any]:
+    """Bundles of a head, the same for every layout."""
+    tiles = sum((last_query - 1) // sizes[1] + 1 for last_query in range(sizes[0], LENGTH + 1, sizes[0]))
+    blocks = [block for block in schedule.blocks() if block[0].depth]
+    work = max((block for block in blocks if used(block, "MXU")), key=len)
+    others = [block for block in blocks if not used(block, "MXU")]
+    # What stores vectors begins or ends a row of tiles; what does not is run in every step, that of a skipped tile too.
+    of_row = sum(len(block) for block in others if used(block, "VSTORE"))
+    of_step = sum(len(block) for block in others if not used(block, "VSTORE"))
+    rows, steps = LENGTH // sizes[0], (LENGTH // sizes[0]) * (LENGTH // sizes[1])
+    return {
+        "sizes": sizes,
+        "tiles": tiles,
+        "rows": rows,
+        "steps": steps,
+        "bundles_tile": len(work),
+        "bundles_row": of_row,
+        "bundles_step": of_step,
+        "bundles": tiles * len(work) + rows * of_row + steps * of_step,
+        "mxu_use": used(work, "MXU") / schedule.capacity["MXU"] / len(work),
+        "spills": used(work, "SPILL"),
     }
 
 
@@ -180,7 +210,8 @@ def measure(chip: str, our_sizes: dict[str, tuple[tuple[int, int], ...]]) -> dic
                 for layout in LAYOUTS:
                     if kind == "splash" and segments != (layout != "causal"):
                         continue
-                    result = bundles(kind, layout, pass_, sizes, schedule)
+                    ours = kind == "ours"
+                    result = our_bundles(layout, pass_, sizes, schedule) if ours else splash_bundles(sizes, schedule)
                     tried.setdefault(f"{layout}_{pass_}/{kind}", []).append(result)
     return {
         f"{layout}_{pass_}": {
@@ -192,21 +223,33 @@ def measure(chip: str, our_sizes: dict[str, tuple[tuple[int, int], ...]]) -> dic
 
 
 def table(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> str:
-    lines = [
-        "| chip | case | ours: tile | tiles | bundles a tile | MXU slots used | spills a tile | splash: tile | tiles | "
-        "bundles a tile | ours / splash |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    ours_columns = ("full tiles", "masked", "their parts", "bundles a full tile", "a part", "a row", "MXU slots used", "spills")
+    splash_columns = ("tile", "tiles", "bundles a tile", "a row", "a step", "MXU slots used", "spills")
+    titles = ["chip", "case", *(f"ours: {x}" for x in ours_columns), *(f"splash: {x}" for x in splash_columns), "ours / splash"]
+    rows = [titles, ["---"] * len(titles)]
     for chip, cases in results.items():
         for case, sides in cases.items():
-            ours, splash = sides["ours"], sides["splash"]
-            lines.append(
-                f"| {chip} | {case.replace('_', ' ')} | {ours['sizes'][0]} x {ours['sizes'][1]} | {ours['tiles']} | "
-                f"{ours['bundles_per_tile']:,} | {ours['mxu_use']:.0%} | {ours['spills']:,} | "
-                f"{splash['sizes'][0]} x {splash['sizes'][1]} | {splash['tiles']} | {splash['bundles_per_tile']:,} | "
-                f"{ours['bundles'] / splash['bundles']:.2f} |"
-            )
+            of_ours = ("tiles_full", "tiles_masked", "tiles_parts", "bundles_full", "bundles_part", "bundles_row")
+            of_splash = ("tiles", "bundles_tile", "bundles_row", "bundles_step")
+            cells = [chip, case.replace("_", " ")]
+            for side, names in (("ours", of_ours), ("splash", of_splash)):
+                numbers = sides[side]
+                if side == "splash":
+                    cells.append(" x ".join(map(str, numbers["sizes"][:2])))
+                cells += [f"{numbers[name]:,}" for name in names]
+                cells += [f"{numbers['mxu_use']:.0%}", f"{numbers['spills']:,}"]
+            rows.append([*cells, f"{ratio(sides):.3f}"])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def ratio(sides: dict[str, dict[str, Any]]) -> float:
+    return sides["ours"]["bundles"] / sides["splash"]["bundles"]
+
+
+def page(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> str:
+    """The section of docs/kernels.md that tells the results."""
+    return PAGE.format(table=table(results))
 
 
 def main() -> None:
@@ -238,22 +281,34 @@ def main() -> None:
             BLOCK_SIZES_FILE.write_text(json.dumps(chosen, indent=2) + "\n")
     print(table(results))
     if args.table:
-        write_section("Kernels, by their schedules", PAGE.format(table=table(results)))
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        known = {chip: {**known, **results}[chip] for chip in TOPOLOGIES if chip in {**known, **results}}
+        RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+        write_section(TITLE, page(known))
     worst = {
-        f"{case}_vs_splash": round(max(r[case]["ours"]["bundles"] / r[case]["splash"]["bundles"] for r in results.values()), 4)
+        f"{case}_vs_splash": round(max(ratio(cases[case]) for cases in results.values()), 4)
         for case in (f"{layout}_{pass_}" for layout in LAYOUTS for pass_ in PASSES)
     }
     print(json.dumps({"benchmark": "attention_schedule", "chips": args.chips, **worst}))
 
 
-PAGE = """Made by `python benchmarks/attention_schedule.py --table` (with `make env EXTRAS=tpu`); no TPU took part. The compiler
-of libtpu writes the final VLIW bundles of a kernel; a bundle is one cycle where nothing stalls, so these numbers are the
-compiler's estimate and a lower bound, good for comparing two kernels, not for predicting seconds.
+TITLE = "Kernels, by their schedules"
+PAGE = """Made by `python benchmarks/attention_schedule.py --table` (with `make env EXTRAS=tpu`), which writes docs/kernels.json
+too; no TPU took part. The compiler of libtpu writes the final VLIW bundles of a kernel; a bundle is one cycle where nothing
+stalls, so these numbers are the compiler's estimate and a lower bound, good for comparing two kernels, not for predicting
+seconds.
 
 8,192 tokens, head dimension 128, bfloat16. `causal` is one document, `packed` eight of 1,024 tokens, `shifted` the same begun
-512 tokens earlier: documents that end amid tiles visit twice as many of them. jax's splash attention, with its fused backward
-pass, at its best block sizes; counted is what a tile costs, loop or grid step included, but not what begins and ends a row of
-tiles. Bundles a tile are those of one in which all pairs are allowed, or of a masked one if all are.
+512 tokens earlier, `uneven` eight of 655 to 1,333 tokens, which end anywhere. Ours are tiles of 1,024 x 1,024; those not wholly
+allowed are computed in parts of 512 x 512, and parts without an allowed pair are left out. jax's splash attention, with its
+fused backward pass, is taken at its best block sizes for each case.
+
+Both kernels are counted whole: every basic block as often as it runs. Ours has, besides full tiles and parts, what each masked
+tile costs around its parts (`bundles_masked` in docs/kernels.json), and what begins and ends a row of tiles. Splash has tiles,
+beginnings and ends of rows, and the control of every step of its grid, of which 28 of 64 (tiles of 1,024) visit nothing. Code
+that the hardware may skip, such as the start of a copy that is already there, counts as run on either side. What XLA does
+outside is not counted: splash adds up a partial gradient of the queries for each block of keys, ours begins with zeros and is
+scaled and transposed. MXU slots used and spills are those of a full tile, or of a part if none is full.
 
 {table}
 """

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
+import operator
 import os
 import re
 import subprocess
@@ -26,7 +28,7 @@ from typing import Any
 
 from experiments import hlo
 from experiments.tpu_schedule import (
-    attention_cycles,
+    AttentionCode,
     causal_tiles,
     compiler_environment,
     grouped_matmul_cycles,
@@ -172,27 +174,28 @@ def attention_call_cycles(
     pass_: str, kernel: hlo.Kernel, schedule: str, config: TrainConfig, topology: Topology, context: int, dump: Path
 ) -> float:
     """Cycles of one call for a document as long as a row: the mean over the layers' windows and over parts of the context."""
-    from model.kernels.tiles import BlockSizes
+    from model.kernels.tiles import BlockSizes, part_sizes
 
     # Queries and keys, [B, H, T, D] and [B, K, S, D]: two of the operands, in another order in each pass.
     wide = [shape for shape in map(hlo.first_shape, kernel.operands) if len(shape) == 4]
     queries, keys = (wide[0], wide[1]) if pass_ == "forward" else (wide[2], wide[0])
     sizes = BlockSizes.of_chip(topology.chip).for_itemsize(ITEMSIZE[config.model.dtype])
+    if context > 1:
+        sizes = sizes.dividing(queries[2] // 2)
     block = getattr(sizes, pass_)
     block = (min(block[0], queries[2]), min(block[1], keys[2]))
-    length = config.data.seq_len
+    part = part_sizes(block)
+    length, of_keys = config.data.seq_len, pass_ == "backward"
     layers = [config.model.window(layer) for layer in range(config.model.num_layers)]
-    tiles = [causal_tiles(length, window, block) for window in layers]
-    heads = queries[0] * queries[1]
-    masked, full = (heads * sum(counts) / len(layers) / context**2 for counts in zip(*tiles, strict=True))
+    tiles = [causal_tiles(length, window, block, part, of_keys) for window in layers]
+    mean = functools.reduce(operator.add, tiles) * (queries[0] * queries[1] / len(layers) / context**2)
+    grid = keys if of_keys else queries
+    visits = dataclasses.replace(mean, rows=grid[0] * grid[1] * grid[2] / block[of_keys])
     chip = topology.chip
-    if pass_ == "forward":
-        rows, products = queries[0] * queries[1] * queries[2] / block[0], 2
-    else:
-        rows, products = keys[0] * keys[1] * keys[2] / block[1], 5
     # The cores of a device share the steps of the grid; each has its part of the MXUs.
-    least = products * 2 * block[0] * block[1] * queries[3] / (chip.flops_per_cycle / chip.cores)
-    return attention_cycles(read_schedule(dump, schedule), (masked, full), rows, least) / chip.cores
+    pair = (5 if of_keys else 2) * 2 * queries[3] / (chip.flops_per_cycle / chip.cores)
+    code = AttentionCode.of(read_schedule(dump, schedule), block[of_keys] // part[of_keys])
+    return code.cycles(visits, pair * math.prod(block), pair * math.prod(part)) / chip.cores
 
 
 def grouped_matmul_call_cycles(

@@ -1,7 +1,7 @@
 """Reads what libtpu's compiler writes about a kernel: its VLIW bundles, basic blocks and the units they keep busy.
 
 One bundle is one cycle where nothing stalls, so bundles are a lower bound and an estimate, not a measurement.
-`attention_cycles` adds them up over the tiles that our attention kernels visit, `grouped_matmul_cycles` over those of experts.
+`AttentionCode` adds them up over the tiles that our attention kernels visit, `grouped_matmul_cycles` over those of experts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 UNITS: tuple[str, ...] = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 # Chip generation -> smallest topology that libtpu compiles for.
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+KERNELS_PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 
 
 def compiler_environment(dump: Path | None = None) -> dict[str, str]:
@@ -90,38 +92,90 @@ def used(bundles: list[Bundle], unit: str) -> int:
     return sum(bundle.units[UNITS.index(unit)] for bundle in bundles)
 
 
-def causal_tiles(length: int, window: int, block: tuple[int, int]) -> tuple[int, int]:
-    """(masked, full) tiles of queries x keys that one causal document of `length` tokens has; window 0 is no limit."""
-    masked = full = 0
-    for first_query in range(0, length, block[0]):
-        last_query = min(first_query + block[0], length) - 1
-        for first_key in range(0, last_query + 1, block[1]):
-            last_key = first_key + block[1] - 1
-            if window and first_query - last_key >= window:
-                continue
-            whole = last_key <= first_query and first_query + block[0] <= length
-            whole &= not window or last_query - first_key < window
-            full, masked = full + whole, masked + (not whole)
-    return masked, full
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How much of an attention pattern a kernel computes, of all heads and rows or a share of them.
+
+    Attributes:
+      full: tiles in which every pair is allowed, computed whole.
+      masked: other tiles that hold an allowed pair.
+      parts: of the masked tiles that hold one; the rest of a masked tile is left out.
+      rows: steps of the kernel's grid, one for each row of tiles.
+    """
+
+    full: float
+    masked: float
+    parts: float
+    rows: float
+
+    def __add__(self, other: Tiles) -> Tiles:
+        return Tiles(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> Tiles:
+        return Tiles(*(n * times for n in dataclasses.astuple(self)))
 
 
-def attention_cycles(schedule: Schedule, tiles: tuple[float, float], rows_of_tiles: float, least: float) -> float:
-    """Cycles that one of our attention kernels takes at least: of a tile its bundles, or `least` if they are fewer.
+def causal_tiles(length: int, window: int, block: tuple[int, int], part: tuple[int, int], of_keys: bool) -> Tiles:
+    """Of one causal document of `length` tokens, in tiles and parts of queries x keys; window 0 is no limit.
 
     Args:
-      tiles: (masked, full) tiles visited, by all heads and rows.
-      rows_of_tiles: steps of its grid.
-      least: cycles that the MXUs need for the products of a tile. A bundle may wait for them.
-
-    Raises:
-      ValueError: its code is not what it was when this was written.
+      of_keys: whether a step of the grid is a block of keys (the backward kernel), not of queries.
     """
-    loops = schedule.tile_loops()
-    if len(loops) != 3:
-        raise ValueError(f"{len(loops)} inner loops of our kernel use the MXU, not 3: its code has changed, mend this count")
-    inside = sum(1 for bundle in schedule.bundles if bundle.depth) - sum(len(loop) for loop in loops)
-    masked, full = (max(len(loop), least) for loop in loops[:2])
-    return tiles[0] * masked + tiles[1] * full + rows_of_tiles * inside
+
+    def count(block: tuple[int, int]) -> tuple[int, int]:
+        some = full = 0
+        for first_query in range(0, length, block[0]):
+            last_query = min(first_query + block[0], length) - 1
+            for first_key in range(0, last_query + 1, block[1]):
+                last_key = first_key + block[1] - 1
+                if window and first_query - last_key >= window:
+                    continue
+                whole = last_key <= first_query and first_query + block[0] <= length
+                whole &= not window or last_query - first_key < window
+                full, some = full + whole, some + 1
+        return some, full
+
+    some, full = count(block)
+    parts = count(part)[0] - full * (block[0] // part[0]) * (block[1] // part[1])
+    return Tiles(full, some - full, parts, math.ceil(length / block[of_keys]))
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCode:
+    """Bundles of one of our attention kernels that run once for each full tile, masked tile, part of one, and row of tiles."""
+
+    full: int
+    masked: int
+    part: int
+    row: int
+
+    @classmethod
+    def of(cls, schedule: Schedule, parts_of_block: int) -> AttentionCode:
+        """Args:
+          parts_of_block: of a block of the side that the grid walks over: in so many rounds the parts of a tile are visited.
+
+        Raises:
+          ValueError: its code is not what it was when this was written.
+        """
+        loops = schedule.tile_loops()
+        if len(loops) != 3:
+            raise ValueError(
+                f"{len(loops)} inner loops of our kernel use the MXU, not 3: its code has changed, mend this count"
+            )
+        masked, around = [], 0
+        for part in (loops[0], loops[2]):
+            outer = sorted((x for x in schedule.loops() if any(bundle is part[0] for bundle in x[1:])), key=len)
+            tile = outer[parts_of_block > 1]
+            rounds = len(outer[0]) - len(part) if parts_of_block > 1 else 0
+            masked.append(len(tile) - len(part) + (parts_of_block - 1) * rounds)
+            around += len(tile)
+        inside = sum(1 for bundle in schedule.bundles if bundle.depth)
+        return cls(len(loops[1]), max(masked), max(len(loops[0]), len(loops[2])), inside - around - len(loops[1]))
+
+    def cycles(self, tiles: Tiles, least_full: float = 0, least_part: float = 0) -> float:
+        """Cycles that the kernel takes at least: bundles, or what the MXUs need for the products if they are more."""
+        computed = tiles.full * max(self.full, least_full) + tiles.parts * max(self.part, least_part)
+        return computed + tiles.masked * self.masked + tiles.rows * self.row
 
 
 def grouped_matmul_steps(rows: int, groups: int, inner: int, outer: int, tile: tuple[int, int, int]) -> int:
@@ -139,14 +193,17 @@ def grouped_matmul_cycles(schedule: Schedule, steps: float, least: float) -> flo
     return steps * max(max(work) + sum(map(len, blocks)) - sum(work), least)
 
 
+def page_sections() -> dict[str, str]:
+    """Title -> text of the sections of docs/kernels.md."""
+    page = KERNELS_PAGE.read_text() if KERNELS_PAGE.exists() else ""
+    return dict(re.findall(r"^# (.*)\n\n((?:(?!# ).*\n)*)", page, flags=re.MULTILINE))
+
+
 def write_section(title: str, text: str) -> None:
     """Puts a section of that title into docs/kernels.md, in place of the one that was there."""
-    path = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
-    path.parent.mkdir(exist_ok=True)
-    page = path.read_text() if path.exists() else ""
-    sections = dict(re.findall(r"^# (.*)\n\n((?:(?!# ).*\n)*)", page, flags=re.MULTILINE))
+    sections = page_sections()
     sections[title] = text
-    path.write_text("\n".join(f"# {name}\n\n{body.strip()}\n" for name, body in sections.items()))
+    KERNELS_PAGE.write_text("\n".join(f"# {name}\n\n{body.strip()}\n" for name, body in sections.items()))
 
 
 def read_schedule(dump: Path, kernel: str) -> Schedule:

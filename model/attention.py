@@ -78,6 +78,8 @@ def make_pattern(
     if backend == "flash":
         devices = layout.mesh.devices.flat if layout else jax.devices()
         sizes = BlockSizes.of_chip(chip_of(devices[0].device_kind)).for_itemsize(itemsize)
+        if layout is not None and (devices_of_row := layout.shards("sequence")) > 1:
+            sizes = sizes.dividing(q_segments.shape[1] // (2 * devices_of_row))
         make = functools.partial(make_plan, window=window, sizes=sizes)
     if layout is None or layout.shards("sequence") == 1:
         return make(q_segments, q_positions, kv_segments, kv_positions)

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.kernels.tiles import LANES, MASKED, Plan, pad
+from model.kernels.tiles import LANES, MASKED, Plan, pad, part_sizes
 
 LOG2_E = math.log2(math.e)
 EMPTY = MASKED / 2  # A maximum below it is of a query that sees nothing.
@@ -93,17 +93,26 @@ class _Stream:
     slot is its number modulo 2. A step finds its first tile on its way if the step before it visited any.
     """
 
-    def __init__(self, copies: Callable[[Any, Any, Any], list[Any]], visited: Any, visits: Any, repeats: int = 1):
+    def __init__(
+        self,
+        copies: Callable[[Any, Any, Any], list[Any]],
+        visited: Any,
+        visits: Any,
+        parts: tuple[int, int],
+        repeats: int = 1,
+    ):
         """Args:
         copies: (repetition, tile), slot -> the async copies of that tile.
+        visits: of `Visits.scalars`.
+        parts: of the row's own block, and of a tile along it.
         repeats: how often each row's tiles are walked over (once for each query head of a key-value head).
         """
-        self.copies, self.visited, self.visits, self.repeats = copies, visited, visits, repeats
+        self.copies, self.visited, self.visits, self.parts, self.repeats = copies, visited, visits, parts, repeats
         self.row, self.num_rows = pl.program_id(2), pl.num_programs(2)
         self.first, self.stop, self.full_first, self.full_stop = (self._scalar(self.row, i) for i in range(4))
 
     def _scalar(self, row: Any, which: int) -> Any:
-        return self.visits[(pl.program_id(0) * self.num_rows + row) * 4 + which]
+        return self.visits[(pl.program_id(0) * self.num_rows + row) * (4 + 2 * self.parts[0]) + which]
 
     def _count(self, row: Any) -> Any:
         return self._scalar(row, 1) - self._scalar(row, 0)
@@ -119,6 +128,20 @@ class _Stream:
         exists = in_row | in_repeats | ((self.row + 1 < self.num_rows) & (self._count(row) > 0))
         next_repeat = jnp.where(in_row, repeat, jnp.where(in_repeats, repeat + 1, 0))
         return exists, next_repeat, jnp.where(in_row, tile + 1, jnp.where(in_repeats, self.first, self._scalar(row, 0)))
+
+    def each_part(self, tile: Any, visit: Callable[[Any, Any], None]) -> None:
+        """Calls visit(part of the row's block, part of the tile) for those of a tile that may hold an allowed pair."""
+        before = tile * self.parts[1]
+
+        def of_block(part: Any, _: None) -> None:
+            first = jnp.maximum(self._scalar(self.row, 4 + 2 * part) - before, 0)
+            stop = jnp.minimum(self._scalar(self.row, 5 + 2 * part) - before, self.parts[1])
+            jax.lax.fori_loop(first, stop, lambda other, _: visit(part, other), None)
+
+        if self.parts[0] == 1:
+            of_block(0, None)
+        else:
+            jax.lax.fori_loop(0, self.parts[0], of_block, None)
 
     def run(self, tile_function: Callable[[Any, Any, Any, bool], None]) -> None:
         """Calls tile_function(number, repetition, tile, masked) for each tile of this step's row."""
@@ -269,27 +292,38 @@ def _forward_kernel(
         lambda _, tile: v_hbm.at[batch, kv_head, _rows(tile, block[1])],
         lambda _, tile: kv_ids_hbm.at[batch, :, _rows(tile, block[1])],
     ]
-    stream = _Stream(_copier(sources, [k_buffer, v_buffer, ids_buffer], semaphores), visited, visits)
+    part_q, part_k = part_sizes(block)
+    parts = (block[0] // part_q, block[1] // part_k)
+    stream = _Stream(_copier(sources, [k_buffer, v_buffer, ids_buffer], semaphores), visited, visits, parts)
 
-    def tile(number: Any, _: Any, __: Any, masked: bool) -> None:
+    def add(z: jax.Array, v_and_ones: jax.Array, queries: Any) -> None:
+        before = highest[0:1, queries]
+        now = jnp.maximum(before, jnp.max(z, axis=0, keepdims=True))
+        weights = jnp.exp2(z - now).astype(v_and_ones.dtype)
+        total[:, queries] = jnp.exp2(before - now) * total[:, queries] + dot(v_and_ones, weights, (1, 0))
+        highest[0:1, queries] = now
+
+    def with_ones(v: jax.Array) -> jax.Array:
+        return jnp.concatenate([v.T, jnp.ones((ONES, v.shape[0]), v.dtype)], axis=0)
+
+    def tile(number: Any, _: Any, tile: Any, masked: bool) -> None:
         slot = jax.lax.rem(number, 2)
-        k, v = k_buffer[slot], v_buffer[slot]
-        v_and_ones = jnp.concatenate([v.T, jnp.ones((ONES, v.shape[0]), v.dtype)], axis=0)
+
+        def masked_part(of_queries: Any, of_keys: Any) -> None:
+            queries, keys = _rows(of_queries, part_q), _rows(of_keys, part_k)
+            z = logits(k_buffer[slot, keys], q[0, 0, queries])[0]
+            z = logits.mask(z, _columns(ids_buffer[slot, :, keys], part_q), q_ids[0, :, queries])
+            add(z, with_ones(v_buffer[slot, keys]), queries)
+
+        if masked:
+            stream.each_part(tile, masked_part)
+            return
+        k, v_and_ones = k_buffer[slot], with_ones(v_buffer[slot])
         # In strips of queries: the products of one are computed while the exponentials of another are.
         strips = [pl.ds(start, min(STRIP, block[0] - start)) for start in range(0, block[0], STRIP)]
         scores = [logits(k, q[0, 0, strip])[0] for strip in strips]
-        if masked:
-            segments, positions = _columns(ids_buffer[slot], min(STRIP, block[0]))
-            scores = [
-                logits.mask(z, (segments[:, : z.shape[1]], positions[:, : z.shape[1]]), q_ids[0, :, strip])
-                for z, strip in zip(scores, strips, strict=True)
-            ]
         for z, strip in zip(scores, strips, strict=True):
-            before = highest[0:1, strip]
-            now = jnp.maximum(before, jnp.max(z, axis=0, keepdims=True))
-            weights = jnp.exp2(z - now).astype(v.dtype)
-            total[:, strip] = jnp.exp2(before - now) * total[:, strip] + dot(v_and_ones, weights, (1, 0))
-            highest[0:1, strip] = now
+            add(z, v_and_ones, strip)
 
     stream.run(tile)
     sees_something = ~(highest[0:1] <= EMPTY)  # a NaN must not look like a query that sees nothing
@@ -320,7 +354,9 @@ def _backward_kernel(
         lambda _, tile: q_ids_hbm.at[batch, :, _rows(tile, block[0])],
     ]
     buffers = [q_buffer, d_out_buffer, statistics_buffer, ids_buffer]
-    stream = _Stream(_copier(sources, buffers, semaphores), visited, visits, repeats=group)
+    part_q, part_k = part_sizes(block)
+    parts = (block[1] // part_k, block[0] // part_q)
+    stream = _Stream(_copier(sources, buffers, semaphores), visited, visits, parts, repeats=group)
     dq_sum = _Accumulator(
         lambda repeat, tile: dq_hbm.at[batch, head(repeat), :, _rows(tile, block[0])], dq_buffer, dq_semaphores, dq_state
     )
@@ -331,19 +367,26 @@ def _backward_kernel(
         exists, next_repeat, next_tile = stream.following(repeat, tile)
         place, next_place = repeat * num_q_blocks + tile, next_repeat * num_q_blocks + next_tile
         dq_sum.begin(number, place, repeat, tile, (exists, next_place, next_repeat, next_tile))
-        slot = jax.lax.rem(number, 2)
-        q, d_out, statistics = q_buffer[slot], d_out_buffer[slot], statistics_buffer[slot]
-        z, slope = logits(k[0, 0], q)
-        d_weights = dot(v[0, 0], d_out, (1, 1))
+        slot, dq_slot = jax.lax.rem(number, 2), jax.lax.rem(number, 3)
+
+        def add(keys: Any, queries: Any) -> None:
+            q, d_out, statistics = q_buffer[slot, queries], d_out_buffer[slot, queries], statistics_buffer[slot, :, queries]
+            z, slope = logits(k[0, 0, keys], q)
+            d_weights = dot(v[0, 0, keys], d_out, (1, 1))
+            if masked:
+                columns = (jnp.tile(ids[keys], (1, part_q // LANES)) for ids in (segments, positions))
+                z = logits.mask(z, tuple(columns), ids_buffer[slot, :, queries])
+            weights = jnp.exp2(z - statistics[0:1])
+            d_scores = weights * (d_weights - statistics[1:2])
+            d_scores = (d_scores if slope is None else d_scores * slope).astype(q.dtype)
+            dv_total[keys] += dot(weights.astype(d_out.dtype), d_out, (1, 0))
+            dk_total[keys] += dot(d_scores, q, (1, 0))
+            dq_buffer[dq_slot, :, queries] += dot(k_transposed[:, keys], d_scores, (1, 0))
+
         if masked:
-            repeats = (1, block[0] // LANES)
-            z = logits.mask(z, (jnp.tile(segments[...], repeats), jnp.tile(positions[...], repeats)), ids_buffer[slot])
-        weights = jnp.exp2(z - statistics[0:1])
-        d_scores = weights * (d_weights - statistics[1:2])
-        d_scores = (d_scores if slope is None else d_scores * slope).astype(q.dtype)
-        dv_total[...] += dot(weights.astype(d_out.dtype), d_out, (1, 0))
-        dk_total[...] += dot(d_scores, q, (1, 0))
-        dq_buffer[jax.lax.rem(number, 3)] += dot(k_transposed[...], d_scores, (1, 0))
+            stream.each_part(tile, lambda of_keys, of_queries: add(_rows(of_keys, part_k), _rows(of_queries, part_q)))
+        else:
+            add(slice(None), slice(None))
         dq_sum.end(number, place, repeat, tile)
 
     stream.run(tile)

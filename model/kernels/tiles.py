@@ -1,11 +1,12 @@
-"""Which tiles attention visits, as four integers for each block of tokens: what all layers and heads of a step share.
+"""Which tiles attention visits, as a few integers for each block of tokens: what all layers and heads of a step share.
 
 A pair (query, key) is allowed if both are of the same segment, the key's position is not later, and, with a window, the
 distance is below it. Segment 0 is padding: it sees nothing, nobody sees it, and its output is 0.
 
 A *tile* is a block of queries times a block of keys. For every row (and column) of tiles, `make_plan` computes on the device
-the range of tiles that hold an allowed pair and, within it, the range of tiles in which every pair is allowed: four integers,
-from the extents of ids and positions in each block. Where segments lie one after the other along a row, as packing and zigzag
+the range of tiles that hold an allowed pair and, within it, the range of tiles in which every pair is allowed, from the extents
+of ids and positions in each block. A tile that is not wholly allowed is computed in *parts*, and which of them hold an allowed
+pair is a range for each part of the block. Where segments lie one after the other along a row, as packing and zigzag
 sharding lay them, the range holds exactly the tiles with an allowed pair; in any other order it holds at least those. The
 ranges are scalars that bound the inner loop of the kernels, so a tile outside costs nothing, and ids are compared only in
 tiles that are not wholly allowed.
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from model.chips import Chip
 
 LANES = 128
+PART = 512  # queries and keys of a part of a tile, at most
 # A logit that is not allowed: exp of it underflows to exactly 0, and a difference of two is finite in any dtype.
 MASKED = -1e30
 BLOCK_SIZES_FILE = Path(__file__).with_name("block_sizes.json")  # made by benchmarks/attention_schedule.py --tune
@@ -57,6 +59,24 @@ class BlockSizes:
             }
         )
 
+    def dividing(self, length: int) -> BlockSizes:
+        """The largest sizes, at most these, that divide `length` rounded up to a multiple of 128.
+
+        On a ring a device holds two parts of a row, far from each other. A block with tokens of both may meet all keys
+        that lie between, so that blocks must end where parts do; they can if the length of a part is a multiple of 128.
+        """
+        registers = round_up(length, LANES) // LANES
+
+        def largest(size: int) -> int:
+            return LANES * max(n for n in range(1, size // LANES + 1) if registers % n == 0)
+
+        return BlockSizes(**{name: (largest(q), largest(kv)) for name, (q, kv) in dataclasses.asdict(self).items()})
+
+
+def part_sizes(block: tuple[int, int]) -> tuple[int, int]:
+    """(queries, keys) of a part: tiles that are not wholly allowed are computed in parts, those without an allowed pair left out."""
+    return math.gcd(block[0], PART), math.gcd(block[1], PART)
+
 
 @flax.struct.dataclass
 class Visits:
@@ -65,16 +85,22 @@ class Visits:
     Attributes:
       first, stop: the tiles that are visited.
       full_first, full_stop: those of them in which every pair is allowed.
+      part_first, part_stop: the parts (see `part_sizes`) along that side that are visited, for each part of each block of the
+        other; [B, num_blocks, parts of a block].
     """
 
     first: jax.Array
     stop: jax.Array
     full_first: jax.Array
     full_stop: jax.Array
+    part_first: jax.Array
+    part_stop: jax.Array
 
     def scalars(self) -> jax.Array:
-        """int32 [B * num_blocks * 4], as the kernels read it."""
-        return jnp.stack([self.first, self.stop, self.full_first, self.full_stop], axis=-1).reshape(-1)
+        """int32 [B * num_blocks * (4 + 2 * parts of a block)], as the kernels read it."""
+        tiles = jnp.stack([self.first, self.stop, self.full_first, self.full_stop], axis=-1)
+        parts = jnp.stack([self.part_first, self.part_stop], axis=-1)
+        return jnp.concatenate([tiles, parts.reshape(*tiles.shape[:2], -1)], axis=-1).reshape(-1)
 
 
 @flax.struct.dataclass
@@ -143,19 +169,27 @@ def _tiles(q_ids: jax.Array, kv_ids: jax.Array, window: int, block: tuple[int, i
     return some, every
 
 
-def _visits(some: jax.Array, every: jax.Array) -> Visits:
-    """Ranges along the last axis; `full` is left empty where what is wholly allowed is no single range."""
-    length = some.shape[-1]
+def _range(tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First and stop of those that are true along the last axis, 0 and 0 where none is."""
+    found, length = jnp.any(tiles, axis=-1), tiles.shape[-1]
+    first, stop = jnp.argmax(tiles, axis=-1), length - jnp.argmax(tiles[..., ::-1], axis=-1)
+    return jnp.where(found, first, 0).astype(jnp.int32), jnp.where(found, stop, 0).astype(jnp.int32)
 
-    def bounds(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.argmax(x, axis=-1), length - jnp.argmax(x[..., ::-1], axis=-1)
 
-    found = jnp.any(some, axis=-1)
-    first, stop = (jnp.where(found, x, 0) for x in bounds(some))
-    full_first, full_stop = bounds(every)
-    is_range = jnp.sum(every, axis=-1) == full_stop - full_first
+def _visits(q_ids: jax.Array, kv_ids: jax.Array, window: int, block: tuple[int, int], of_keys: bool) -> Visits:
+    """For each block of keys or of queries; `full` is left empty where what is wholly allowed is no single range."""
+
+    def tiles(block: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+        some, every = _tiles(q_ids, kv_ids, window, block)
+        return (some.swapaxes(1, 2), every.swapaxes(1, 2)) if of_keys else (some, every)
+
+    some, every = tiles(block)
+    first, stop = _range(some)
+    full_first, full_stop = _range(every)
+    is_range = (full_stop > full_first) & (jnp.sum(every, axis=-1) == full_stop - full_first)
     full_first, full_stop = (jnp.where(is_range, x, stop) for x in (full_first, full_stop))
-    return Visits(*(x.astype(jnp.int32) for x in (first, stop, full_first, full_stop)))
+    part_first, part_stop = (x.reshape(*first.shape, -1) for x in _range(tiles(part_sizes(block))[0]))
+    return Visits(first, stop, full_first, full_stop, part_first, part_stop)
 
 
 def make_plan(
@@ -187,12 +221,11 @@ def make_plan(
         return pad(x, round_up(x.shape[2], multiple))
 
     q_ids, kv_ids = ids(q_segments, q_positions, q_multiple), ids(kv_segments, kv_positions, kv_multiple)
-    some, every = _tiles(q_ids, kv_ids, window, sizes.backward)
     return Plan(
         q_ids=q_ids,
         kv_ids=kv_ids,
-        forward=_visits(*_tiles(q_ids, kv_ids, window, sizes.forward)),
-        backward=_visits(some.swapaxes(1, 2), every.swapaxes(1, 2)),
+        forward=_visits(q_ids, kv_ids, window, sizes.forward, of_keys=False),
+        backward=_visits(q_ids, kv_ids, window, sizes.backward, of_keys=True),
         window=window,
         sizes=sizes,
     )
