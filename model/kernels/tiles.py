@@ -74,7 +74,7 @@ class BlockSizes:
 
 
 def part_sizes(block: tuple[int, int]) -> tuple[int, int]:
-    """(queries, keys) of a part: tiles that are not wholly allowed are computed in parts, those without an allowed pair left out."""
+    """(queries, keys) of a part: a tile that is not wholly allowed is computed in those of its parts that hold an allowed pair."""
     return math.gcd(block[0], PART), math.gcd(block[1], PART)
 
 
