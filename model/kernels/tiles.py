@@ -74,7 +74,7 @@ class BlockSizes:
 
 
 def part_sizes(block: tuple[int, int]) -> tuple[int, int]:
-    """(queries, keys) of a part: a tile that is not wholly allowed is computed in those of its parts that hold an allowed pair."""
+    """(queries, keys) of a part. Of a tile that is not wholly allowed only parts that hold an allowed pair are computed."""
     return math.gcd(block[0], PART), math.gcd(block[1], PART)
 
 
