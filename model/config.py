@@ -21,6 +21,8 @@ Remat = Literal["none", "full", "attention", "dots"]
 AttentionBackend = Literal["reference", "xla", "flash", "cudnn"]
 DType = Literal["float32", "bfloat16"]
 CacheDType = Literal["model", "int8"]
+# Of the flash kernel: in tiles of 1,024 x 1,024, with a cap, 512 dimensions of bfloat16 need 33 MiB of VMEM, and a v4 has 16.
+FLASH_MAX_HEAD_DIM = 256
 
 
 def check(condition: bool, message: str) -> None:
@@ -283,6 +285,11 @@ class ModelConfig:
             }
             found = [f"model.{name}" for name, asked in cannot.items() if asked]
             check(not found, f"model.attention_backend='cudnn' cannot do {', '.join(found)}: take 'xla', or change these")
+        check(
+            self.attention_backend != "flash" or self.head_dim <= FLASH_MAX_HEAD_DIM,
+            f"model.head_dim={self.head_dim} is too large for a TPU's VMEM with model.attention_backend='flash': take 'xla', or at "
+            f"most {FLASH_MAX_HEAD_DIM} dimensions",
+        )
         if self.moe:
             check(
                 self.moe.num_dense_layers < self.num_layers,

@@ -374,8 +374,9 @@ def _backward_kernel(
             z, slope = logits(k[0, 0, keys], q)
             d_weights = dot(v[0, 0, keys], d_out, (1, 1))
             if masked:
-                columns = (jnp.tile(ids[keys], (1, part_q // LANES)) for ids in (segments, positions))
-                z = logits.mask(z, tuple(columns), ids_buffer[slot, :, queries])
+                repeats = (1, part_q // LANES)
+                columns = jnp.tile(segments[keys], repeats), jnp.tile(positions[keys], repeats)
+                z = logits.mask(z, columns, ids_buffer[slot, :, queries])
             weights = jnp.exp2(z - statistics[0:1])
             d_scores = weights * (d_weights - statistics[1:2])
             d_scores = (d_scores if slope is None else d_scores * slope).astype(q.dtype)

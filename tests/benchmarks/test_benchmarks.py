@@ -56,7 +56,7 @@ def test_attention_schedule():
     result = last_line("attention_schedule", "--chips", "v5e")
     for case in ("causal_forward", "causal_backward"):
         assert 0 < result[f"{case}_vs_splash"] <= 1
-    for case in ("packed_forward", "packed_backward"):
+    for case in ("packed_forward", "packed_backward", "shifted_forward", "shifted_backward"):
         assert 0 < result[f"{case}_vs_splash"] <= 1 / 3
 
 

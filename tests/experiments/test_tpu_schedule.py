@@ -1,38 +1,52 @@
 """Tiles and cycles of the attention kernels, counted from their schedules."""
 
+import dataclasses
+import json
 import textwrap
 
 import numpy as np
 import pytest
 
+from benchmarks import attention_schedule
 from experiments import hlo
 from experiments.cli import load_train_config
 from experiments.compile import kernel_report
 from experiments.tpu_schedule import (
+    TOPOLOGIES,
     UNITS,
+    AttentionCode,
     Bundle,
     Schedule,
-    attention_cycles,
+    Tiles,
     causal_tiles,
     compiler_environment,
+    page_sections,
     read_schedule,
 )
-from model.chips import topology_of
+from model.chips import CHIPS, topology_of
+from model.kernels.tiles import BlockSizes
 from tests.libtpu import run_with_libtpu
 from tests.tiny import write_tiny_job
 
 
 @pytest.mark.parametrize("length", [512, 1000, 1024])
 @pytest.mark.parametrize("window", [0, 1, 100, 300])
-@pytest.mark.parametrize("block", [(128, 128), (256, 128), (128, 512)])
-def test_tiles_of_a_causal_document_are_those_with_an_allowed_pair(length, window, block):
+@pytest.mark.parametrize(
+    ("block", "part"), [((128, 128), (128, 128)), ((256, 128), (64, 128)), ((128, 512), (128, 128)), ((256, 256), (128, 64))]
+)
+def test_tiles_of_a_causal_document_are_those_with_an_allowed_pair(length, window, block, part):
     rows, columns = -(-length // block[0]) * block[0], -(-length // block[1]) * block[1]
     distance = np.arange(rows)[:, None] - np.arange(columns)[None, :]
     allowed = (distance >= 0) & (np.arange(rows)[:, None] < length) & (np.arange(columns)[None, :] < length)
     allowed &= (distance < window) if window else True
     tiles = allowed.reshape(rows // block[0], block[0], columns // block[1], block[1])
     some, every = tiles.any(axis=(1, 3)), tiles.all(axis=(1, 3))
-    assert causal_tiles(length, window, block) == (np.sum(some & ~every), np.sum(every))
+    # Parts of full tiles are not counted: those tiles are computed whole.
+    rest = allowed & ~np.repeat(np.repeat(every, block[0], axis=0), block[1], axis=1)
+    parts = rest.reshape(rows // part[0], part[0], columns // part[1], part[1]).any(axis=(1, 3))
+    for of_keys in (False, True):
+        expected = Tiles(np.sum(every), np.sum(some & ~every), np.sum(parts), every.shape[of_keys])
+        assert causal_tiles(length, window, block, part, of_keys) == expected
 
 
 def schedule_of(*parts: tuple[int, str, int, bool]) -> Schedule:
@@ -45,18 +59,47 @@ def schedule_of(*parts: tuple[int, str, int, bool]) -> Schedule:
 
 
 def test_bundles_are_multiplied_by_the_tiles_of_their_loop():
-    tile = [(2, "LB", 50, True), (3, "LB", 5, False), (2, "", 3, True)]  # waits for a copy in a loop of its own
+    # A tile waits for a copy in a loop of its own, and visits its parts in one or two loops.
+    around, wait = (2, "LB", 30, False), [(3, "LB", 5, False), (2, "", 3, False)]
+    in_rounds = [around, *wait, (3, "LB", 7, False), (4, "LB", 50, True), (3, "", 2, False), (2, "", 1, False)]
+    at_once = [around, *wait, (3, "LB", 50, True), (2, "", 1, False)]
     full = [(2, "LB", 40, True)]
-    schedule = schedule_of((0, "", 9, False), (1, "LB", 10, False), *tile, (1, "", 1, False), *full, (1, "", 1, False), *tile)
-    assert [len(loop) for loop in schedule.tile_loops()] == [58, 40, 58]
-    # 12 bundles stand around the loops over tiles; they are run once for each row of tiles.
-    assert attention_cycles(schedule, tiles=(3, 7), rows_of_tiles=2, least=10) == 3 * 58 + 7 * 40 + 2 * 12
-    assert attention_cycles(schedule, tiles=(3, 7), rows_of_tiles=2, least=45) == 3 * 58 + 7 * 45 + 2 * 12
+    for masked, parts_of_block, of_masked in ((in_rounds, 2, 39 + 2 * 9), (at_once, 1, 39)):
+        schedule = schedule_of(
+            (0, "", 9, False), (1, "LB", 10, False), *masked, (1, "", 1, False), *full, (1, "", 1, False), *masked
+        )  # fmt: skip
+        code = AttentionCode.of(schedule, parts_of_block)
+        # 12 bundles stand around the loops over tiles; they are run once for each row of tiles.
+        assert code == AttentionCode(full=40, masked=of_masked, part=50, row=12)
+    assert code.cycles(Tiles(full=7, masked=3, parts=8, rows=2)) == 7 * 40 + 3 * 39 + 8 * 50 + 2 * 12
+    assert code.cycles(Tiles(full=7, masked=3, parts=8, rows=2), 45, 10) == 7 * 45 + 3 * 39 + 8 * 50 + 2 * 12
 
 
 def test_a_kernel_that_has_changed_is_not_counted_wrongly():
     with pytest.raises(ValueError, match="2 inner loops of our kernel use the MXU, not 3"):
-        attention_cycles(schedule_of((1, "LB", 2, True), (1, "LB", 2, True)), (1, 1), 1, 1)
+        AttentionCode.of(schedule_of((1, "LB", 2, True), (1, "LB", 2, True)), 1)
+
+
+def test_the_page_of_kernels_tells_what_was_measured():
+    """docs/kernels.md is made of docs/kernels.json, whose tiles are those of our plan, and whose ratios hold the bounds."""
+    results = json.loads(attention_schedule.RESULTS.read_text())
+    assert list(results) == list(TOPOLOGIES)
+    assert page_sections()[attention_schedule.TITLE].strip() == attention_schedule.page(results).strip()
+    for chip, cases in results.items():
+        sizes = BlockSizes.of_chip(CHIPS[chip])
+        for case, sides in cases.items():
+            layout, pass_ = case.split("_")
+            ours, splash = sides["ours"], sides["splash"]
+            assert tuple(ours["sizes"]) == getattr(sizes, pass_)
+            tiles = attention_schedule.tiles_of_layout(layout, pass_, tuple(ours["sizes"]))
+            assert {f"tiles_{name}": n for name, n in dataclasses.asdict(tiles).items()}.items() <= ours.items()
+            parts = ours["tiles_parts"] * ours["bundles_part"] + ours["tiles_masked"] * ours["bundles_masked"]
+            full, rows = ours["tiles_full"] * ours["bundles_full"], ours["tiles_rows"] * ours["bundles_row"]
+            assert ours["bundles"] == full + parts + rows
+            of_splash = sum(splash[f"{name}s"] * splash[f"bundles_{name}"] for name in ("tile", "row", "step"))
+            assert splash["bundles"] == of_splash
+            if layout != "uneven":  # which the page shows, and nobody asked a bound of
+                assert attention_schedule.ratio(sides) <= (1 if layout == "causal" else 1 / 3), (chip, case)
 
 
 COMPILED = """
@@ -90,12 +133,12 @@ def test_a_compiled_kernel_has_the_cycles_of_its_tiles(tmp_path, monkeypatch):
     config = load_train_config(str(write_tiny_job(tmp_path)), overrides)
     for kernel in kernels:
         report = kernel_report(kernel, kernel.name, config, topology_of("v5e:2x2"), 1, dump)
-        # Rows, heads; tiles of 1,024 x 1,024: two on the diagonal, one below. The MXUs do 131,072 FLOPs in a cycle.
+        # Rows, heads; tiles of 1,024 x 1,024: two on the diagonal, each of three parts of 512 x 512, and one below. The MXUs do
+        # 131,072 FLOPs in a cycle.
         products = 2 if "flash_forward" in kernel.name else 5
         least = products * 2 * 1024 * 1024 * 128 / 131_072
-        loops = read_schedule(dump, f"-{kernel.name}-").tile_loops()
-        masked, full, _ = (max(least, len(loop)) for loop in loops)
-        tiles = 2 * 4 * (2 * masked + full)
+        part, full, _ = (len(loop) for loop in read_schedule(dump, f"-{kernel.name}-").tile_loops())
+        tiles = 2 * 4 * (2 * 3 * max(part, least / 4) + max(full, least))
         assert tiles < report["cycles"] < 1.2 * tiles
 
 

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+import model.kernels.flash_attention as flash_attention_module
 from model.attention import attention, make_pattern, ring_part
+from model.config import ModelConfig
+from model.kernels import tiles
 from model.kernels.flash_attention import flash_attention, flash_gradients
 from model.kernels.tiles import MASKED, BlockSizes, make_plan
 from model.ring_attention import zigzag
@@ -76,84 +79,118 @@ def reference(q, k, v, sinks, allowed, cap):
     return out, lse
 
 
-def check(ids, *, window, cap, group, with_sinks, dtype, tolerance, sizes=SIZES, head_dim=32, seed=1):
-    """Output, log-sum-exp and all gradients, those of the log-sum-exp among them."""
-    (B, T), S = ids[0].shape, ids[2].shape[1]
+def check(ids, *, window, cap, heads, sinks, dtype, tolerance, sizes=SIZES, seed=1, detect_races=True):
+    """Output, log-sum-exp and all gradients, those of the log-sum-exp among them, of one or several sets of ids of one shape.
+
+    Args:
+      heads: (of queries, of keys and values).
+      sinks: of each head of queries, MASKED where there is none; None is an attention without.
+    """
+    several = ids if isinstance(ids, list) else [ids]
+    (B, T), S, (H, K), D = several[0][0].shape, several[0][2].shape[1], heads, 32
     rng = np.random.default_rng(seed)
-    shapes = ((B, 2, T, head_dim), (B, 2 // group, S, head_dim), (B, 2 // group, S, head_dim), (B, 2, T, head_dim), (B, 2, T))
+    shapes = ((B, H, T, D), (B, K, S, D), (B, K, S, D), (B, H, T, D), (B, H, T))
     # Rounded first, so that only what is computed differs.
-    q, k, v, d_out, d_lse = (np.asarray(jnp.asarray(rng.standard_normal(shape), dtype), np.float64) for shape in shapes)
-    sinks = rng.standard_normal(2) if with_sinks else None
-    allowed = allowed_pairs(*ids, window)
-    d_lse = np.where(np.any(allowed, axis=-1)[:, None] | with_sinks, d_lse, 0.0)
+    *qkv, d_out, d_lse = (np.asarray(jnp.asarray(rng.standard_normal(shape), dtype), np.float64) for shape in shapes)
+    has_sink = np.zeros(H, bool) if sinks is None else np.asarray(sinks) > MASKED
 
-    with jax.enable_x64(True):
-        inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
-        function = lambda q, k, v, sinks=None: reference(q, k, v, sinks, allowed, cap)  # noqa: E731
-        expected, pull = jax.vjp(function, *inputs)
-        expected_gradients = pull((jnp.asarray(d_out), jnp.asarray(d_lse)))
+    def results(function, d_out, d_lse, *inputs):
+        values, pull = jax.vjp(function, *inputs)
+        return [*values, *(x for x in pull((d_out, d_lse)) if x is not None)]
 
-    plan = make_plan(*ids, window, sizes)
-    function = lambda q, k, v, sinks=None: flash_attention(q, k, v, plan, sinks, scale=SCALE, cap=cap)  # noqa: E731
-    inputs = [jnp.asarray(x, dtype) for x in (q, k, v)] + ([] if sinks is None else [jnp.asarray(sinks, jnp.float32)])
-    with interpret():
-        (out, lse), pull = jax.vjp(function, *inputs)
-        gradients = pull((jnp.asarray(d_out, dtype), jnp.asarray(d_lse, jnp.float32)))
-    names = ("out", "lse", "dq", "dk", "dv", "d_sinks")
-    for name, x, y in zip(names, (out, lse, *gradients), (*expected, *expected_gradients), strict=False):
-        x, y = np.asarray(x, np.float64), np.asarray(y)
-        y = np.where(y == MASKED, np.float32(MASKED), y)
-        assert np.all(np.isfinite(x)), name
-        np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, np.abs(y[y > MASKED / 2]).max()), rtol=0, err_msg=name)
+    @jax.jit
+    def ours(d_out, d_lse, ids, *inputs):
+        plan = make_plan(*ids, window, sizes)
+        return results(
+            lambda *inputs: flash_attention(*inputs[:3], plan, inputs[3], scale=SCALE, cap=cap), d_out, d_lse, *inputs
+        )
+
+    for each in several:
+        allowed = allowed_pairs(*each, window)
+        # The log-sum-exp of a query that sees nothing is no function of anything.
+        d_lse_of_seeing = np.where(np.any(allowed, axis=-1)[:, None] | has_sink[:, None], d_lse, 0.0)
+        with jax.enable_x64(True):
+            exact = None if sinks is None else jnp.where(has_sink, jnp.asarray(sinks, jnp.float64), -jnp.inf)
+            exact_inputs = [jnp.asarray(x) for x in (d_out, d_lse_of_seeing, *qkv)]
+            expected = results(functools.partial(reference, allowed=allowed, cap=cap), *exact_inputs, exact)
+        rounded = [jnp.asarray(x, dtype) for x in qkv] + [None if sinks is None else jnp.asarray(sinks, jnp.float32)]
+        with interpret(detect_races):
+            found = ours(
+                jnp.asarray(d_out, dtype), jnp.asarray(d_lse_of_seeing, jnp.float32), jax.tree.map(jnp.asarray, each), *rounded
+            )
+        names = ("out", "lse", "dq", "dk", "dv", "d_sinks")[: 5 if sinks is None else 6]
+        for name, x, y in zip(names, found, expected, strict=True):
+            x, y = np.asarray(x, np.float64), np.asarray(y)
+            y = np.where(y == MASKED, np.float32(MASKED), y)
+            assert np.all(np.isfinite(x)), name
+            np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, np.abs(y[y > MASKED / 2]).max()), rtol=0, err_msg=name)
 
 
 def same(ids):
     return (*ids, *ids)
 
 
-PRODUCT = list(itertools.product((0, 50), (0.0, 2.0), (1, 2), (False, True), (256, 300)))
+MHA, MQA, GQA = (2, 2), (2, 1), (4, 2)
+QUICK = [(50, 2.0, MQA, (0.3, -1.0)), (0, 0.0, GQA, None)]
+PRODUCT = list(itertools.product((0, 50), (0.0, 2.0), (MHA, GQA), (256, 300)))
 
 
-@pytest.mark.parametrize(("window", "cap", "group", "with_sinks", "total"), PRODUCT[:: len(PRODUCT) // 4 + 1] + PRODUCT[-1:])
-def test_values_and_gradients(window, cap, group, with_sinks, total):
+@pytest.mark.parametrize(("window", "cap", "heads", "sinks"), QUICK)
+def test_values_and_gradients(window, cap, heads, sinks):
     """A few of the combinations; all are in the slow test below."""
-    check(
-        same(layouts(total + 2)), window=window, cap=cap, group=group, with_sinks=with_sinks, dtype=jnp.float32, tolerance=3e-6
-    )
+    check(same(layouts(300)), window=window, cap=cap, heads=heads, sinks=sinks, dtype=jnp.float32, tolerance=3e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 3e-6), (jnp.bfloat16, 2e-2)])
-@pytest.mark.parametrize("offset", [False, True])
-@pytest.mark.parametrize(("window", "cap", "group", "with_sinks", "total"), PRODUCT)
-def test_values_and_gradients_of_all_combinations(window, cap, group, with_sinks, total, offset, dtype, tolerance):
-    segments, positions = layouts(total + 2, seed=total)
-    later = slice(total // 2, None) if offset else slice(None)  # Queries of the second half against all keys.
-    ids = (segments[:, later], positions[:, later], segments, positions)
-    check(ids, window=window, cap=cap, group=group, with_sinks=with_sinks, dtype=dtype, tolerance=tolerance)
+@pytest.mark.parametrize(("window", "cap", "heads", "total"), PRODUCT)
+def test_values_and_gradients_of_all_combinations(window, cap, heads, total, dtype, tolerance, monkeypatch):
+    """Each with queries of the same tokens as the keys and with queries of later ones; with and without sinks, by head.
+
+    256 tokens are two blocks, 300 are two larger ones of four parts, of which one lies in the padding.
+    """
+    monkeypatch.setattr(tiles, "PART", 128)
+    segments, positions = layouts(total + 100, seed=total)
+    keys = segments[:, :total], positions[:, :total]
+    several = [(segments[:, offset:][:, :total], positions[:, offset:][:, :total], *keys) for offset in (0, 100)]
+    sinks = (0.3, MASKED, MASKED, -1.0)[: heads[0]]
+    sizes = SIZES if total == 256 else BlockSizes((256, 256), (256, 256))
+    check(
+        several, window=window, cap=cap, heads=heads, sinks=sinks, dtype=dtype, tolerance=tolerance, sizes=sizes,
+        detect_races=False,
+    )  # fmt: skip
 
 
 def test_bfloat16():
-    check(same(layouts(258)), window=50, cap=0.0, group=2, with_sinks=False, dtype=jnp.bfloat16, tolerance=2e-2)
+    check(same(layouts(258)), window=50, cap=0.0, heads=MQA, sinks=None, dtype=jnp.bfloat16, tolerance=2e-2)
 
 
 @pytest.mark.parametrize(("forward", "backward"), [((256, 128), (128, 256)), ((128, 256), (256, 128))])
-def test_tiles_that_are_not_square(forward, backward):
+@pytest.mark.parametrize("part", [128, pytest.param(512, marks=pytest.mark.slow)])
+def test_tiles_that_are_not_square(forward, backward, part, monkeypatch):
     """With tiles of 128 keys below 256 queries, two rows in turn add to the same block of the queries' gradients."""
+    monkeypatch.setattr(tiles, "PART", part)
     sizes = BlockSizes(forward, backward)
-    check(same(layouts(500)), window=0, cap=0.0, group=1, with_sinks=False, dtype=jnp.float32, tolerance=3e-6, sizes=sizes)
+    check(same(layouts(500)), window=0, cap=0.0, heads=MHA, sinks=None, dtype=jnp.float32, tolerance=3e-6, sizes=sizes)
 
 
 def test_a_row_that_is_no_multiple_of_a_strip():
     """Its 600 queries are one block of 640, a strip of 512 and one of 128."""
     ids = tuple(x[None] for x in document_ids([200, 370], 600))
-    check(same(ids), window=0, cap=0.0, group=1, with_sinks=False, dtype=jnp.float32, tolerance=3e-6, sizes=BlockSizes())
+    check(same(ids), window=0, cap=0.0, heads=MHA, sinks=None, dtype=jnp.float32, tolerance=3e-6, sizes=BlockSizes())
+
+
+def test_a_full_tile_of_two_strips(monkeypatch):
+    monkeypatch.setattr(flash_attention_module, "STRIP", 128)
+    ids = tuple(x[None] for x in document_ids([512], 512))
+    sizes = BlockSizes((256, 256), (256, 256))
+    check(same(ids), window=0, cap=0.0, heads=(1, 1), sinks=None, dtype=jnp.float32, tolerance=3e-6, sizes=sizes)
 
 
 def test_segments_in_any_order():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 4, (2, 260)), rng.integers(0, 300, (2, 260))
-    check(same(ids), window=90, cap=0.0, group=1, with_sinks=True, dtype=jnp.float32, tolerance=3e-6)
+    check(same(ids), window=90, cap=0.0, heads=MHA, sinks=(0.5, -0.2), dtype=jnp.float32, tolerance=3e-6)
 
 
 def joined(parts):
@@ -274,6 +311,32 @@ def test_a_ring_of_kernels_gives_what_plain_jax_gives(dtype):
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
+def test_heads_over_a_mesh_give_what_plain_jax_gives_on_one_device():
+    """Grouped heads with sinks over tensor=2, values and gradients: each device has two heads of queries and one of keys."""
+    layout = Layout.of(make_mesh(dict.fromkeys(MESH_AXES, 1) | {"tensor": 2}, jax.devices()[:2]), TRAIN_RULES)
+    assert layout.shards("heads") == layout.shards("kv_heads") == 2
+    ids = tuple(x[None] for x in document_ids([50, 60], 120))
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (jnp.asarray(rng.standard_normal((1, 120, heads, 32)), jnp.float32) for heads in (4, 2, 2, 4))
+    sinks = jnp.asarray(rng.standard_normal(4), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(on_mesh, *inputs):
+        options = {"backend": "flash", "layout": layout} if on_mesh else {"backend": "reference"}
+
+        def attend(q, k, v, sinks):
+            pattern = make_pattern(*same(ids), window=40, **options)
+            return attention(q, k, v, pattern, sinks, scale=SCALE, cap=2.0, **options)
+
+        out, pull = jax.vjp(attend, *inputs)
+        return out, *pull(d_out)
+
+    with interpret(detect_races=False):
+        found = jax.block_until_ready(run(True, q, k, v, sinks))
+    for ours, theirs in zip(found, run(False, q, k, v, sinks), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
 def test_keys_of_tiles_that_are_not_visited_are_never_read():
     """NaNs in keys and values of other documents do not reach a document in tiles of its own."""
     segments, positions = (x[None] for x in document_ids([128, 128, 128], 384))
@@ -297,22 +360,26 @@ def brute_force(ids, window, block):
     padded = [np.pad(x, ((0, 0), (0, -x.shape[1] % b))) for xs, b in ((q_ids, block[0]), (kv_ids, block[1])) for x in xs]
     allowed = allowed_pairs(*padded, window)
     B, T, S = allowed.shape
-    tiles = allowed.reshape(B, T // block[0], block[0], S // block[1], block[1])
-    return tiles.any((2, 4)), tiles.all((2, 4))
+    in_tiles = allowed.reshape(B, T // block[0], block[0], S // block[1], block[1])
+    return in_tiles.any((2, 4)), in_tiles.all((2, 4))
+
+
+def in_ranges(first, stop, count):
+    numbers = np.arange(count)
+    return (numbers >= np.asarray(first)[..., None]) & (numbers < np.asarray(stop)[..., None])
 
 
 def visited(visits, count):
-    tiles = np.arange(count)
-    some = (tiles >= np.asarray(visits.first)[..., None]) & (tiles < np.asarray(visits.stop)[..., None])
-    full = (tiles >= np.asarray(visits.full_first)[..., None]) & (tiles < np.asarray(visits.full_stop)[..., None])
+    some, full = (in_ranges(*pair, count) for pair in ((visits.first, visits.stop), (visits.full_first, visits.full_stop)))
     return some, full
 
 
 @pytest.mark.parametrize("window", [0, 1, 130, 700])
 @pytest.mark.parametrize("block", [(128, 128), (256, 128), (128, 256)])
 @pytest.mark.parametrize("sharding", ["none", "halves", "zigzag"])
-def test_visited_tiles_are_the_fewest_possible(window, block, sharding):
+def test_visited_tiles_and_parts_are_the_fewest_possible(window, block, sharding, monkeypatch):
     """Forward and backward, for documents in a row: one, random, of single tokens, at tile edges, with padding."""
+    monkeypatch.setattr(tiles, "PART", 128)
     total = 1024
     rng = np.random.default_rng(window)
     random_lengths = [rng.integers(1, high, 400) for high in (10, 200, 600)]
@@ -338,11 +405,15 @@ def test_visited_tiles_are_the_fewest_possible(window, block, sharding):
         ids = (*q_ids, *kv_ids)
         plan = make_plan(*ids, window, BlockSizes(block, block))
         some, full = brute_force(ids, window, block)
+        some_parts, _ = brute_force(ids, window, (128, 128))
         for visits, transposed in ((plan.forward, False), (plan.backward, True)):
             expected_some, expected_full = (x.swapaxes(1, 2) if transposed else x for x in (some, full))
             found_some, found_full = visited(visits, expected_some.shape[-1])
             np.testing.assert_array_equal(found_some, expected_some)
             np.testing.assert_array_equal(found_full, expected_full)
+            expected_parts = some_parts.swapaxes(1, 2) if transposed else some_parts
+            first, stop = (x.reshape(len(rows), -1) for x in (visits.part_first, visits.part_stop))
+            np.testing.assert_array_equal(in_ranges(first, stop, expected_parts.shape[-1]), expected_parts)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -360,6 +431,78 @@ def test_in_any_order_no_tile_is_missed_and_none_taken_for_full(seed):
         found_some, found_full = visited(visits, 6)
         assert np.all(found_some >= (some.swapaxes(1, 2) if transposed else some))
         assert np.all(found_full <= (full.swapaxes(1, 2) if transposed else full))
+
+
+def dealt_ids(lengths, devices):
+    """Segments and positions of a row, by device of a ring: [devices, tokens of a device]."""
+    total = sum(lengths)
+    return tuple(x[zigzag(total, devices)].reshape(devices, -1) for x in document_ids(lengths, total))
+
+
+RING_LAYOUTS = [
+    [1024] * 8,
+    [1201, 830, 1017, 1333, 655, 1150, 902, 1104],
+    pytest.param([8192], marks=pytest.mark.slow),
+    pytest.param([5, 8000, 187], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("devices", [4, 8])
+@pytest.mark.parametrize("lengths", RING_LAYOUTS)
+def test_a_ring_visits_the_fewest_tiles_possible(lengths, devices):
+    """Of 8,192 tokens, in the plan that a mesh makes: blocks end where a device's two parts of the row do."""
+    layout = Layout.of(make_mesh(dict.fromkeys(MESH_AXES, 1) | {"context": devices}, jax.devices()[:devices]), TRAIN_RULES)
+    segments, positions = dealt_ids(lengths, devices)
+    ids = [jnp.asarray(x.reshape(1, -1)) for x in (segments, positions)]
+    plan = jax.jit(lambda *ids: make_pattern(*ids, *ids, window=0, backend="flash", layout=layout))(*ids)
+    half = 8192 // devices // 2
+    block = plan.sizes.forward
+    assert plan.sizes == BlockSizes((min(half, 1024),) * 2, (min(half, 1024),) * 2)
+    fewest = sum(
+        np.sum(brute_force((segments[i : i + 1], positions[i : i + 1], segments[j : j + 1], positions[j : j + 1]), 0, block)[0])
+        for i, j in itertools.product(range(devices), repeat=2)
+    )
+    for visits in (plan.forward, plan.backward):
+        assert np.sum(visits.stop - visits.first) == fewest
+
+
+@pytest.mark.parametrize("devices", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
+@pytest.mark.parametrize("lengths", [[256] * 4, pytest.param([300, 5, 719], marks=pytest.mark.slow)])
+def test_the_kernels_compute_the_fewest_tiles_possible(lengths, devices, monkeypatch):
+    """Counted as they run, over all pairs of devices of a ring; dq, dk and dv are of one pass, which computes a tile once."""
+    computed = []
+    logits = flash_attention_module._Logits.__call__
+
+    def counted(self, k, q):
+        jax.debug.callback(lambda: computed.append((q.shape[0], k.shape[0])))
+        return logits(self, k, q)
+
+    monkeypatch.setattr(flash_attention_module._Logits, "__call__", counted)
+    pairs = np.array(list(itertools.product(range(devices), repeat=2)))
+    by_device = dealt_ids(lengths, devices)
+    ids = [jnp.asarray(x[pairs[:, side]]) for side in (0, 1) for x in by_device]
+    sizes = BlockSizes().dividing(1024 // devices // 2)
+    block = sizes.forward
+    some, _ = brute_force([np.asarray(x) for x in ids], 0, block)
+    q = jnp.ones((len(pairs), 1, 1024 // devices, 32))
+
+    @jax.jit
+    def forward(q, ids):
+        return flash_attention(q, q, q, make_plan(*ids, 0, sizes), scale=SCALE)
+
+    @jax.jit
+    def backward(q, ids, lse):
+        return flash_gradients(q, q, q, make_plan(*ids, 0, sizes), q, lse, lse, scale=SCALE)
+
+    with interpret(detect_races=False):
+        lse = jax.block_until_ready(forward(q, ids))[1]
+        jax.effects_barrier()
+        of_forward = computed.copy()
+        computed.clear()
+        jax.block_until_ready(backward(q, ids, lse))
+        jax.effects_barrier()
+    assert of_forward == [block] * np.sum(some)
+    assert computed == [block] * np.sum(some)
 
 
 # --- The real compiler --------------------------------------------------------------------------------------------------------
@@ -406,6 +549,12 @@ def test_it_compiles_for_a_tpu():
 @pytest.mark.parametrize(("head_dim", "group", "window", "cap"), [(64, 1, 0, 0.0), (128, 4, 1000, 0.0), (256, 2, 0, 50.0)])
 def test_it_compiles_for_every_generation(topology, head_dim, group, window, cap):
     compile_for(topology, 4096, head_dim, group, window, cap, gradients=True)
+
+
+def test_heads_too_wide_for_vmem_are_refused_when_the_config_is_read():
+    ModelConfig(attention_backend="flash", head_dim=256)
+    with pytest.raises(ValueError, match="model.head_dim=264 is too large.*take 'xla', or at most 256"):
+        ModelConfig(attention_backend="flash", head_dim=264)
 
 
 @pytest.mark.slow
