@@ -287,8 +287,8 @@ class ModelConfig:
             check(not found, f"model.attention_backend='cudnn' cannot do {', '.join(found)}: take 'xla', or change these")
         check(
             self.attention_backend != "flash" or self.head_dim <= FLASH_MAX_HEAD_DIM,
-            f"model.head_dim={self.head_dim} is too large for a TPU's VMEM with model.attention_backend='flash': take 'xla', or at "
-            f"most {FLASH_MAX_HEAD_DIM} dimensions",
+            f"model.head_dim={self.head_dim} is too large for a TPU's VMEM with model.attention_backend='flash': take 'xla', or "
+            f"at most {FLASH_MAX_HEAD_DIM} dimensions",
         )
         if self.moe:
             check(
