@@ -287,7 +287,7 @@ class ModelConfig:
             check(not found, f"model.attention_backend='cudnn' cannot do {', '.join(found)}: take 'xla', or change these")
         check(
             self.attention_backend != "flash" or self.head_dim <= FLASH_MAX_HEAD_DIM,
-            f"model.head_dim={self.head_dim} is too large for a TPU's VMEM with model.attention_backend='flash': take 'xla', or "
+            f"model.head_dim={self.head_dim} is too large for VMEM with model.attention_backend='flash': take 'xla', or "
             f"at most {FLASH_MAX_HEAD_DIM} dimensions",
         )
         if self.moe:
