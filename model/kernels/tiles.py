@@ -85,8 +85,8 @@ class Visits:
     Attributes:
       first, stop: the tiles that are visited.
       full_first, full_stop: those of them in which every pair is allowed.
-      part_first, part_stop: the parts (see `part_sizes`) along that side that are visited, for each part of each block of the
-        other; [B, num_blocks, parts of a block].
+      part_first, part_stop: the parts (see `part_sizes`) along that side that are visited, for each part of the other;
+        [B, num_blocks * parts of a block].
     """
 
     first: jax.Array
@@ -188,8 +188,7 @@ def _visits(q_ids: jax.Array, kv_ids: jax.Array, window: int, block: tuple[int, 
     full_first, full_stop = _range(every)
     is_range = (full_stop > full_first) & (jnp.sum(every, axis=-1) == full_stop - full_first)
     full_first, full_stop = (jnp.where(is_range, x, stop) for x in (full_first, full_stop))
-    part_first, part_stop = (x.reshape(*first.shape, -1) for x in _range(tiles(part_sizes(block))[0]))
-    return Visits(first, stop, full_first, full_stop, part_first, part_stop)
+    return Visits(first, stop, full_first, full_stop, *_range(tiles(part_sizes(block))[0]))
 
 
 def make_plan(

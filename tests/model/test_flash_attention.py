@@ -412,8 +412,8 @@ def test_visited_tiles_and_parts_are_the_fewest_possible(window, block, sharding
             np.testing.assert_array_equal(found_some, expected_some)
             np.testing.assert_array_equal(found_full, expected_full)
             expected_parts = some_parts.swapaxes(1, 2) if transposed else some_parts
-            first, stop = (x.reshape(len(rows), -1) for x in (visits.part_first, visits.part_stop))
-            np.testing.assert_array_equal(in_ranges(first, stop, expected_parts.shape[-1]), expected_parts)
+            found_parts = in_ranges(visits.part_first, visits.part_stop, expected_parts.shape[-1])
+            np.testing.assert_array_equal(found_parts, expected_parts)
 
 
 @pytest.mark.parametrize("seed", range(20))
