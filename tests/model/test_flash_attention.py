@@ -552,9 +552,10 @@ def test_it_compiles_for_every_generation(topology, head_dim, group, window, cap
 
 
 def test_heads_too_wide_for_vmem_are_refused_when_the_config_is_read():
-    ModelConfig(attention_backend="flash", head_dim=256)
+    sizes = {"vocab_size": 8, "num_layers": 1, "d_model": 8, "num_heads": 1, "d_ff": 8, "max_seq_len": 8}
+    ModelConfig(**sizes, attention_backend="flash", head_dim=256)
     with pytest.raises(ValueError, match="model.head_dim=264 is too large.*take 'xla', or at most 256"):
-        ModelConfig(attention_backend="flash", head_dim=264)
+        ModelConfig(**sizes, attention_backend="flash", head_dim=264)
 
 
 @pytest.mark.slow
