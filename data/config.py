@@ -11,6 +11,8 @@ SourceKind = Literal["stdlib", "files", "huggingface"]
 TokenizerKind = Literal["bytes", "chars", "byte_bpe", "wordpiece", "spm_bpe", "spm_unigram", "huggingface"]
 Packing = Literal["best_fit", "sequential"]
 Split = Literal["hash", "position"]
+ChatContent = Literal["conversations", "pairs", "labels", "prompts"]
+Content = Literal["text", "conversations", "pairs", "labels", "prompts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,9 @@ class MixtureConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Attributes:
+    content: what a row of the sources is: a text, or one of the kinds of `data/chat.py`, read from .jsonl and .parquet.
+    chat_template: Jinja, of contents that are chats. Empty is the one that came with the tokenizer, or else
+      `data.chat_encoder.DEFAULT_TEMPLATE`.
     mixtures: schedule of proportions, by increasing start_step; may be empty only when there is one source.
     packing: `best_fit` (arXiv:2404.10830) fills rows with whole documents where they fit; `sequential` cuts documents in
       order, a document's tail shares its row with the next document's head.
@@ -116,6 +121,8 @@ class DataConfig:
     """
 
     sources: tuple[SourceConfig, ...]
+    content: Content = "text"
+    chat_template: str = ""
     tokenizer: TokenizerConfig = TokenizerConfig()
     mixtures: tuple[MixtureConfig, ...] = ()
     seq_len: int = 256
@@ -137,6 +144,10 @@ class DataConfig:
             raise ValueError("data.loader_threads must be >= 0 and data.prefetch_batches >= 1")
         if len(names) > 1 and not self.mixtures:
             raise ValueError(f"data.mixtures: several sources ({names}) need explicit integer proportions")
+        if self.content == "text" and self.chat_template:
+            raise ValueError("data.chat_template is of no use for data.content='text': set data.content, or leave it out")
+        if self.content != "text":
+            self._check_chat()
         starts = [mixture.start_step for mixture in self.mixtures]
         if starts and (starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts))):
             raise ValueError(f"data.mixtures: start_step must begin at 0 and increase, got {starts}")
@@ -144,3 +155,19 @@ class DataConfig:
             for name, _ in mixture.proportions:
                 if name not in names:
                     raise ValueError(f"data.mixtures names {name!r}, which is not in data.sources {names}")
+
+    def _check_chat(self) -> None:
+        """Raises ValueError for what would cut a conversation, or show it another."""
+        for source in self.sources:
+            if source.kind == "stdlib":
+                raise ValueError(f"data source {source.name!r} of kind 'stdlib' has no {self.content}: set data.content='text'")
+            if source.max_bytes or source.held_out_split == "position":
+                raise ValueError(
+                    f"data source {source.name!r}: max_bytes and held_out_split='position' cut texts, and {self.content} "
+                    "cannot be cut: leave them out"
+                )
+        if self.packing != "best_fit" or self.attend_across_documents:
+            raise ValueError(
+                f"data.content={self.content!r} goes with packing='best_fit' and attend_across_documents=False alone: examples "
+                "are neither cut nor shown to each other"
+            )

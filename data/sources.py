@@ -6,7 +6,8 @@
                directory (searched recursively) or a glob.
   huggingface  a data set of the Hugging Face hub, streamed.
 
-The order of documents is the same on every run.
+A row's document is the text of one of its fields, or whatever the caller makes of the row. The order of documents is the same
+on every run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import tokenize
 import types
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,9 @@ _TEXT_SUFFIXES = (".txt", ".md")
 _FORMATS = (*_TEXT_SUFFIXES, ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".zst")
 _FORMATS_HELP = f"readable formats are {', '.join(_FORMATS)}, each also with {' or '.join(_COMPRESSIONS)}"
+
+
+RowText = Callable[[Any], str]  # of a row of .jsonl, .parquet or the hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +54,12 @@ class Document:
     licence: str
 
 
-def read_documents(config: SourceConfig, seed: int = 0) -> Iterator[Document]:
+def read_documents(config: SourceConfig, seed: int = 0, row_text: RowText | None = None) -> Iterator[Document]:
     """Documents of one source, in a fixed order. Rows whose text is null are empty documents.
+
+    Args:
+      seed: of the draw that `config.max_bytes` asks for.
+      row_text: makes the text of a row, and then files must have rows; None takes the field `config.text_field`.
 
     With `config.max_bytes`, local sources are read twice: once to draw documents in an order that depends on their text and
     `seed` alone, once to yield those drawn.  A hub stream is shuffled by its own buffer and read until the limit.  Either
@@ -65,11 +73,11 @@ def read_documents(config: SourceConfig, seed: int = 0) -> Iterator[Document]:
     """
     check_source(config)
     if not config.max_bytes:
-        documents = _texts(config, seed)
+        documents = _texts(config, seed, row_text)
     elif config.kind == "huggingface":
-        documents = _first_bytes(_texts(config, seed), config.max_bytes)
+        documents = _first_bytes(_texts(config, seed, row_text), config.max_bytes)
     else:
-        documents = _sample(config, seed)
+        documents = _sample(config, seed, row_text)
     for id, text, licence in documents:
         yield Document(text, id, config.name, licence or config.licence or "unknown")
 
@@ -91,14 +99,14 @@ def identity(config: SourceConfig) -> list[Any]:
     return []  # The hub's is the revision in the config.
 
 
-def _texts(config: SourceConfig, seed: int) -> Iterator[tuple[str, str, str]]:
+def _texts(config: SourceConfig, seed: int, row_text: RowText | None) -> Iterator[tuple[str, str, str]]:
     """(id, text, licence or "") of all documents."""
     if config.kind == "stdlib":
         documents = ((id, text, "PSF-2.0") for id, text in _stdlib_texts())
     elif config.kind == "files":
-        documents = ((id, text, "") for name, path in _files(config) for id, text in _file_texts(config, name, path))
+        documents = ((id, text, "") for name, path in _files(config) for id, text in _file_texts(config, name, path, row_text))
     else:
-        documents = _hub_texts(config, seed)
+        documents = _hub_texts(config, seed, row_text)
     for id, text, licence in documents:
         # JSON can spell half of a surrogate pair, which no encoding of text can hold.
         yield id, text.encode("utf-8", "replace").decode(), licence
@@ -112,11 +120,11 @@ def _first_bytes(documents: Iterator[tuple[str, str, str]], max_bytes: int) -> I
             return
 
 
-def _sample(config: SourceConfig, seed: int) -> Iterator[tuple[str, str, str]]:
+def _sample(config: SourceConfig, seed: int, row_text: RowText | None) -> Iterator[tuple[str, str, str]]:
     """The first `max_bytes` in the order of the documents' hashes, yielded in the order of the source."""
     salt = seed.to_bytes(16, "little")
     keyed = []
-    for i, (_, text, _) in enumerate(_texts(config, seed)):
+    for i, (_, text, _) in enumerate(_texts(config, seed, row_text)):
         data = text.encode()
         keyed.append((hashlib.blake2b(data, digest_size=16, salt=salt).digest(), i, len(data)))
     allowed, remaining = {}, config.max_bytes
@@ -125,7 +133,7 @@ def _sample(config: SourceConfig, seed: int) -> Iterator[tuple[str, str, str]]:
         remaining -= size
         if remaining <= 0:
             break
-    for i, (id, text, licence) in enumerate(_texts(config, seed)):
+    for i, (id, text, licence) in enumerate(_texts(config, seed, row_text)):
         if i in allowed:
             yield id, _cut(text, allowed[i]), licence
 
@@ -242,16 +250,18 @@ def _format(path: Path) -> str:
     return suffix
 
 
-def _file_texts(config: SourceConfig, name: str, path: Path) -> Iterator[tuple[str, str]]:
+def _file_texts(config: SourceConfig, name: str, path: Path, row_text: RowText | None) -> Iterator[tuple[str, str]]:
     suffix = _format(path)
+    if row_text and suffix in _TEXT_SUFFIXES:
+        raise ValueError(f"{path} has no rows: examples of chats are read from .jsonl and .parquet")
     try:
         with _open(path) as file:
             if suffix in _TEXT_SUFFIXES:
                 yield name, file.read().decode()
             elif suffix == ".jsonl":
-                yield from _jsonl_texts(config, name, file)
+                yield from _jsonl_texts(config, name, file, row_text)
             else:
-                yield from _parquet_texts(config, name, file)
+                yield from _parquet_texts(config, name, file, row_text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, for example with iconv, or leave it out") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -280,7 +290,9 @@ def _zst_frames(zstandard: Any, data: bytes) -> Iterator[bytes]:
         data = decompressor.unused_data
 
 
-def _jsonl_texts(config: SourceConfig, name: str, file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[str, str]]:
+def _jsonl_texts(
+    config: SourceConfig, name: str, file: IO[bytes] | gzip.GzipFile, row_text: RowText | None
+) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(file, start=1):
         if line.isspace():
             continue
@@ -288,7 +300,7 @@ def _jsonl_texts(config: SourceConfig, name: str, file: IO[bytes] | gzip.GzipFil
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{name}, line {number}: not valid JSON ({error}); .jsonl holds one JSON object a line") from error
-        yield f"{name}:{number}", _row_text(row, config, f"{name}, line {number}")
+        yield f"{name}:{number}", row_text(row) if row_text else _row_text(row, config, f"{name}, line {number}")
 
 
 def _row_text(row: Any, config: SourceConfig, where: str) -> str:
@@ -304,7 +316,9 @@ def _row_text(row: Any, config: SourceConfig, where: str) -> str:
     return text or ""
 
 
-def _parquet_texts(config: SourceConfig, name: str, file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[str, str]]:
+def _parquet_texts(
+    config: SourceConfig, name: str, file: IO[bytes] | gzip.GzipFile, row_text: RowText | None
+) -> Iterator[tuple[str, str]]:
     _import_optional("pyarrow", f"reading {name}")
     import pyarrow
     from pyarrow import parquet
@@ -313,6 +327,10 @@ def _parquet_texts(config: SourceConfig, name: str, file: IO[bytes] | gzip.GzipF
         table = parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{name} is not a readable parquet file ({error}): fetch it again") from error
+    if row_text:
+        rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+        yield from ((f"{name}:{number}", row_text(row)) for number, row in enumerate(rows, start=1))
+        return
     if config.text_field not in table.schema_arrow.names:
         raise ValueError(
             f"{name}: no column {config.text_field!r} (found: {table.schema_arrow.names}); set the source's text_field"
@@ -330,7 +348,7 @@ def _parquet_texts(config: SourceConfig, name: str, file: IO[bytes] | gzip.GzipF
 # --- huggingface --------------------------------------------------------------------------------------------------------
 
 
-def _hub_texts(config: SourceConfig, seed: int) -> Iterator[tuple[str, str, str]]:
+def _hub_texts(config: SourceConfig, seed: int, row_text: RowText | None) -> Iterator[tuple[str, str, str]]:
     datasets = _import_optional("datasets", f"reading the hub data set {config.path!r}")
     try:
         rows = datasets.load_dataset(
@@ -344,7 +362,7 @@ def _hub_texts(config: SourceConfig, seed: int) -> Iterator[tuple[str, str, str]
             rows = rows.shuffle(seed=seed, buffer_size=10_000)
         licence = rows.info.license if rows.info else ""
         for number, row in enumerate(rows):
-            text = _row_text(row, config, f"data set {config.path!r}, row {number}")
+            text = row_text(row) if row_text else _row_text(row, config, f"data set {config.path!r}, row {number}")
             yield f"{config.path}:{number}", text, licence or ""
     except ValueError:
         raise

@@ -1,0 +1,285 @@
+"""Chat data: what one example is, and the layouts in which the world writes it down.
+
+  conversations  `messages` [{role, content}]; `conversations` [{from, value}] (ShareGPT); `prompt` and `completion`;
+                 `instruction`, `input`, `output` (Alpaca).
+  pairs          `chosen` and `rejected`, as answers to a `prompt` or as whole conversations that share their beginning, these
+                 also as texts "\\n\\nHuman: … \\n\\nAssistant: …" (HH); `margin`, or `score_chosen` and `score_rejected`.
+  labels         `prompt`, `completion`, `label` (true or false), as KTO needs them (arXiv:2402.01306).
+  prompts        `prompt`, `messages`, `conversations` or `instruction`; every other column goes along for the verifier.
+
+A prompt or answer is a text or a list of messages. What could only teach nonsense raises BadExample, whose `reason` is one of
+a few that can be counted: data of millions of rows always has some, and neither a crash nor silence is an answer to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from data.config import ChatContent
+
+Message = dict[str, Any]  # `role` and `content`, a text; `tool_calls`, `name` and what else a template reads
+_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
+    "function_call": "assistant", "observation": "tool", "function_response": "tool", "function": "tool", "ipython": "tool",
+    "developer": "system",
+}  # fmt: skip
+_KNOWN_ROLES = ("system", "user", "assistant", "tool")
+
+
+class BadExample(ValueError):
+    """An example that is left out.
+
+    Attributes:
+      reason: what to count it under.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages, of which the assistant's are learned."""
+
+    messages: Sequence[Message]
+    tools: Sequence[dict[str, Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the first of which is preferred, by `margin` if that is known."""
+
+    prompt: Sequence[Message]
+    chosen: Sequence[Message]
+    rejected: Sequence[Message]
+    margin: float = 0.0
+    tools: Sequence[dict[str, Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """An answer, and whether it is desirable."""
+
+    prompt: Sequence[Message]
+    completion: Sequence[Message]
+    label: bool
+    tools: Sequence[dict[str, Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What is to be answered; `info` is what a verifier wants to know of it."""
+
+    prompt: Sequence[Message]
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tools: Sequence[dict[str, Any]] | None = None
+    used: ClassVar = ("prompt", "messages", "conversations", "instruction", "input", "tools")
+
+
+Example = Conversation | Pair | Labelled | Prompt
+_KINDS: dict[ChatContent, type[Any]] = {
+    "conversations": Conversation,
+    "pairs": Pair,
+    "labels": Labelled,
+    "prompts": Prompt,
+}
+
+
+def to_json(example: Example) -> str:
+    """One line of text, the same for equal examples."""
+    return json.dumps(dataclasses.asdict(example), ensure_ascii=False, default=str)
+
+
+def from_json(text: str, content: ChatContent) -> Any:
+    """What `to_json` wrote: a Conversation, Pair, Labelled or Prompt, by `content`."""
+    return _KINDS[content](**json.loads(text))
+
+
+def import_row(row: Any, content: ChatContent) -> Example:
+    """The example in a row of a file.
+
+    Raises:
+      BadExample: it is not one that can be learned from.
+    """
+    if not isinstance(row, Mapping):
+        raise BadExample("unknown layout", f"a row is a {type(row).__name__}, not an object")
+    row = {key: value for key, value in row.items() if value is not None}
+    tools = row.get("tools") or None
+    if content == "conversations":
+        messages = _conversation(row)
+        check_messages(messages)
+        return Conversation(messages, tools)
+    if content == "prompts":
+        prompt = _prompt(row)
+        check_prompt(prompt)
+        return Prompt(prompt, {key: value for key, value in row.items() if key not in Prompt.used}, tools)
+    if content == "pairs":
+        prompt, chosen, rejected = _pair(row)
+        for answer in (chosen, rejected):
+            _check_answer(prompt, answer)
+        return Pair(prompt, chosen, rejected, _margin(row), tools)
+    _require(row, "prompt", "completion", "label")
+    prompt, completion = _texts_or_messages(row["prompt"], "user"), _texts_or_messages(row["completion"], "assistant")
+    _check_answer(prompt, completion)
+    if row["label"] not in (True, False):
+        raise BadExample("label is not true or false", repr(row["label"])[:80])
+    return Labelled(prompt, completion, bool(row["label"]), tools)
+
+
+# --- Layouts --------------------------------------------------------------------------------------------------------------
+
+
+def _require(row: Mapping[str, Any], *names: str) -> None:
+    if missing := [name for name in names if name not in row]:
+        raise BadExample("unknown layout", f"no column {', '.join(missing)} (found: {', '.join(sorted(row))})")
+
+
+def _conversation(row: Mapping[str, Any]) -> list[Message]:
+    for name in ("messages", "conversations"):
+        if name in row:
+            return _messages(row[name])
+    if "instruction" in row:
+        _require(row, "output")
+        return [*_prompt(row), *_texts_or_messages(row["output"], "assistant")]
+    _require(row, "prompt", "completion")
+    return [*_texts_or_messages(row["prompt"], "user"), *_texts_or_messages(row["completion"], "assistant")]
+
+
+def _prompt(row: Mapping[str, Any]) -> list[Message]:
+    if "prompt" in row:
+        return _texts_or_messages(row["prompt"], "user")
+    for name in ("messages", "conversations"):
+        if name in row:
+            return _messages(row[name])
+    _require(row, "instruction")
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return _messages([*system, {"role": "user", "content": "\n\n".join(filter(None, (row["instruction"], row.get("input"))))}])
+
+
+def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
+    if ("chosen" in row) != ("rejected" in row):
+        raise BadExample("one-sided", f"only {'chosen' if 'chosen' in row else 'rejected'} is there")
+    _require(row, "chosen", "rejected")
+    if row["chosen"] == row["rejected"]:
+        raise BadExample("identical pair", "chosen is rejected")
+    if "prompt" in row:
+        prompt = _texts_or_messages(row["prompt"], "user")
+        chosen, rejected = (_texts_or_messages(row[name], "assistant") for name in ("chosen", "rejected"))
+        if chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:  # the prompt is told twice
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        return prompt, chosen, rejected
+    chosen, rejected = (
+        _dialogue(row[name]) if isinstance(row[name], str) else _messages(row[name]) for name in ("chosen", "rejected")
+    )
+    if chosen == rejected:
+        raise BadExample("identical pair", "chosen is rejected")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not shared:
+        raise BadExample("no common prompt", "chosen and rejected begin differently, and there is no column prompt")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _margin(row: Mapping[str, Any]) -> float:
+    scores = [row.get("score_chosen"), row.get("score_rejected")]
+    known = all(isinstance(score, int | float) for score in scores)
+    margin = row.get("margin", scores[0] - scores[1] if known else 0.0)
+    if not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise BadExample("margin is no number", repr(margin)[:80])
+    return float(margin)
+
+
+def _dialogue(text: str) -> list[Message]:
+    """Anthropic's HH texts."""
+    parts = re.split(r"\n\n(Human|Assistant):", text)
+    if parts[0].strip() or len(parts) < 3:
+        raise BadExample("no common prompt", "a pair of texts needs a column prompt, or turns marked Human: and Assistant:")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[role], "content": said.strip()} for role, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _texts_or_messages(value: Any, role: str) -> list[Message]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value)
+
+
+def _messages(value: Any) -> list[Message]:
+    """Messages with our names of roles and texts as content; parts of text are joined."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise BadExample("unknown layout", f"messages are a {type(value).__name__}, not a list")
+    return [_message(message) for message in value]
+
+
+def _message(given: Any) -> Message:
+    if not isinstance(given, Mapping):
+        raise BadExample("unknown layout", f"a message is a {type(given).__name__}, not an object")
+    # Columns of parquet hold a null for what a message does not have.
+    message = {key: value for key, value in given.items() if value is not None}
+    role = message.pop("role", None) or message.pop("from", None)
+    content = message.pop("content", message.pop("value", ""))
+    role = _ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in _KNOWN_ROLES:
+        raise BadExample("unknown role", f"{role!r} is none of {', '.join(_KNOWN_ROLES)}"[:200])
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+            raise BadExample("not text", f"a message of the {role}'s has parts that are no text")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise BadExample("not text", f"a message of the {role}'s holds {type(content).__name__}")
+    return {"role": role, "content": content, **message}
+
+
+# --- What makes sense -----------------------------------------------------------------------------------------------------
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raises BadExample unless these are turns of user and assistant, ending with an answer."""
+    if not messages:
+        raise BadExample("empty", "there is no message")
+    roles = [message["role"] for message in messages]
+    for role in ("user", "assistant"):
+        if role not in roles:
+            raise BadExample("one-sided", f"there is no message of the {role}'s")
+    _check_order(messages)
+    if roles[-1] != "assistant":
+        raise BadExample("no answer at the end", f"the last message is the {roles[-1]}'s")
+
+
+def check_prompt(messages: Sequence[Message]) -> None:
+    """Raises BadExample unless the assistant is next."""
+    if not messages:
+        raise BadExample("empty", "the prompt has no message")
+    _check_order(messages)
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise BadExample("role order", f"the prompt ends with a message of the {messages[-1]['role']}'s")
+
+
+def _check_answer(prompt: Sequence[Message], answer: Sequence[Message]) -> None:
+    if not answer:
+        raise BadExample("empty", "an answer has no message")
+    check_prompt(prompt)
+    check_messages([*prompt, *answer])
+
+
+def _check_order(messages: Sequence[Message]) -> None:
+    before = "start"
+    allowed = {
+        "start": ("system", "user"),
+        "system": ("user",),
+        "user": ("assistant",),
+        "assistant": ("user", "tool"),
+        "tool": ("assistant", "tool"),
+    }
+    for message in messages:
+        role = message["role"]
+        if role not in allowed[before]:
+            raise BadExample("role order", f"{role} after {before}")
+        if role in ("user", "assistant") and not message["content"].strip() and not message.get("tool_calls"):
+            raise BadExample("empty", f"a message of the {role}'s says nothing")
+        before = role
