@@ -25,13 +25,16 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.tokenizer import HuggingFaceTokenizer
+from data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 MAX_STEPS = 200_000
 MAX_SECONDS = 5.0
 MAX_SIZE = 16_000_000  # characters, or entries of a list
 _MAX_NUMBER = 1_000_000  # in arguments: a width, a count
-_GUARD = "\ufdd0"  # a character that is none
+# Characters that are none (Unicode's noncharacters).
+_GUARD = "\ufdd0"
+GENERATION_BEGINS, GENERATION_ENDS = "\ufdd1", "\ufdd2"
+RESERVED = _GUARD + GENERATION_BEGINS + GENERATION_ENDS
 
 
 class _Refused(jinja2.TemplateError):
@@ -136,13 +139,18 @@ def _counted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks what a model is trained on and changes nothing here."""
+    """`{% generation %}`, which marks what a model is trained on: by characters around it, where `render` is asked for them."""
 
     tags = frozenset(("generation",))  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+
+        def mark(name: str) -> nodes.Node:
+            return nodes.Output([nodes.Name(name, "load")]).set_lineno(line)
+
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [mark("_generation_begins"), *body, mark("_generation_ends")]
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
@@ -206,6 +214,7 @@ def render(
     bos_token: str = "",
     eos_token: str = "",
     now: datetime.datetime | None = None,
+    mark_generation: bool = False,
     **variables: Any,
 ) -> str:
     """The text of a conversation.
@@ -215,6 +224,7 @@ def render(
       messages: each with `role` and `content`, and what else the template wants.
       add_generation_prompt: whether the text ends where the model answers.
       now: what `strftime_now` tells; None is the time.
+      mark_generation: put GENERATION_BEGINS and GENERATION_ENDS around what `{% generation %}` encloses.
       variables: what else this template reads.
 
     Raises:
@@ -229,6 +239,8 @@ def render(
         "eos_token": eos_token,
         "strftime_now": lambda form: (now or datetime.datetime.now()).strftime(form),
         **variables,
+        "_generation_begins": GENERATION_BEGINS if mark_generation else "",
+        "_generation_ends": GENERATION_ENDS if mark_generation else "",
     }
     token = _BUDGET.set(_Budget(time.monotonic() + MAX_SECONDS))
     try:
@@ -251,9 +263,7 @@ def render(
         _BUDGET.reset(token)
 
 
-def encode_chat(
-    tokenizer: HuggingFaceTokenizer, template: str, messages: Sequence[Mapping[str, Any]], **arguments: Any
-) -> list[int]:
+def encode_chat(tokenizer: Tokenizer, template: str, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> list[int]:
     """Token ids of a conversation: special tokens where the template writes them, never where a message or tool spells them.
 
     Args:
@@ -262,29 +272,52 @@ def encode_chat(
     Raises:
       ValueError: see `render`.
     """
+    return encode_guarded(tokenizer, render_guarded(tokenizer, template, messages, **arguments))[0]
+
+
+def render_guarded(tokenizer: Tokenizer, template: str, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
+    """`render`, with special tokens that a message or tool spells broken by a character, so that they do not become any."""
     texts = {i: text for text, i in tokenizer.special_tokens.items()}
     names = {"bos_token": texts.get(tokenizer.bos_id, ""), "eos_token": texts.get(tokenizer.eos_id, "")}  # pyright: ignore[reportArgumentType, reportCallIssue]
-    longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
-    special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-    spelled = False
+    special = _special_pattern(tuple(tokenizer.special_tokens))
 
     def guard(value: Any) -> Any:
-        nonlocal spelled
         if isinstance(value, str):
-            guarded = special.sub(lambda found: found[0][0] + _GUARD + found[0][1:], value)
-            spelled |= guarded != value
-            return guarded
+            return special.sub(lambda found: found[0][0] + _GUARD + found[0][1:], value)
         if isinstance(value, Mapping):
             return {guard(key): guard(item) for key, item in value.items()}
         if isinstance(value, Sequence) and not isinstance(value, bytes):
             return [guard(item) for item in value]
         return value
 
-    text = render(template, guard(messages), **(names | {name: guard(value) for name, value in arguments.items()}))
-    if not spelled:
-        return tokenizer.encode(text, parse_special=True)
-    ids, at = [], 0
-    for found in special.finditer(text):
-        ids += [*tokenizer.encode(text[at : found.start()].replace(_GUARD, "")), tokenizer.special_tokens[found[0]]]
+    return render(template, guard(messages), **(names | {name: guard(value) for name, value in arguments.items()}))
+
+
+def encode_guarded(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """Token ids of what `render_guarded` wrote, and the character of `text` at which each begins."""
+    if isinstance(tokenizer, HuggingFaceTokenizer) and _GUARD not in text:
+        return tokenizer.encode_with_starts(text, parse_special=True)
+    ids, starts = [], []
+
+    def encode_plain(begin: int, end: int) -> None:
+        if begin == end:
+            return
+        places = [i for i in range(begin, end) if text[i] != _GUARD]
+        plain_ids, plain_starts = tokenizer.encode_with_starts("".join(text[i] for i in places))
+        ids.extend(plain_ids)
+        starts.extend(places[min(start, len(places) - 1)] for start in plain_starts)
+
+    at = 0
+    for found in _special_pattern(tuple(tokenizer.special_tokens)).finditer(text):
+        encode_plain(at, found.start())
+        ids.append(tokenizer.special_tokens[found[0]])
+        starts.append(found.start())
         at = found.end()
-    return ids + tokenizer.encode(text[at:].replace(_GUARD, ""))
+    encode_plain(at, len(text))
+    return ids, starts
+
+
+@functools.lru_cache(maxsize=16)
+def _special_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -53,6 +53,7 @@ class Tokenizer(abc.ABC):
       kind: how it was made.
       token_bytes: what each id decodes to; empty for special tokens.
       bos_id, eos_id: special tokens; None when documents are not wrapped.
+      special_tokens: text of each special token -> id; what a chat template writes to mean it.
       byte_lengths: int32 [vocab_size], len(token_bytes[id]).
       fingerprint: hash of all that encoding depends on.
     """
@@ -62,8 +63,11 @@ class Tokenizer(abc.ABC):
     def __init__(self, kind: TokenizerKind, model: bytes, document_boundaries: bool):
         self.kind: TokenizerKind = kind
         self.model = model
+        self.special_tokens: dict[str, int] = {}
         token_bytes = self._load(model)
         self.bos_id, self.eos_id = (len(token_bytes), len(token_bytes) + 1) if document_boundaries else (None, None)
+        if document_boundaries:
+            self.special_tokens = {"<bos>": len(token_bytes), "<eos>": len(token_bytes) + 1}
         self.token_bytes = (*token_bytes, *([b"", b""] if document_boundaries else []))
         self.byte_lengths = np.array([len(token) for token in self.token_bytes], np.int32)
         identity = json.dumps([kind, document_boundaries]).encode() + model
@@ -85,6 +89,13 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
         return self.encode_batch([text])[0]
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of `text`, without special tokens, and the character at which each begins (or which it is a part of)."""
+        ids = self.encode(text)
+        of_byte = [i for i, character in enumerate(text) for _ in character.encode()]
+        ends = np.cumsum(self.byte_lengths[ids], dtype=np.int64)
+        return ids, [of_byte[end - length] for end, length in zip(ends, self.byte_lengths[ids], strict=True)]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of the beginning of a document: <bos> where documents are wrapped, then `text`."""
@@ -214,9 +225,6 @@ class HuggingFaceTokenizer(Tokenizer):
       model: content of the file.
       special: ids of `bos` and `eos`, None where there is none, and `adds_bos`: whether a text begins with it.
 
-    Attributes:
-      special_tokens: text of each special token -> id.
-
     Raises:
       ValueError: the file is broken, or of a kind whose tokens are no fixed bytes (WordPiece, unigram without byte fallback).
     """
@@ -275,6 +283,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """See `encode_batch`."""
         return self.encode_batch([text], parse_special)[0]
+
+    def encode_with_starts(self, text: str, parse_special: bool = False) -> tuple[list[int], list[int]]:
+        """See `encode_batch`; places are of `text` before it was normalised."""
+        encoding = (self._parsing if parse_special else self._plain).encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
 
     def encode_prompt(self, text: str) -> list[int]:
         assert self.bos_id is not None or not self.adds_bos
