@@ -188,9 +188,12 @@ def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[Message], list[Me
 
 
 def _margin(row: Mapping[str, Any]) -> float:
-    scores = [row.get("score_chosen"), row.get("score_rejected")]
-    known = all(isinstance(score, int | float) for score in scores)
-    margin = row.get("margin", scores[0] - scores[1] if known else 0.0)
+    margin = row.get("margin", 0.0)
+    if "margin" not in row and "score_chosen" in row and "score_rejected" in row:
+        try:
+            margin = row["score_chosen"] - row["score_rejected"]
+        except TypeError:
+            margin = None
     if not isinstance(margin, int | float) or not math.isfinite(margin):
         raise BadExample("margin is no number", repr(margin)[:80])
     return float(margin)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data.chat import BadExample, Message
-from data.chat_template import GENERATION_BEGINS, GENERATION_ENDS, RESERVED, encode_guarded, render_guarded
+from data.chat_template import GENERATION_BEGINS, GENERATION_ENDS, RESERVED, encode_guarded, render_guarded, special_pattern
 from data.tokenizer import Tokenizer
 
 # For tokenizers of ours, which have <bos> and <eos>: every message is a document, which begins with who speaks.
@@ -168,11 +168,7 @@ class ChatEncoder:
             inside = np.flatnonzero((begins >= begin) & (begins < end))
             stops = [i for i in inside.tolist() if ids[i] in special]
             if not stops or self.tokenizer.decode(ids[stops[-1] : inside[-1] + 1]).strip():
-                raise BadExample(
-                    "missing stop token",
-                    f"message {number + 1} does not end with a special token in the chat template"
-                    + (", or it stands after {% endgeneration %}: move it inside" if self._marks else ""),
-                )
+                raise _missing_stop(number + 1, self._marks)
             if number >= first:
                 trained[inside[0] : stops[-1] + 1] = True
         return Encoded(np.array(ids, np.int32), trained)
@@ -212,5 +208,14 @@ class ChatEncoder:
                 f"{{% generation %}} of the chat template begins after {text[: spans[0][0]][-40:]!r}, and the generation "
                 f"prompt ends with {prompt[-40:]!r}: let it begin just there"
             )
-        encoded = self._encode(text, spans, answered, 0)
-        return int(encoded.ids[np.flatnonzero(encoded.trained)[-1]])
+        # Looked for in the text: a tokenizer of few characters may not know these words.
+        after = text[slice(*spans[0])].rpartition(_ANSWER)[2]
+        stops = list(special_pattern(tuple(self.tokenizer.special_tokens)).finditer(after))
+        if not stops or after[stops[-1].end() :].strip():
+            raise _missing_stop(2, self._marks)
+        return self.tokenizer.special_tokens[stops[-1][0]]
+
+
+def _missing_stop(message: int, marked: bool) -> BadExample:
+    hint = ", or it stands after {% endgeneration %}: move it inside" if marked else ""
+    return BadExample("missing stop token", f"message {message} does not end with a special token in the chat template{hint}")

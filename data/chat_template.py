@@ -279,7 +279,7 @@ def render_guarded(tokenizer: Tokenizer, template: str, messages: Sequence[Mappi
     """`render`, with special tokens that a message or tool spells broken by a character, so that they do not become any."""
     texts = {i: text for text, i in tokenizer.special_tokens.items()}
     names = {"bos_token": texts.get(tokenizer.bos_id, ""), "eos_token": texts.get(tokenizer.eos_id, "")}  # pyright: ignore[reportArgumentType, reportCallIssue]
-    special = _special_pattern(tuple(tokenizer.special_tokens))
+    special = special_pattern(tuple(tokenizer.special_tokens))
 
     def guard(value: Any) -> Any:
         if isinstance(value, str):
@@ -308,7 +308,7 @@ def encode_guarded(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int
         starts.extend(places[min(start, len(places) - 1)] for start in plain_starts)
 
     at = 0
-    for found in _special_pattern(tuple(tokenizer.special_tokens)).finditer(text):
+    for found in special_pattern(tuple(tokenizer.special_tokens)).finditer(text):
         encode_plain(at, found.start())
         ids.append(tokenizer.special_tokens[found[0]])
         starts.append(found.start())
@@ -318,6 +318,7 @@ def encode_guarded(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int
 
 
 @functools.lru_cache(maxsize=16)
-def _special_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
+def special_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds them in a text, the longest where several fit."""
     longest_first = sorted(special_tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

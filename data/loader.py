@@ -19,13 +19,15 @@ from data.config import DataConfig, MixtureConfig
 from data.mixture import Mixture
 from data.permutation import permute
 from data.prepare import PreparedData
+from data.prompts import EncodedPrompt
 from data.storage import Batch
 
 
 class Batches:
     """`batches[step]` is this host's part of the batch at `step`: a dict of arrays [len(rows), seq_len].
 
-    tokens, targets, segment_ids and positions are int32, weights float32 (`data/storage.py`, PackedRows.read).
+    tokens, targets, segment_ids and positions are int32, weights float32 (`data/storage.py`, PackedRows.read). Prompts are no
+    arrays, and come from `prompts`.
     Picklable; safe to use from several threads.
     """
 
@@ -81,6 +83,10 @@ class Batches:
                 here = (source == s) & (epoch == e)
                 row[here] = permute(position[here], size, f"{self._seed}/{self._names[s]}/{e}")
         return source, row
+
+    def prompts(self, step: int) -> list[EncodedPrompt]:
+        """This host's prompts at `step`, of data of that content."""
+        return [self._sources[s][r] for s, r in zip(*(array.tolist() for array in self.rows(step)), strict=True)]
 
     def __getitem__(self, step: int) -> Batch:
         source, row = self.rows(step)

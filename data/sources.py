@@ -38,7 +38,7 @@ _COMPRESSIONS = (".gz", ".zst")
 _FORMATS_HELP = f"readable formats are {', '.join(_FORMATS)}, each also with {' or '.join(_COMPRESSIONS)}"
 
 
-RowText = Callable[[Any], str]  # of a row of .jsonl, .parquet or the hub
+RowText = Callable[[Any, str], str]  # of a row of .jsonl, .parquet or the hub, and where it stands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +300,8 @@ def _jsonl_texts(
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{name}, line {number}: not valid JSON ({error}); .jsonl holds one JSON object a line") from error
-        yield f"{name}:{number}", row_text(row) if row_text else _row_text(row, config, f"{name}, line {number}")
+        where = f"{name}, line {number}"
+        yield f"{name}:{number}", row_text(row, where) if row_text else _row_text(row, config, where)
 
 
 def _row_text(row: Any, config: SourceConfig, where: str) -> str:
@@ -329,7 +330,7 @@ def _parquet_texts(
         raise ValueError(f"{name} is not a readable parquet file ({error}): fetch it again") from error
     if row_text:
         rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
-        yield from ((f"{name}:{number}", row_text(row)) for number, row in enumerate(rows, start=1))
+        yield from ((f"{name}:{number}", row_text(row, f"{name}, row {number}")) for number, row in enumerate(rows, start=1))
         return
     if config.text_field not in table.schema_arrow.names:
         raise ValueError(
@@ -362,7 +363,8 @@ def _hub_texts(config: SourceConfig, seed: int, row_text: RowText | None) -> Ite
             rows = rows.shuffle(seed=seed, buffer_size=10_000)
         licence = rows.info.license if rows.info else ""
         for number, row in enumerate(rows):
-            text = row_text(row) if row_text else _row_text(row, config, f"data set {config.path!r}, row {number}")
+            where = f"data set {config.path!r}, row {number}"
+            text = row_text(row, where) if row_text else _row_text(row, config, where)
             yield f"{config.path}:{number}", text, licence or ""
     except ValueError:
         raise

@@ -9,6 +9,12 @@ document's records overlap by one token, so that record r predicts exactly its t
   <split>_rows.npy             int64 [num_rows + 1]: row r consists of chunks rows[r]..rows[r + 1] - 1.
 
 A chunk's inputs are record[offset : offset + length], its targets the tokens one later.
+
+Chats (`data/chat_rows.py`) are kept in 32 bits, the highest of which says whether the model is to write the token. The two
+answers to a prompt are documents 2 i and 2 i + 1, always in one row, the first with an odd segment; besides there are then
+
+  <split>_labels.npy           float32 [num_documents]: what is known of a document.
+  <split>_sequences.npy        int64 [num_chunks]: the document that a chunk is of.
 """
 
 from __future__ import annotations
@@ -20,31 +26,41 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.config import Packing
-from data.packing import pack, split_at_records
+from data.config import Content, Packing
+from data.packing import Pieces, pack, split_at_records
 
 RECORD_TOKENS = 8192
 RECORD_TARGETS = RECORD_TOKENS - 1
 SHARD_TOKENS = 1 << 26
+TRAINED_BIT = np.uint32(1 << 31)
+GROUPED: tuple[Content, ...] = ("pairs", "labels")
+
+_ID_BITS = np.int32(2**31 - 1)
 
 Split = Literal["train", "held_out"]
 Batch = dict[str, np.ndarray]
 
 
-def write_documents(directory: Path, split: Split, documents: Iterable[np.ndarray], vocab_size: int) -> None:
+def write_documents(
+    directory: Path, split: Split, documents: Iterable[np.ndarray], vocab_size: int, content: Content = "text"
+) -> None:
     """Writes the token ids of documents (int [num_tokens] each) to shards, and the table of documents.
+
+    Args:
+      content: other than "text", ids are uint32, with the TRAINED_BIT where the model is to write them.
 
     Raises:
       ValueError: an id outside [0, vocab_size).
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    dtype = _token_dtype(vocab_size)
+    dtype = _token_dtype(vocab_size, content)
     table: list[tuple[int, int, int]] = []
     writer, shard, record, tokens_in_shard = None, -1, 0, 0
     for ids in documents:
-        if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-            bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+        tokens = ids if content == "text" else ids & ~TRAINED_BIT
+        if ids.size and not (tokens.min() >= 0 and tokens.max() < vocab_size):
+            bad = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
             raise ValueError(
                 f"token id {bad} is outside the vocabulary [0, {vocab_size}): the tokenizer and its vocabulary disagree; "
                 "train it again"
@@ -65,10 +81,20 @@ def write_documents(directory: Path, split: Split, documents: Iterable[np.ndarra
     np.save(directory / f"{split}_documents.npy", np.array(table, np.int64).reshape(-1, 3))
 
 
-def write_index(tokens_dir: Path, directory: Path, prefix: str, split: Split, seq_len: int, packing: Packing) -> dict[str, Any]:
-    """Packs a split into rows of `seq_len` and writes the index; returns its statistics."""
+def write_index(
+    tokens_dir: Path, directory: Path, prefix: str, split: Split, seq_len: int, packing: Packing, content: Content = "text"
+) -> dict[str, Any]:
+    """Packs a split into rows of `seq_len` and writes the index; returns its statistics.
+
+    Documents of chats, and the pairs of those that are GROUPED, must be no longer than a row: they are not cut.
+    """
     table = np.load(tokens_dir / f"{split}_documents.npy")
-    pieces = pack(np.maximum(table[:, 2] - 1, 0), seq_len, packing)
+    lengths = np.maximum(table[:, 2] - 1, 0)
+    group = 2 if content in GROUPED else 1
+    pieces = pack(lengths.reshape(-1, group).sum(axis=1), seq_len, packing)
+    if group > 1:
+        document = (pieces.document[:, None] * group + np.arange(group)).reshape(-1)
+        pieces = Pieces(document, np.zeros_like(document), lengths[document], np.repeat(pieces.row, group))
     pieces, segment = split_at_records(pieces, RECORD_TARGETS)
     shard, first_record, _ = table[pieces.document].T
     part, offset = np.divmod(pieces.offset, RECORD_TARGETS)
@@ -77,25 +103,40 @@ def write_index(tokens_dir: Path, directory: Path, prefix: str, split: Split, se
     rows = np.searchsorted(pieces.row, np.arange(num_rows + 1))
     np.save(directory / f"{prefix}{split}_chunks.npy", chunks)
     np.save(directory / f"{prefix}{split}_rows.npy", rows.astype(np.int64))
+    if content in GROUPED:
+        np.save(directory / f"{prefix}{split}_sequences.npy", pieces.document)
     num_targets = int(pieces.length.sum())
     fill = num_targets / (num_rows * seq_len) if num_rows else 0.0
     return {"rows": num_rows, "targets": num_targets, "fill": round(fill, 6)}
 
 
+_OPEN_FILES = ("_chunks", "_rows", "_readers", "_labels", "_sequences")
+
+
 class PackedRows:
     """Random access to the packed rows of one split of one source.  Picklable; safe to read from several threads."""
 
-    def __init__(self, tokens_dir: Path, index_dir: Path, prefix: str, split: Split, seq_len: int, vocab_size: int):
+    def __init__(
+        self,
+        tokens_dir: Path,
+        index_dir: Path,
+        prefix: str,
+        split: Split,
+        seq_len: int,
+        vocab_size: int,
+        content: Content = "text",
+    ):
         self.tokens_dir = tokens_dir
         self.index_dir = index_dir
         self.prefix = prefix
         self.split: Split = split
         self.seq_len = seq_len
-        self._dtype = _token_dtype(vocab_size)
+        self.content: Content = content
+        self._dtype = _token_dtype(vocab_size, content)
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files stay here; the copy opens its own.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_chunks", "_rows", "_readers")}
+        return {k: v for k, v in self.__dict__.items() if k not in _OPEN_FILES}
 
     def __len__(self) -> int:
         return self._rows.size - 1
@@ -104,13 +145,18 @@ class PackedRows:
         """Rows (int [n]) as arrays [n, seq_len]: tokens, targets, segment_ids, positions int32, and weights float32.
 
         Segments are numbered from 1 in each row and their positions from 0; padding has segment 0 and weight 0.  With
-        `attend_across_documents` a row is one segment.
+        `attend_across_documents` a row is one segment. Of chats, the weight is 1 where the model is to write the target.
+
+        Pairs and labelled answers have `sequence_ids` int32 (the document a token is of) and `labels` float32 (what is known of
+        it) too. Segments 2 k - 1 and 2 k are then two answers to one prompt: chosen and rejected, with the margin as the label;
+        or the prompt's answer, labelled 1 or 0, and the answer to another prompt.
 
         Raises:
           ValueError: a record is damaged.
         """
         rows = np.asarray(rows, np.int64)
-        chunks = [self._chunks[start:end] for start, end in zip(self._rows[rows], self._rows[rows + 1], strict=True)]
+        spans = list(zip(self._rows[rows].tolist(), self._rows[rows + 1].tolist(), strict=True))
+        chunks = [self._chunks[start:end] for start, end in spans]
         row_of_chunk = np.repeat(np.arange(rows.size), [len(chunk) for chunk in chunks])
         shard, record, offset, length, segment = np.concatenate(chunks or [self._chunks[:0]]).T
         records = self._read_records(shard, record)
@@ -133,13 +179,25 @@ class PackedRows:
             positions[r, here] = counting[position : position + size]
             column += size
             position += size
-        return {
-            "tokens": tokens,
-            "targets": targets,
-            "segment_ids": segment_ids,
-            "positions": positions,
-            "weights": (segment_ids != 0).astype(np.float32),
-        }
+        batch = {"tokens": tokens, "targets": targets, "segment_ids": segment_ids, "positions": positions}
+        if self.content == "text":
+            return batch | {"weights": (segment_ids != 0).astype(np.float32)}
+        # As int32, the highest bit is the sign.
+        batch |= {"weights": (targets < 0).astype(np.float32), "tokens": tokens & _ID_BITS, "targets": targets & _ID_BITS}
+        return batch | self._of_sequences(spans, batch) if self.content in GROUPED else batch
+
+    def _of_sequences(self, spans: list[tuple[int, int]], batch: Batch) -> Batch:
+        """`sequence_ids` and `labels` of rows of chunks."""
+        segment_ids = batch["segment_ids"]
+        sequence_ids, labels = np.zeros_like(segment_ids), np.zeros(segment_ids.shape, np.float32)
+        for r, (start, end) in enumerate(spans):
+            # A segment's chunks follow each other, and so do segments.
+            of_segment = np.unique(self._sequences[start:end], return_index=True)[1]
+            documents = np.r_[0, self._sequences[start:end][np.sort(of_segment)]]
+            real = segment_ids[r] > 0
+            sequence_ids[r, real] = documents[segment_ids[r, real]]
+            labels[r, real] = self._labels[sequence_ids[r, real]]
+        return {"sequence_ids": sequence_ids, "labels": labels}
 
     def _read_records(self, shard: np.ndarray, record: np.ndarray) -> list[np.ndarray]:
         """Token ids of the given records; one request per shard."""
@@ -177,8 +235,18 @@ class PackedRows:
     def _rows(self) -> np.ndarray:
         return np.asarray(np.load(self.index_dir / f"{self.prefix}{self.split}_rows.npy", mmap_mode="r"))
 
+    @functools.cached_property
+    def _sequences(self) -> np.ndarray:
+        return np.asarray(np.load(self.index_dir / f"{self.prefix}{self.split}_sequences.npy", mmap_mode="r"))
 
-def _token_dtype(vocab_size: int) -> np.dtype:
+    @functools.cached_property
+    def _labels(self) -> np.ndarray:
+        return np.load(self.tokens_dir / f"{self.split}_labels.npy")
+
+
+def _token_dtype(vocab_size: int, content: Content) -> np.dtype:
+    if content != "text":
+        return np.dtype("<i4")
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 

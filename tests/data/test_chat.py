@@ -94,6 +94,11 @@ def test_margins_labels_and_prompts():
         ("pairs", {"chosen": [Q, A], "rejected": [Q]}, "empty"),
         ("pairs", {"chosen": [Q, A, Q, A], "rejected": [Q, A, {"role": "user", "content": "x"}, B]}, "role order"),
         ("pairs", {"prompt": "2+2?", "chosen": "4", "rejected": "5", "margin": float("nan")}, "margin is no number"),
+        (
+            "pairs",
+            {"prompt": "?", "chosen": "4", "rejected": "5", "score_chosen": 1, "score_rejected": "x"},
+            "margin is no number",
+        ),
         ("labels", {"prompt": "2+2?", "completion": "4"}, "unknown layout"),
         ("labels", {"prompt": "2+2?", "completion": "4", "label": "maybe"}, "label is not true or false"),
         ("prompts", {"messages": [Q, A]}, "role order"),
@@ -131,7 +136,7 @@ def test_rows_come_from_jsonl_and_parquet_alike(tmp_path):
 
     def read(name):
         source = SourceConfig("s", "files", path=str(tmp_path / name))
-        return [d.text for d in read_documents(source, row_text=lambda row: to_json(import_row(row, "conversations")))]
+        return [d.text for d in read_documents(source, row_text=lambda row, where: to_json(import_row(row, "conversations")))]
 
     assert read("a.jsonl") == read("b.parquet")
     assert [from_json(text, "conversations").messages for text in read("a.jsonl")] == [[Q, A], [SYSTEM, Q, B]]
