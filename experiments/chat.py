@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data.chat_template import encode_chat
-from data.tokenizer import HuggingFaceTokenizer
 from experiments.sampling import open_any
 from inference.engine import Engine, EngineConfig, Request
 from inference.models import LoadedModel
@@ -82,7 +81,6 @@ class Conversation:
         tokenizer, template = self._loaded.tokenizer, self._loaded.chat_template
         if template is None:
             return tokenizer.encode_prompt("".join(message["content"] for message in messages))
-        assert isinstance(tokenizer, HuggingFaceTokenizer)
         return encode_chat(tokenizer, template, messages, add_generation_prompt=True)
 
     def close(self) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 
+from data.chat_encoder import ChatEncoder
 from data.gguf_tokenizer import metadata_of
+from data.prepare import load_chat_template
 from data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from experiments.config import build
 from inference.generate import generate
@@ -74,10 +76,13 @@ def open_any(source: str, step: int = -1) -> LoadedModel:
         return open_model(source)
     config, tokenizer, params = open_run(Path(source), step)
     stop_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+    template = load_chat_template(Path(source) / "tokenizer") or None
+    if template is not None:
+        stop_ids = ChatEncoder(tokenizer, template).stop_ids
     # A run of a TPU is opened elsewhere too.
     own = runs_on(config.model.attention_backend, jax.devices()[0].platform)
     model = config.model if own else dataclasses.replace(config.model, attention_backend="xla")
-    return LoadedModel(params, model, tokenizer, None, stop_ids, Path(source).resolve().name)
+    return LoadedModel(params, model, tokenizer, template, stop_ids, Path(source).resolve().name)
 
 
 def convert(arguments: argparse.Namespace) -> None:

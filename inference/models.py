@@ -54,16 +54,29 @@ def locate(source: str | Path) -> Path:
     return files[0] if files else path
 
 
-def open_model(source: str | Path, *, dtype: DType = "float32", param_dtype: DType = "float32") -> LoadedModel:
-    """Opens a model.
+@dataclasses.dataclass(frozen=True)
+class ModelDescription:
+    """All of a model but its weights, which `load` reads; see LoadedModel."""
 
-    Args:
-      source: a directory with config.json and safetensors files, a .gguf file, or a name of the store.
-      dtype, param_dtype: of activations and of parameters.
+    file: GgufFile | Path
+    config: ModelConfig
+    tokenizer: HuggingFaceTokenizer
+    chat_template: str | None
+    stop_ids: frozenset[int]
+    name: str
 
-    Raises:
-      ValueError: there is none, or it cannot be read; the message names the file and what is wrong with it.
-    """
+    def load(self, config: ModelConfig, shardings: Params | None = None) -> Params:
+        """The parameters of `config`, which is `self.config` with what does not change the network replaced.
+
+        Args:
+          shardings: where each goes, a tree of NamedSharding; None is the default device.
+        """
+        read = gguf.load if isinstance(self.file, GgufFile) else huggingface.load
+        return read(self.file, config, shardings)[0]  # pyright: ignore[reportArgumentType]
+
+
+def describe_model(source: str | Path) -> ModelDescription:
+    """Opens a model without its weights. Arguments and errors are those of `open_model`."""
     path = locate(source)
     name = path.parent.name if path.parent.parent == store.root() else path.stem if path.is_file() else path.resolve().name
     if path.is_file():
@@ -79,9 +92,22 @@ def open_model(source: str | Path, *, dtype: DType = "float32", param_dtype: DTy
         raise ValueError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: they are not of one model"
         )
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype)
-    params, config = gguf.load(file, config) if isinstance(file, GgufFile) else huggingface.load(file, config)
-    return LoadedModel(params, config, tokenizer, template, stop_ids, name)
+    return ModelDescription(file, config, tokenizer, template, stop_ids, name)
+
+
+def open_model(source: str | Path, *, dtype: DType = "float32", param_dtype: DType = "float32") -> LoadedModel:
+    """Opens a model.
+
+    Args:
+      source: a directory with config.json and safetensors files, a .gguf file, or a name of the store.
+      dtype, param_dtype: of activations and of parameters.
+
+    Raises:
+      ValueError: there is none, or it cannot be read; the message names the file and what is wrong with it.
+    """
+    found = describe_model(source)
+    config = dataclasses.replace(found.config, dtype=dtype, param_dtype=param_dtype)
+    return LoadedModel(found.load(config), config, found.tokenizer, found.chat_template, found.stop_ids, found.name)
 
 
 def _gguf_stop_ids(file: GgufFile, tokenizer: HuggingFaceTokenizer) -> frozenset[int]:

@@ -249,7 +249,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A pretraining run: `steps` optimizer updates of `batch_size` rows each.
+    """A run that learns to write texts, or the answers in conversations: `steps` optimizer updates of `batch_size` rows.
 
     Attributes:
       name: the config file's; the run lives in `runs/<name>` unless `run_dir` says otherwise.
@@ -257,6 +257,9 @@ class TrainConfig:
       accumulation: micro-batches per step; gradients are weighted by their tokens.
       cpu_devices: how many devices the CPU is split into; 0 is one per core, up to what divides the batch, which is faster for
         models so small that their operations do not fill the cores. Ignored on TPUs and GPUs.
+      initial_weights: what to begin with: the directory of a run (its newest checkpoint, its moving average if it keeps one) or
+        of a Hugging Face checkpoint, a .gguf file, or a name of `loam models`. Its tokenizer and chat template come along,
+        unless `data` names its own. Empty draws new weights.
       xz_baseline: also report what `xz -9e` needs for each held-out document (`baseline_xz_bits_per_byte`).
     """
 
@@ -266,6 +269,7 @@ class TrainConfig:
     steps: int
     batch_size: int
     accumulation: int = 1
+    initial_weights: str = ""
     seed: int = 0
     run_dir: str = ""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -310,9 +314,17 @@ class TrainConfig:
         tokenizer = self.data.tokenizer
         tokens = 256 + 2 * tokenizer.document_boundaries if tokenizer.kind == "bytes" else tokenizer.vocab_size
         check(
-            bool(tokenizer.path) or tokenizer.kind == "chars" or tokens <= self.model.vocab_size,
+            bool(tokenizer.path or self.initial_weights) or tokenizer.kind == "chars" or tokens <= self.model.vocab_size,
             f"the {tokenizer.kind} tokenizer's {tokens} tokens are more than model.vocab_size={self.model.vocab_size}: "
             f"set model.vocab_size to {tokens} or more",
+        )
+        check(
+            self.data.content in ("text", "conversations"),
+            f"data.content={self.data.content!r} is not something to write: 'text' and 'conversations' are",
+        )
+        check(
+            self.data.content == "text" or not self.xz_baseline,
+            "xz_baseline compares texts, and data.content is not 'text': leave it out",
         )
         check(
             any(source.held_out_fraction > 0 for source in self.data.sources),

@@ -40,6 +40,7 @@ from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, ch
 from train.config import PREEMPTED, TrainConfig, check
 from train.distributed import ALONE, Group, global_batch, local_rows
 from train.files import only_process_in, write_atomic, write_json_atomic
+from train.initial import InitialModel, open_initial
 from train.metrics import JsonlWriter, NoWriter, Writer, check_writers, make_writers, read_jsonl, truncate_jsonl
 from train.peak import peak_flops
 from train.progress import Progress
@@ -84,6 +85,7 @@ def train(config: TrainConfig, log: Log = print, group: Group | None = None, beg
         # What this config cannot do here is told before anything is written.
         check_writers(config.writers)
         trainer = make_trainer(config)
+        initial = open_initial(config.initial_weights, config.model) if config.initial_weights else None
         if group.is_first:
             stack.enter_context(only_process_in(run_dir))
         share_directory(run_dir, group)
@@ -94,7 +96,7 @@ def train(config: TrainConfig, log: Log = print, group: Group | None = None, beg
         # One more than are kept exists while it is written; a short run makes fewer, and perhaps one on SIGTERM.
         copies = min(config.checkpoint.keep, math.ceil(config.steps / config.checkpoint.every)) + 1
         check_room(str(run_dir), trainer.abstract_state, copies - len(checkpoints.steps()))
-        data = prepare_together(config, group, log)
+        data = prepare_together(config, group, log, initial)
         check(
             data.tokenizer.vocab_size <= config.model.vocab_size,
             f"the tokenizer has {data.tokenizer.vocab_size} tokens, but model.vocab_size={config.model.vocab_size}: "
@@ -102,7 +104,7 @@ def train(config: TrainConfig, log: Log = print, group: Group | None = None, beg
         )
         compare_data(run_dir, data, checkpoints)
         check_prompts(config, data)
-        loop = Loop(config, data, trainer, checkpoints, log, group, began)
+        loop = Loop(config, data, trainer, checkpoints, log, group, began, initial)
         stack.enter_context(contextlib.closing(loop))
         return loop.run(stack.enter_context(stop_on_signal()))
 
@@ -121,13 +123,14 @@ def share_directory(run_dir: pathlib.Path, group: Group) -> None:
     group.compare({f"the content of {mark}": said if seen == said else f"not {said}"})
 
 
-def prepare_together(config: TrainConfig, group: Group, log: Log) -> PreparedData:
+def prepare_together(config: TrainConfig, group: Group, log: Log, initial: InitialModel | None = None) -> PreparedData:
     """Process 0 first; the others find its work, or do it again where they share no cache directory."""
     seconds = config.deadlines.data_seconds
     with group.phase("preparing data", seconds):
         if not group.is_first:
             group.barrier("data of process 0", seconds)
-        data = prepare(config.data, config.seed, log=log)
+        given = {} if initial is None else {"tokenizer": initial.tokenizer, "chat_template": initial.chat_template}
+        data = prepare(config.data, config.seed, log=log, **given)
         if group.is_first:
             group.barrier("data of process 0", seconds)
         group.barrier("data", seconds)
@@ -178,7 +181,7 @@ def compare_data(run_dir: pathlib.Path, data: PreparedData, checkpoints: Checkpo
 def check_prompts(config: TrainConfig, data: PreparedData) -> None:
     """Raises ValueError for prompts that could not be continued at the first evaluation."""
     for prompt in config.eval.sample_prompts:
-        length = len(data.tokenizer.encode_prompt(prompt))
+        length = len(data.encode_prompt(prompt))
         check(length > 0, f"eval.sample_prompts: {prompt!r} has no token: give some text")
         check(
             length + config.eval.sample_tokens <= config.model.max_seq_len,
@@ -247,9 +250,10 @@ class Loop:
         log: Log,
         group: Group,
         began: float,
+        initial: InitialModel | None = None,
     ):
         self.config, self.data, self.trainer, self.checkpoints = config, data, trainer, checkpoints
-        self.log, self.group = log, group
+        self.log, self.group, self.initial = log, group, initial
         self.run_dir = pathlib.Path(config.run_dir)
         self.incidents = group.from_first("incidents", lambda: rolled_back(self.run_dir))
         timing = read_jsonl(self.run_dir / "timing.jsonl")
@@ -266,6 +270,8 @@ class Loop:
             write_json_atomic(self.run_dir / "config.json", dataclasses.asdict(config))
             write_json_atomic(self.run_dir / "data_manifest.json", data.manifest)
             data.tokenizer.save(self.run_dir / "tokenizer")
+            if data.chat is not None:
+                write_atomic(self.run_dir / "tokenizer" / "chat_template.jinja", data.chat.template.encode())
         self.state, self.step, self.losses = self._restore()
         self.metrics, self.samples = self._open_writers()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -315,7 +321,7 @@ class Loop:
         with self.timed("restore") as record:
             restored = self.checkpoints.restore_newest(self.trainer.abstract_state, self.log, among=among)
             if restored is None:
-                state, step, losses = self.trainer.init(jax.random.key(self.config.seed)), 0, []
+                state, step, losses = self._initial_state(), 0, []
             else:
                 state, saved, step = restored
                 losses = saved["recent_losses"]
@@ -327,6 +333,12 @@ class Loop:
             truncate_jsonl(self.run_dir / "metrics.jsonl", step + 1)
             truncate_jsonl(self.run_dir / "samples.jsonl", step + 1)
         return state, step, collections.deque(losses, maxlen=self.config.rollback.window)
+
+    def _initial_state(self) -> TrainState:
+        if self.initial is None:
+            return self.trainer.init(jax.random.key(self.config.seed))
+        self.log(f"beginning with the weights of {self.config.initial_weights}")
+        return self.trainer.begin(self.initial.load(self.trainer.abstract_state.params))
 
     def _open_writers(self) -> tuple[Writer | NoWriter, JsonlWriter | NoWriter]:
         if not self.group.is_first:
@@ -536,12 +548,12 @@ class Loop:
         outputs = generate(
             self._eval_params(),
             self.config.model,
-            [tokenizer.encode_prompt(prompt) for prompt in settings.sample_prompts],
+            [self.data.encode_prompt(prompt) for prompt in settings.sample_prompts],
             max_tokens=settings.sample_tokens,
             seed=self.config.seed,
             sampling=Sampling(temperature=settings.sample_temperature),
             vocab_size=tokenizer.vocab_size,
-            stop_ids=frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id}),
+            stop_ids=self.data.stop_ids,
         )
         for prompt, tokens in zip(settings.sample_prompts, outputs, strict=True):
             yield prompt, tokenizer.decode(tokens)

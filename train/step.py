@@ -194,6 +194,7 @@ class Trainer:
     specs: Params
     mesh: Mesh
     init: Callable[[jax.Array], TrainState]
+    begin: Callable[[Params], TrainState]  # with these parameters
     step: Any  # (state, batch) -> (state, metrics); consumes state
     evaluate: Any  # (params, batch) -> sums
     abstract_state: TrainState  # ShapeDtypeStruct with shardings
@@ -247,6 +248,7 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
         specs=specs,
         mesh=mesh,
         init=lambda key: begin(init_params(specs, key, of_params)),
+        begin=begin,
         step=jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, replicated), donate_argnames="state"),
         evaluate=jax.jit(evaluate, in_shardings=(of_params, rows), out_shardings=replicated),
         abstract_state=jax.tree.map(
