@@ -173,6 +173,30 @@ class MlaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Adapters that are trained in place of the model (arXiv:2106.09685).
+
+    Attributes:
+      alpha: the product of the two matrices is multiplied by alpha / rank.
+      targets: names of the projections, of attention and MLP, that have adapters.
+      base_bits: 8 or 4 rounds the frozen weights; 0 keeps them as they are.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("query", "key", "value", "out", "up", "gate", "down")
+    base_bits: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.rank > 0, f"lora.rank={self.rank} must be positive")
+        check(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
+        check(
+            bool(self.targets) and len(set(self.targets)) == len(self.targets), f"lora.targets={self.targets}: name some, once"
+        )
+        check(self.base_bits in (0, 4, 8), f"lora.base_bits={self.base_bits} is not implemented: 0 (as they are), 8 or 4")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer.
 

@@ -20,7 +20,8 @@ from model.config import ModelConfig, check
 from model.params import Params
 
 Bits = Literal[8, 4]
-_INPUT_DIMENSIONS = {"query": 1, "key": 1, "value": 1, "out": 2, "up": 1, "gate": 1, "down": 1}
+# How many of a projection's first dimensions are inputs.
+INPUT_DIMENSIONS = {"query": 1, "key": 1, "value": 1, "out": 2, "up": 1, "gate": 1, "down": 1}
 INT4_GROUP = 32  # inputs that share a scale
 
 
@@ -83,7 +84,7 @@ def quantize(params: Params, config: ModelConfig, bits: Bits = 8) -> tuple[Param
 
     def block(part: Params) -> Params:
         return {
-            name: quantized(leaf, _INPUT_DIMENSIONS[name], bits) if name in _INPUT_DIMENSIONS else leaf
+            name: quantized(leaf, INPUT_DIMENSIONS[name], bits) if name in INPUT_DIMENSIONS else leaf
             for name, leaf in part.items()
         }
 
