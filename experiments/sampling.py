@@ -23,9 +23,11 @@ from inference.sampling import Sampling
 from model.attention import runs_on
 from model.convert import gguf, huggingface
 from model.convert.gguf_file import read_gguf
+from model.lora import adapt, adapter_specs, frozen_base, merge
 from model.params import Params, abstract_params, param_specs
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check
+from train.initial import open_initial
 
 
 def open_run(run_dir: Path, step: int) -> tuple[TrainConfig, Tokenizer, Params]:
@@ -42,7 +44,8 @@ def open_run(run_dir: Path, step: int) -> tuple[TrainConfig, Tokenizer, Params]:
     config = build(TrainConfig, json.loads((run_dir / "config.json").read_text()))
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     name = "ema" if config.optimizer.ema_decay else "params"
-    abstract = {name: abstract_params(param_specs(config.model))}
+    specs = adapter_specs(config.model, config.lora) if config.lora else param_specs(config.model)
+    abstract = {name: abstract_params(specs)}
     checkpoints = Checkpoints(str(run_dir / "checkpoints"), keep=None)
     if step >= 0:
         steps = checkpoints.steps()
@@ -53,7 +56,17 @@ def open_run(run_dir: Path, step: int) -> tuple[TrainConfig, Tokenizer, Params]:
         if restored is None:
             raise FileNotFoundError(f"{run_dir} has no checkpoint yet: wait for the first, or run its config")
         state = restored[0]
-    return config, tokenizer, state[name]
+    params = state[name]
+    return config, tokenizer, _merged(params, config) if config.lora else params
+
+
+def _merged(adapters: Params, config: TrainConfig) -> Params:
+    """The initial weights of a run with its adapters in them."""
+    assert config.lora is not None
+    weights, here = param_specs(config.model), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_params(weights))
+    base = open_initial(config.initial_weights, config.model).load(abstract)
+    return merge(adapt(frozen_base(base, config.model, config.lora)[0], adapters, config.lora), weights)
 
 
 def _is_run(source: str) -> bool:

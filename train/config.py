@@ -7,7 +7,7 @@ import re
 from typing import Literal
 
 from data.config import DataConfig
-from model.config import ModelConfig, check, check_choices
+from model.config import LoraConfig, ModelConfig, check, check_choices
 
 OptimizerName = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
 ScheduleName = Literal["cosine", "wsd", "linear", "constant"]
@@ -260,6 +260,7 @@ class TrainConfig:
       initial_weights: what to begin with: the directory of a run (its newest checkpoint, its moving average if it keeps one) or
         of a Hugging Face checkpoint, a .gguf file, or a name of `loam models`. Its tokenizer and chat template come along,
         unless `data` names its own. Empty draws new weights.
+      lora: trains adapters of the initial weights instead of the weights; None is off.
       xz_baseline: also report what `xz -9e` needs for each held-out document (`baseline_xz_bits_per_byte`).
     """
 
@@ -270,6 +271,7 @@ class TrainConfig:
     batch_size: int
     accumulation: int = 1
     initial_weights: str = ""
+    lora: LoraConfig | None = None
     seed: int = 0
     run_dir: str = ""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -318,6 +320,8 @@ class TrainConfig:
             f"the {tokenizer.kind} tokenizer's {tokens} tokens are more than model.vocab_size={self.model.vocab_size}: "
             f"set model.vocab_size to {tokens} or more",
         )
+        if self.lora is not None:
+            self._check_lora(self.lora)
         check(
             self.data.content in ("text", "conversations"),
             f"data.content={self.data.content!r} is not something to write: 'text' and 'conversations' are",
@@ -329,6 +333,16 @@ class TrainConfig:
         check(
             any(source.held_out_fraction > 0 for source in self.data.sources),
             "nothing is held out to evaluate on: set held_out_fraction of a data source above 0",
+        )
+
+    def _check_lora(self, lora: LoraConfig) -> None:
+        check(bool(self.initial_weights), "lora adapts a model: set initial_weights")
+        check(self.model.moe is None and self.model.mla is None, "lora does not go with model.moe or model.mla")
+        check(self.optimizer.name != "muon", "lora does not go with optimizer.name='muon': adapters are no hidden matrices")
+        sizes = (self.mesh.fsdp, self.mesh.tensor, self.mesh.context, self.mesh.expert)
+        check(
+            not lora.base_bits or (sizes == (1, 1, 1, 1) and not self.model.scan_layers),
+            "lora.base_bits goes with model.scan_layers=False and a mesh of `data` alone: rounded weights are not split",
         )
 
     @property

@@ -69,6 +69,7 @@ def _open_run(directory: Path, config: ModelConfig) -> InitialModel:
         if name not in _FREE_FIELDS and here[name] != there["model"].get(name)
     ]
     check(not different, f"initial_weights={str(directory)!r} is another network than the config: {', '.join(different)}")
+    check(not there.get("lora"), f"initial_weights={str(directory)!r} has adapters: `loam convert` it, and begin with that")
     name = "ema" if there["optimizer"]["ema_decay"] else "params"
 
     def load(abstract: Params) -> Params:

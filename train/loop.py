@@ -95,7 +95,7 @@ def train(config: TrainConfig, log: Log = print, group: Group | None = None, beg
         compare_config(run_dir, config, checkpoints)
         # One more than are kept exists while it is written; a short run makes fewer, and perhaps one on SIGTERM.
         copies = min(config.checkpoint.keep, math.ceil(config.steps / config.checkpoint.every)) + 1
-        check_room(str(run_dir), trainer.abstract_state, copies - len(checkpoints.steps()))
+        check_room(str(run_dir), trainer.abstract_state.saved(), copies - len(checkpoints.steps()))
         data = prepare_together(config, group, log, initial)
         check(
             data.tokenizer.vocab_size <= config.model.vocab_size,
@@ -272,6 +272,7 @@ class Loop:
             data.tokenizer.save(self.run_dir / "tokenizer")
             if data.chat is not None:
                 write_atomic(self.run_dir / "tokenizer" / "chat_template.jinja", data.chat.template.encode())
+        self.state: Any = None
         self.state, self.step, self.losses = self._restore()
         self.metrics, self.samples = self._open_writers()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -319,12 +320,13 @@ class Loop:
     def _restore(self, among: list[int] | None = None) -> tuple[TrainState, int, collections.deque[float]]:
         """The newest sound checkpoint (`among` these steps), or the initial state; metrics that came after it are dropped."""
         with self.timed("restore") as record:
-            restored = self.checkpoints.restore_newest(self.trainer.abstract_state, self.log, among=among)
+            restored = self.checkpoints.restore_newest(self.trainer.abstract_state.saved(), self.log, among=among)
             if restored is None:
                 state, step, losses = self._initial_state(), 0, []
             else:
                 state, saved, step = restored
                 losses = saved["recent_losses"]
+                state = state.replace(frozen=self._frozen())
                 self.log(f"continuing from the checkpoint of step {step}")
             record["restored_step"] = step
             # Gloo connects at the first collective, within 30 s; compiling may take one process longer than another.
@@ -338,7 +340,17 @@ class Loop:
         if self.initial is None:
             return self.trainer.init(jax.random.key(self.config.seed))
         self.log(f"beginning with the weights of {self.config.initial_weights}")
-        return self.trainer.begin(self.initial.load(self.trainer.abstract_state.params))
+        weights = self.initial.load(self.trainer.abstract_weights)
+        return self.trainer.begin(weights, jax.random.key(self.config.seed))
+
+    def _frozen(self) -> Any:
+        """What the adapters of LoRA adapt, which is in no checkpoint; kept over a rollback."""
+        if self.config.lora is None:
+            return None
+        if self.state is None:
+            assert self.initial is not None
+            return self.trainer.freeze(self.initial.load(self.trainer.abstract_weights))
+        return self.state.frozen
 
     def _open_writers(self) -> tuple[Writer | NoWriter, JsonlWriter | NoWriter]:
         if not self.group.is_first:
@@ -470,7 +482,7 @@ class Loop:
         self.samples.close()
         # The old state makes room for the one that is read.
         self.pending = None
-        del self.state
+        self.state = self.state.replace(params=None, opt_state=None, ema=None)
         self.state, self.step, self.losses = self._restore_scheduled()
         for step in self.checkpoints.steps():
             if step > self.step:
@@ -510,14 +522,15 @@ class Loop:
                 if not self._is_scheduled(step):
                     self.checkpoints.delete(step)
             scheduled = self.step % self.config.checkpoint.every == 0 or self.step == self.config.steps
-            self.checkpoints.save(self.step, self.state, {"recent_losses": list(self.losses), "scheduled": scheduled})
+            self.checkpoints.save(self.step, self.state.saved(), {"recent_losses": list(self.losses), "scheduled": scheduled})
             if complete:
                 self.checkpoints.wait()
 
     # --- Held-out data --------------------------------------------------------------------------------------------
 
     def _eval_params(self) -> Any:
-        return self.state.ema if self.state.ema is not None else self.state.params
+        params = self.state.ema if self.state.ema is not None else self.state.params
+        return self.trainer.whole(params, self.state.frozen)
 
     def _evaluate(self, last: bool) -> None:
         """On the same held-out rows at every step, so that the scores are a curve; after the last step on all of them too."""
@@ -547,7 +560,7 @@ class Loop:
             return
         outputs = generate(
             self._eval_params(),
-            self.config.model,
+            self.trainer.model,
             [self.data.encode_prompt(prompt) for prompt in settings.sample_prompts],
             max_tokens=settings.sample_tokens,
             seed=self.config.seed,

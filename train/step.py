@@ -15,14 +15,15 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.attention import check_backend
-from model.config import ModelConfig
+from model.config import LoraConfig, ModelConfig
 from model.logprobs import token_logprobs
+from model.lora import adapt, adapter_specs, frozen_base
 from model.moe import balance_experts
 from model.params import Params, abstract_params, dimensions, init_params, is_spec, param_shardings, param_specs
 from model.ring_attention import zigzag
 from model.sharding import TRAIN_RULES, Layout, check_mesh, constrain, make_mesh, resolve_sizes
 from model.transformer import activations, forward
-from train.config import LossConfig, TrainConfig
+from train.config import DEFAULT_RULES, LossConfig, TrainConfig
 from train.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, jax.Array]  # all [rows, seq_len]
@@ -32,12 +33,21 @@ Metrics = dict[str, jax.Array]  # float32 scalars; among sums `expert_load` too,
 
 @flax.struct.dataclass
 class TrainState:
-    """All that changes from step to step. `step` counts finished updates; `ema` is None when it is off."""
+    """All that changes from step to step. `step` counts finished updates; `ema` is None when it is off.
+
+    With LoRA, `params` are the adapters, and `frozen` what they adapt: part of the state, because a step is a function of it, but
+    it never changes and is not saved.
+    """
 
     params: Params
     opt_state: optax.OptState
     ema: Params | None
     step: jax.Array
+    frozen: Params | None = None
+
+    def saved(self) -> TrainState:
+        """What a checkpoint holds."""
+        return self.replace(frozen=None)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def loss_sums(
@@ -75,15 +85,26 @@ def loss_sums(
 
 
 def gradient_sums(
-    params: Params, batch: Batch, *, model: ModelConfig, loss: LossConfig, accumulation: int, layout: Layout | None = None
+    params: Params,
+    batch: Batch,
+    frozen: Params | None = None,
+    *,
+    model: ModelConfig,
+    loss: LossConfig,
+    accumulation: int,
+    lora: LoraConfig | None = None,
+    layout: Layout | None = None,
 ) -> tuple[Params, Metrics]:
     """Gradients and metrics summed over the weighted tokens of a batch, computed in `accumulation` micro-batches.
+
+    With `lora`, `params` are adapters of the `frozen` network.
 
     Sums, because they add up over micro-batches and replicas however unevenly the tokens lie; `weight` is what to divide by.
     """
 
     def objective(params: Params, micro: Batch) -> tuple[jax.Array, Metrics]:
-        total, sums = loss_sums(params, model, loss, micro, layout)
+        whole = adapt(frozen, params, lora) if lora else params
+        total, sums = loss_sums(whole, model, loss, micro, layout)
         return total, sums | {"weight": jnp.sum(micro["weights"])}
 
     gradient = jax.grad(objective, has_aux=True)
@@ -103,7 +124,7 @@ def gradient_sums(
     return jax.lax.scan(add, zeros, jax.tree.map(split, batch))[0]
 
 
-GradientSums = Callable[[Params, Batch], tuple[Params, Metrics]]
+GradientSums = Callable[..., tuple[Params, Metrics]]  # of params, batch and, with LoRA, `frozen`
 
 
 def over_replicas(sums: GradientSums, mesh: Mesh) -> GradientSums:
@@ -113,12 +134,14 @@ def over_replicas(sums: GradientSums, mesh: Mesh) -> GradientSums:
     all threads, and their number, not their size, is what they cost (experiments/LOG.md).
     """
 
-    def local(params: Params, batch: Batch) -> tuple[Params, Metrics]:
-        vector, unravel = ravel_pytree(sums(params, batch))
+    def local(params: Params, batch: Batch, frozen: Params | None) -> tuple[Params, Metrics]:
+        vector, unravel = ravel_pytree(sums(params, batch, frozen))
         return unravel(jax.lax.psum(vector, "data"))
 
     replicated = PartitionSpec()
-    return jax.shard_map(local, mesh=mesh, in_specs=(replicated, PartitionSpec("data")), out_specs=replicated, check_vma=False)
+    in_specs = (replicated, PartitionSpec("data"), replicated)
+    over_all = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=replicated, check_vma=False)
+    return lambda params, batch, frozen=None: over_all(params, batch, frozen)
 
 
 def mean_gradients(sums: GradientSums, params: Params, batch: Batch) -> tuple[Params, Metrics]:
@@ -141,7 +164,7 @@ def train_step(
 
     `load_imbalance` is the busiest expert's load over the mean, in the most uneven layer.
     """
-    gradients, metrics = mean_gradients(sums, state.params, batch)
+    gradients, metrics = mean_gradients(functools.partial(sums, frozen=state.frozen), state.params, batch)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     model = config.model
@@ -158,12 +181,12 @@ def train_step(
         "param_norm": optax.tree.norm(params),
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
-    return TrainState(params, opt_state, ema, state.step + 1), metrics
+    return TrainState(params, opt_state, ema, state.step + 1, state.frozen), metrics
 
 
-def eval_step(params: Params, batch: Batch, config: TrainConfig, layout: Layout | None) -> Metrics:
+def eval_step(params: Params, batch: Batch, model: ModelConfig, loss: LossConfig, layout: Layout | None) -> Metrics:
     """Sums over the weighted tokens of a held-out batch."""
-    return loss_sums(params, config.model, config.loss, batch, layout)[1]
+    return loss_sums(params, model, loss, batch, layout)[1]
 
 
 def opt_state_shardings(
@@ -188,16 +211,32 @@ def abstract_batch(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The compiled functions of a run and where its arrays live."""
+    """The compiled functions of a run and where its arrays live.
+
+    Attributes:
+      model: the network that is computed: that of the config or, over a rounded base, one with a head of its own.
+      specs: of what is trained.
+      init: with new weights.
+      begin: with these weights; the key draws the adapters of LoRA.
+      freeze: weights -> `TrainState.frozen`, for LoRA.
+      whole: (params or their average, frozen) -> parameters of `model`.
+      step: (state, batch) -> (state, metrics); consumes the state.
+      evaluate: (parameters of `model`, batch) -> sums.
+      abstract_state, abstract_weights: ShapeDtypeStruct with shardings, of the state and of what `begin` takes.
+    """
 
     config: TrainConfig
+    model: ModelConfig
     specs: Params
     mesh: Mesh
     init: Callable[[jax.Array], TrainState]
-    begin: Callable[[Params], TrainState]  # with these parameters
-    step: Any  # (state, batch) -> (state, metrics); consumes state
-    evaluate: Any  # (params, batch) -> sums
-    abstract_state: TrainState  # ShapeDtypeStruct with shardings
+    begin: Callable[[Params, jax.Array], TrainState]
+    freeze: Callable[[Params], Params]
+    whole: Callable[[Params, Params | None], Params]
+    step: Any
+    evaluate: Any
+    abstract_state: TrainState
+    abstract_weights: Params
     batch_sharding: NamedSharding
 
 
@@ -211,49 +250,77 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
     devices = devices if devices is not None else jax.devices()
     mesh = make_mesh(mesh_sizes(config, len(devices)), devices)
     check_backend(config.model.attention_backend, mesh.devices.flat[0].platform)
-    specs = param_specs(config.model)
+    model, lora = config.model, config.lora
+    weights = param_specs(model)
+    specs = adapter_specs(model, lora) if lora else weights
     layout = Layout.of(mesh, TRAIN_RULES)
     # A batch arrives with whole rows; its tokens are dealt out along `context` in the step.
     rows = layout.sharding("batch")
     schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, config.steps, config.tokens_per_step)
-    optimizer = make_optimizer(config.optimizer, specs, schedule)
-
-    def begin(params: Params) -> TrainState:
-        ema = params if config.optimizer.ema_decay else None
-        return TrainState(params, optimizer.init(params), ema, jnp.zeros((), jnp.int32))
-
-    abstract = jax.eval_shape(begin, abstract_params(specs))
+    # Adapters have no norms and biases, and a rule that applies to nothing is refused.
+    all_alike = lora and config.optimizer.rules == DEFAULT_RULES
+    settings = dataclasses.replace(config.optimizer, rules=DEFAULT_RULES[-1:]) if all_alike else config.optimizer
+    optimizer = make_optimizer(settings, specs, schedule)
     replicated = layout.sharding()
-    of_params = param_shardings(specs, layout)
+    of_weights, of_params = param_shardings(weights, layout), param_shardings(specs, layout)
+
+    def state_of(params: Params, frozen: Params | None) -> TrainState:
+        ema = params if config.optimizer.ema_decay else None
+        return TrainState(params, optimizer.init(params), ema, jnp.zeros((), jnp.int32), frozen)
+
+    def freeze(base: Params) -> Params:
+        assert lora is not None
+        return frozen_base(base, model, lora)[0]
+
+    abstract_frozen = of_frozen = None
+    if lora:
+        abstract_frozen = jax.eval_shape(freeze, abstract_params(weights))
+        of_frozen = jax.tree.map(lambda _: replicated, abstract_frozen) if lora.base_bits else of_weights
+        freeze = jax.jit(freeze, out_shardings=of_frozen)
+    network = dataclasses.replace(model, tie_embeddings=False) if lora and lora.base_bits else model
+    abstract = jax.eval_shape(state_of, abstract_params(specs), abstract_frozen)
     of_opt_state = opt_state_shardings(abstract.opt_state, specs, of_params, replicated)
     of_ema = of_params if config.optimizer.ema_decay else None
-    shardings = abstract.replace(params=of_params, opt_state=of_opt_state, ema=of_ema, step=replicated)
-    begin = jax.jit(begin, out_shardings=shardings)
+    shardings = abstract.replace(params=of_params, opt_state=of_opt_state, ema=of_ema, step=replicated, frozen=of_frozen)
+    make_state = jax.jit(state_of, out_shardings=shardings)
+
+    def begin(base: Params, key: jax.Array) -> TrainState:
+        return make_state(init_params(specs, key, of_params), freeze(base)) if lora else make_state(base, None)
+
+    def whole(params: Params, frozen: Params | None) -> Params:
+        return adapt(frozen, params, lora) if lora else params
+
+    def with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     # Routers are to be balanced over all replicas' tokens together.
-    by_replica = on_cpu and 1 < mesh.size == mesh.shape["data"] and not config.model.moe
+    by_replica = on_cpu and 1 < mesh.size == mesh.shape["data"] and not model.moe
     sums = functools.partial(
         gradient_sums,
-        model=config.model,
+        model=network,
         loss=config.loss,
         accumulation=config.accumulation,
+        lora=lora,
         layout=None if by_replica or mesh.size == 1 else layout,
     )
     if by_replica:
         sums = over_replicas(sums, mesh)
     step = functools.partial(train_step, config=config, sums=sums, optimizer=optimizer, schedule=schedule)
-    evaluate = functools.partial(eval_step, config=config, layout=None if mesh.size == 1 else layout)
+    evaluate = functools.partial(eval_step, model=network, loss=config.loss, layout=None if mesh.size == 1 else layout)
     return Trainer(
         config=config,
+        model=network,
         specs=specs,
         mesh=mesh,
-        init=lambda key: begin(init_params(specs, key, of_params)),
+        init=lambda key: begin(init_params(weights, key, of_weights), key),
         begin=begin,
+        freeze=freeze,
+        whole=whole,
         step=jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, replicated), donate_argnames="state"),
-        evaluate=jax.jit(evaluate, in_shardings=(of_params, rows), out_shardings=replicated),
-        abstract_state=jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-        ),
+        evaluate=jax.jit(evaluate, in_shardings=(whole(of_params, of_frozen), rows), out_shardings=replicated),
+        abstract_state=jax.tree.map(with_sharding, abstract, shardings),
+        abstract_weights=jax.tree.map(with_sharding, abstract_params(weights), of_weights),
         batch_sharding=rows,
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,12 +12,13 @@ from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.loader import Batches
 from data.prepare import prepare
 from experiments.sampling import open_any
-from model.config import ModelConfig
+from model.config import LoraConfig, ModelConfig
 from model.convert import huggingface
-from model.params import init_params, param_specs
+from model.lora import adapter_specs, frozen_base
+from model.params import init_params, is_spec, param_specs
 from model.transformer import forward, unembed
 from train.checkpoint import Checkpoints
-from train.config import CheckpointConfig, EvalConfig, OptimizerConfig, TrainConfig
+from train.config import CheckpointConfig, EvalConfig, MeshConfig, OptimizerConfig, TrainConfig
 from train.initial import open_initial
 from train.loop import train
 from train.step import make_trainer
@@ -162,6 +164,49 @@ def test_another_network_is_refused_by_its_fields(runs):
         open_initial(first.run_dir, dataclasses.replace(MODEL, d_ff=48))
     with pytest.raises(ValueError, match="neither a path nor a model"):
         open_initial("nowhere", MODEL)
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+def test_adapters_alone_are_trained_and_saved_and_resume_to_the_same_bits(runs, bits):
+    tmp_path, first, second, _ = runs
+    lora = LoraConfig(rank=2, base_bits=bits)
+    run_dir = tmp_path / f"lora{bits}"
+    config = dataclasses.replace(second, lora=lora, run_dir=str(run_dir), steps=4, checkpoint=CheckpointConfig(every=2))
+    assert train(config, log=lambda _: None) == 0
+    saved = params_of(run_dir, config, 4)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, saved)
+    assert shapes == jax.tree.map(lambda spec: spec.shape, adapter_specs(MODEL, lora), is_leaf=is_spec)
+    losses = [record["loss"] for record in metrics_of(run_dir) if "loss" in record]
+    full = [record["loss"] for record in metrics_of(tmp_path / "sft") if "loss" in record]
+    assert losses[0] == pytest.approx(full[0], rel=1e-5 if not bits else 1e-2)  # B is zero
+    assert losses[-1] < losses[0]
+    # The last checkpoint is taken away, and the run continues.
+    before = metrics_of(run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "4")
+    assert train(config, log=lambda _: None) == 0
+    jax.tree.map(np.testing.assert_array_equal, params_of(run_dir, config, 4), saved)
+    assert metrics_of(run_dir) == before
+    merged = open_any(str(run_dir)).params
+    begun = params_of(first.run_dir, first, 3)
+    base = frozen_base(begun, MODEL, lora)[0]["blocks"][0]["mlp"]["up"]
+    pair = saved["blocks"][0]["mlp"]["up"]
+    expected = np.asarray(base.dequantized() if bits else base) + 16.0 / 2 * np.asarray(pair["a"]) @ np.asarray(pair["b"])
+    np.testing.assert_allclose(merged["blocks"][0]["mlp"]["up"], expected, atol=1e-6)
+    np.testing.assert_array_equal(merged["embedding"], begun["embedding"])
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"initial_weights": ""}, "set initial_weights"),
+        ({"optimizer": OptimizerConfig(name="muon", adam_learning_rate=1e-3)}, "muon"),
+        ({"lora": LoraConfig(base_bits=8), "mesh": MeshConfig(fsdp=2)}, "mesh of `data` alone"),
+    ],
+)
+def test_what_adapters_do_not_go_with_is_refused(tmp_path, options, complaint):
+    config = sft_config(tmp_path)
+    with pytest.raises(ValueError, match=complaint):
+        dataclasses.replace(config, **{"initial_weights": "x", "lora": LoraConfig(), **options})
 
 
 @pytest.mark.parametrize(
