@@ -35,8 +35,8 @@ Metrics = dict[str, jax.Array]  # float32 scalars; among sums `expert_load` too,
 class TrainState:
     """All that changes from step to step. `step` counts finished updates; `ema` is None when it is off.
 
-    With LoRA, `params` are the adapters, and `frozen` what they adapt: part of the state, because a step is a function of it, but
-    it never changes and is not saved.
+    With LoRA, `params` are the adapters, and `frozen` what they adapt: part of the state, because a step is a function of it,
+    but it never changes and is not saved.
     """
 
     params: Params

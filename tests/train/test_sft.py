@@ -166,6 +166,7 @@ def test_another_network_is_refused_by_its_fields(runs):
         open_initial("nowhere", MODEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [0, 8])
 def test_adapters_alone_are_trained_and_saved_and_resume_to_the_same_bits(runs, bits):
     tmp_path, first, second, _ = runs
