@@ -1,7 +1,7 @@
 """Fine-tunes SmolLM2-135M-Instruct further, in its own chat template.
 
 Command:   loam run --config=configs/sft_smollm2.py --config.data.sources.0.path=chats.jsonl
-Hardware:  2 CPU cores, about 7 GB; a few seconds per step of 4 x 256 tokens (estimate)
+Hardware:  2 CPU cores; about 7 GB and some seconds per step of 4 x 256 tokens (estimates, not measured)
 Expected:  val_loss, per token of held-out answers, falls from that of the model it begins with
 
 Needs `loam pull smollm2-135m-instruct`, and conversations in any layout of `data/chat.py`.
