@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import hlo
+from experiments import collectives, hlo
 from experiments.tpu_schedule import (
     AttentionCode,
     causal_tiles,
@@ -110,12 +110,12 @@ def analyse(
     kernels = [kernel_report(kernel, dumped.get(kernel.code), config, topology, mesh, dump) for kernel in done.kernels]
     cycles = done.cycles | {"kernel": sum(kernel["cycles"] for kernel in kernels)}
     clock = topology.chip.clock
-    found = hlo.collectives(
+    found = collectives.find(
         module,
-        lambda one: hlo.seconds(one, topology, places) * clock,
+        lambda one: collectives.seconds(one, topology, places) * clock,
         {kernel["instruction"]: kernel["cycles"] / kernel["times"] for kernel in kernels},
     )
-    rows = hlo.traffic(found, mesh, topology)
+    rows = collectives.traffic(found, mesh, topology)
     exposed = sum(row.exposed_seconds for row in rows)
     return {
         "estimated_cycles": cycles,

@@ -24,6 +24,8 @@ TPU_FLAGS = (
     "--xla_enable_async_all_gather=true",
     "--xla_enable_async_all_reduce=true",
     "--xla_enable_async_collective_permute=true",
+    # Where fsdp is the whole slice, what it gathers would be padded with zeros and added up, at twice the bytes.
+    "--xla_tpu_prefer_async_allgather_to_allreduce=true",
     "--xla_tpu_enable_async_collective_fusion=true",
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
     "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true",
