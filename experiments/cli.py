@@ -75,7 +75,8 @@ def parse(words: list[str]) -> argparse.Namespace:
             command.add_argument("--topology", required=name == "compile", metavar="NAME", help=slice_help)
         if name == "compile":
             command.add_argument("--json", action="store_true", help="print one JSON object")
-            command.add_argument("--search", action="store_true", help="try meshes, remat policies and batch sizes")
+            searched = "try remat policies, batch sizes and meshes; context and expert axes stay as the config has them"
+            command.add_argument("--search", action="store_true", help=searched)
             command.add_argument("--tries", type=int, default=8, help="compilations of --search; default 8")
         if name == "run":
             place = command.add_argument_group(

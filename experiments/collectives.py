@@ -117,9 +117,11 @@ class _Schedule:
     cycles_of: Callable[[Collective], float]
     known: dict[tuple[str, tuple[tuple[int, ...], ...], int], float]
 
-    def describe(self, kind: str, computation: Computation, instruction: Instruction, count: float) -> Collective:
+    def describe(self, kind: str, scope: Scope, instruction: Instruction, count: float) -> Collective:
         """A synchronous collective."""
-        one = _describe(kind, computation, instruction, count)
+        if kind == "all-reduce" and any(_is_padded(self.module, scope, operand) for operand in instruction.operands):
+            kind = GATHER_BY_ALL_REDUCE
+        one = _describe(kind, scope[-1][0], instruction, count)
         key = (one.kind, tuple(one.groups), one.operand_bytes)
         if key not in self.known:
             self.known[key] = self.cycles_of(one)
@@ -132,14 +134,14 @@ class _Schedule:
             work = cycles_in(self.module, self.total, self.kernels, computation, instruction)
             opcode = instruction.opcode
             if kind := collective_kind(opcode):
-                one = self.describe(kind, computation, instruction, count)
+                one = self.describe(kind, ((computation, None),), instruction, count)
                 if opcode.endswith("-start"):
                     pairs[instruction.name] = _Open([one], one.cycles)
                 else:
                     yield one
             elif opcode in ("async-start", "call-start"):  # the latter on a SparseCore
                 inner = [
-                    self.describe(kind, self.module.computations[called], i, count)
+                    self.describe(kind, ((computation, None), (self.module.computations[called], instruction)), i, count)
                     for called in instruction.called
                     for i in self.module.computations[called].values()
                     if (kind := collective_kind(i.opcode))
@@ -152,7 +154,7 @@ class _Schedule:
                 yield from pairs.pop(instruction.operands[0]).end()
             elif opcode == "fusion":
                 # A step of a chain carries on its own collective first.
-                for channel, one, targets in self._fused(instruction, count):
+                for channel, one, targets in self._fused(computation, instruction, count):
                     if "AsyncCollectiveStart" in targets:
                         chains[channel] = _Open([one], one.cycles)
                     elif channel not in chains:
@@ -169,7 +171,9 @@ class _Schedule:
                 f"collectives without an end: {names}. The compiler's format has changed, mend experiments/collectives.py"
             )
 
-    def _fused(self, instruction: Instruction, count: float) -> Iterator[tuple[str, Collective, frozenset[str]]]:
+    def _fused(
+        self, computation: Computation, instruction: Instruction, count: float
+    ) -> Iterator[tuple[str, Collective, frozenset[str]]]:
         """Channel, collective and targets of the custom calls beside it, of each collective in a fusion."""
         for called in instruction.called:
             if called not in self.content or not any(collective_kind(c) for c in self.content[called].opcodes):
@@ -179,7 +183,8 @@ class _Schedule:
                 if kind := collective_kind(i.opcode):
                     # An all-reduce of which each device keeps its share is a reduce-scatter under another name.
                     kind = "reduce-scatter" if called.startswith("all-reduce-scatter") else kind
-                    yield i.attribute("channel_id"), self.describe(kind, inner, i, count), self.content[called].targets
+                    scope = ((computation, None), (inner, instruction))
+                    yield i.attribute("channel_id"), self.describe(kind, scope, i, count), self.content[called].targets
 
 
 def _describe(kind: str, computation: Computation, instruction: Instruction, count: float) -> Collective:
@@ -188,6 +193,33 @@ def _describe(kind: str, computation: Computation, instruction: Instruction, cou
     operand_bytes = min(sizes[:2]) if kind == "ragged-all-to-all" else sum(sizes)
     groups = replica_groups(instruction.attributes)
     return Collective(kind, instruction.name, operand_bytes, groups, count)
+
+
+# Computations around an operation, the outermost first, each with the instruction of the one before that calls it.
+Scope = tuple[tuple[Computation, Instruction | None], ...]
+_SAME_NUMBERS = {"bitcast", "copy", "copy-start", "copy-done", "convert", "reshape", "transpose"}
+
+
+def _source(module: Module, scope: Scope, name: str) -> tuple[Scope, Instruction]:
+    """The operation that a name's numbers come from, through copies and into and out of fusions, and where it stands."""
+    while True:
+        computation, caller = scope[-1]
+        instruction = computation[name]
+        if instruction.opcode in _SAME_NUMBERS:
+            name = instruction.operands[0]
+        elif instruction.opcode == "parameter" and caller is not None:
+            scope, name = scope[:-1], caller.operands[int(instruction.inside)]
+        elif instruction.opcode == "fusion":
+            inner = module.computations[instruction.called[0]]
+            scope, name = (*scope, (inner, instruction)), next(i.name for i in inner.values() if i.is_root)
+        else:
+            return scope, instruction
+
+
+def _is_padded(module: Module, scope: Scope, name: str) -> bool:
+    """Whether it is an array of one number throughout, 0, but for a slice written into it."""
+    scope, written = _source(module, scope, name)
+    return written.opcode == "dynamic-update-slice" and _source(module, scope, written.operands[0])[1].opcode == "broadcast"
 
 
 def replica_groups(attributes: str) -> Groups:

@@ -125,17 +125,43 @@ def analyse(
         "exposed_all_gathers": [
             {
                 "name": one.name,
+                "kind": one.kind,
                 "bytes": one.times * one.moved_bytes(topology.num_devices),
                 "times": one.times,
-                "exposed_seconds": one.times * one.exposed_cycles / clock,
+                "exposed_seconds": one.times * waited / clock,
             }
             for one in found
-            if one.kind == "all-gather" and one.exposed_cycles
+            if (waited := exposed_as_gather(one))
         ],
         "exposed_collective_seconds": exposed,
         "loops_of_unknown_length": done.unknown_loops,
         "estimated_step_seconds": sum(cycles.values()) / clock + exposed,
     }
+
+
+def exposed_as_gather(one: collectives.Collective) -> float:
+    """Cycles of a gather that no work covers; 0 for other collectives.
+
+    One that has become an all-reduce counts whole, whatever stands beside it: it holds the links twice as long as it had to,
+    and while it does, nothing else that moves is covered.
+    """
+    if one.kind == collectives.GATHER_BY_ALL_REDUCE:
+        return one.cycles
+    return one.exposed_cycles if one.kind == "all-gather" else 0.0
+
+
+def recomputed_share(config: TrainConfig, matmul_flops: float) -> float:
+    """Of the FLOPs of a step's matmuls outside of Pallas kernels, the part that remat does over again.
+
+    Args:
+      matmul_flops: of all devices. Those of the flash kernel and, in layers with experts, of the grouped matmul are not in it.
+    """
+    from model.flops import matrix_flops_per_token
+
+    needed = (
+        3 * config.tokens_per_step * sum(f for kind, f in matrix_flops_per_token(config.model).items() if kind != "experts")
+    )
+    return 1 - needed / matmul_flops
 
 
 def chunks_of_experts(config: TrainConfig, devices: int) -> float:
@@ -270,11 +296,11 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
         task = {"config": path, "overrides": list(overrides), "topology": topology.name}
         Path(directory, "task.json").write_text(json.dumps(task))
         command = [sys.executable, "-m", "experiments.compile", directory]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
         output = Path(directory, "report.json")
         if not output.exists():
-            last = [line for line in done.stderr.strip().splitlines() if line.strip()][-3:]
-            raise RuntimeError(f"the compiler for {topology.name} ended with status {done.returncode}: {' / '.join(last)}")
+            last = [line for line in ended.stderr.strip().splitlines() if line.strip()][-3:]
+            raise RuntimeError(f"the compiler for {topology.name} ended with status {ended.returncode}: {' / '.join(last)}")
         compiled = json.loads(output.read_text())
     if "error" in compiled:
         raise ValueError(compiled["error"])
@@ -302,6 +328,9 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
     else:
         live = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"] + memory["generated_code"]
     seconds = report["estimated_step_seconds"]
+    if memory is not None and config.model.attention_backend == "flash":
+        done = compiled["matmul_flops_per_device"] * topology.num_devices
+        report["recomputed_flops_share"] = recomputed_share(config, done)
     report["estimated_mfu"] = seconds and flops / (seconds * topology.num_devices * chip.peak_flops)
     report["hbm_bytes_per_device"] = live
     report["fits"] = memory is not None and live is not None and live <= chip.hbm_bytes
@@ -394,8 +423,10 @@ def check_fits(report: Report, config: TrainConfig, topology: Topology) -> None:
 def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
     """Changes of mesh, remat and batch that pass the checks and, by plan, fit.
 
-    Meshes over data, fsdp and tensor; 1, 2, 4 or 8 rows for each of data x fsdp x expert; of the policies that fit the one that
-    recomputes least, and after all of these the others. More rows and less tensor parallelism come first: they usually win.
+    Meshes over data, fsdp and tensor, with the context and expert axes of the config: what those are worth depends on documents
+    and router, which the estimate takes to be as long as a row and even. 1, 2, 4 or 8 rows for each of data x fsdp x expert; of
+    the policies that fit the one that recomputes least, and after all of these the others. More rows and less tensor
+    parallelism come first: they usually win.
     """
     from model.params import dimensions, param_specs
     from model.sharding import TRAIN_RULES, factorizations, mesh_problem, resolve_sizes
@@ -491,9 +522,12 @@ def describe(report: Report) -> str:
     ]
     gathers = sorted(report["exposed_all_gathers"], key=lambda one: -one["exposed_seconds"])
     if gathers:
-        lines.append(f"  all-gathers that work does not cover, or not wholly: {len(gathers)}; the longest:")
+        lines.append(
+            f"  gathers that work does not cover, or not wholly, or that are all-reduces: {len(gathers)}; the longest:"
+        )
         lines += [
-            f"    {one['name']:<28}{one['times']:>6.0f} times{one['bytes'] / GIB:>9.3f} GiB{one['exposed_seconds']:>9.4f} s"
+            f"    {one['name']:<28}{one['kind']:<26}{one['times']:>6.0f} times{one['bytes'] / GIB:>9.3f} GiB"
+            f"{one['exposed_seconds']:>9.4f} s"
             for one in gathers[:4]
         ]
     lines += [

@@ -1,19 +1,26 @@
 """docs/pods.md: every config of configs/pods, compiled for the slice that its docstring names.
 
-`make pods` compiles those that docs/pods.json has no report of, one after the other, minutes each, and writes both files;
-`python -m experiments.pods NAME…` compiles the named ones again.
+`make pods` compiles those that docs/pods.json has no report of, or one of another config, compiler or flags, one after the
+other, minutes each, and writes both files; `python -m experiments.pods NAME…` compiles the named ones again.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from experiments.cli import load_train_config
+from experiments.collectives import GATHER_BY_ALL_REDUCE
 from experiments.compile import GIB, Report, compile_config, require_libtpu
 from model.chips import topology_of
+from model.xla import TPU_FLAGS
+from train.config import TrainConfig
 from train.files import write_atomic, write_json_atomic
 
 ROOT = Path(__file__).parents[1]
@@ -21,11 +28,15 @@ CONFIGS = sorted(path for path in (ROOT / "configs/pods").glob("*.py") if path.n
 REPORTS, PAGE = ROOT / "docs/pods.json", ROOT / "docs/pods.md"
 KEPT = (
     "topology", "devices", "mesh", "tokens_per_step", "remat", "hbm_bytes_per_device", "hbm_limit_bytes", "memory",
-    "model_flops_per_step", "matmul_flops_per_device", "estimated_cycles", "kernels", "collectives", "exposed_all_gathers",
-    "exposed_collective_seconds", "loops_of_unknown_length", "estimated_step_seconds", "estimated_mfu", "compile_seconds",
-    "jax",
+    "planned_bytes_per_device", "model_flops_per_step", "matmul_flops_per_device", "recomputed_flops_share",
+    "estimated_cycles", "kernels", "collectives", "exposed_all_gathers", "exposed_collective_seconds",
+    "loops_of_unknown_length", "estimated_step_seconds", "estimated_mfu", "compile_seconds",
 )  # fmt: skip
-COMPARED = ("all-gather", "all-reduce")
+MOST_COMPILE_SECONDS = 900
+# Of the estimated step, for gathers of parameters that no work covers. Not 0: the first gather of a step has nothing before it
+# to hide behind, nor has the head's, which is the loss's whole input; two passes' worth of them is 0.2 to 0.6 % of the steps
+# below. One gather of every layer left uncovered in one pass is 2 % of a dense step, the least that is worth mending.
+MOST_EXPOSED_GATHERS = 0.01
 
 # What MaxText has measured: its page "Optimized models tiering", and for tpu7x the table of training/ironwood in tpu-recipes
 # (1,207 TFLOP/s on each chip of 2,307), both read in November 2026.
@@ -46,11 +57,66 @@ measured on a TPU: contention for HBM, stalls and stragglers are not in it. MaxT
 """
 
 
+PARTS = """
+## Where the estimated step goes
+
+Attention is our kernel, experts are jax's megablox, for one document as long as the row and an even router. *Matmul
+speed* is what the compiler expects of matmuls outside of kernels, over the chip's peak; *recomputed* is the part of their
+FLOPs that remat does over again. *Other* are slices, copies, reductions and element-wise operations, which HBM sets the pace
+of. A step is *limited by* the largest of three parts: compute (matmuls, attention, experts), HBM (other), and exposed
+communication; what compute loses to an MXU that waits is in the matmul speed.
+
+A collective is exposed as far as the device waits for it; each piece of work covers one collective at a time. Gathers that
+XLA has made all-reduces of shards padded with zeros count whole, whatever stands beside them: they move twice the bytes.
+
+| config | matmuls | matmul speed | recomputed | attention | experts | other | exposed collectives | of these gathers |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
 def topology_in(path: Path) -> str:
     """The slice of a pod config: that of the command in its docstring."""
     match = re.search(r"--topology=(\S+)", path.read_text())
     assert match is not None, path
     return match[1]
+
+
+def made_of(config: TrainConfig) -> dict[str, Any]:
+    """What a report depends on beside our own code."""
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    return {"config_sha256": config_hash(config), "flags": list(TPU_FLAGS), **versions}
+
+
+def config_hash(config: TrainConfig) -> str:
+    """SHA-256 of what the step is compiled from, as far as it differs from the defaults: a new option changes no hash."""
+    parts = {name: _chosen(getattr(config, name)) for name in ("model", "loss", "optimizer", "mesh")}
+    sizes = {"batch_size": config.batch_size, "accumulation": config.accumulation, "seq_len": config.data.seq_len}
+    return hashlib.sha256(json.dumps(parts | sizes, sort_keys=True).encode()).hexdigest()
+
+
+def _chosen(value: Any) -> Any:
+    """A dataclass as a dict of the fields that do not have their defaults."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {field.name: (field, getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {name: _chosen(set_to) for name, (field, set_to) in fields.items() if set_to != _default(field)}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def limited_by(report: Report) -> str:
+    """The largest part of the estimated step: compute (matmuls and kernels), HBM (all other operations) or what is exposed."""
+    parts = shares(report)
+    hbm, waiting = parts["other operations"], parts["exposed collectives"]
+    limits = {"compute": 1 - hbm - waiting, "HBM": hbm, "exposed communication": waiting}
+    return max(limits, key=lambda name: limits[name])
+
+
+def exposed_gathers_share(report: Report) -> float:
+    """Of the estimated step; the gate is MOST_EXPOSED_GATHERS."""
+    return sum(one["exposed_seconds"] for one in report["exposed_all_gathers"]) / report["estimated_step_seconds"]
 
 
 def shares(report: Report) -> dict[str, float]:
@@ -66,41 +132,31 @@ def shares(report: Report) -> dict[str, float]:
 def page(reports: dict[str, Report]) -> str:
     """The text of docs/pods.md."""
     lines = [
-        "| config | slice | mesh | tokens a step | remat | HBM a device | step | MFU | MaxText measured | compiled in |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| config | slice | mesh | tokens a step | remat | HBM a device | planned | step | MFU | limited by | MaxText measured "
+        "| compiled in |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, report in sorted(reports.items()):
         mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
+        planned = f"{sum(report['planned_bytes_per_device'].values()) / GIB:.1f} GiB"
         memory = f"{report['hbm_bytes_per_device'] / GIB:.1f} of {report['hbm_limit_bytes'] / GIB:.1f} GiB"
         mfu = f"{100 * report['estimated_mfu']:.1f} %"
         lines.append(
             f"| [{name}](../configs/pods/{name}.py) | {report['topology']} | {mesh} | {report['tokens_per_step']:,} | "
-            f"{report['remat']} | {memory} | {report['estimated_step_seconds']:.2f} s | {mfu} | "
-            f"{MAXTEXT.get(name, '')} | {report['compile_seconds']:.0f} s |"
+            f"{report['remat']} | {memory} | {planned} | {report['estimated_step_seconds']:.2f} s | {mfu} | "
+            f"{limited_by(report)} | {MAXTEXT.get(name, '')} | {report['compile_seconds']:.0f} s |"
         )
-    lines += [
-        "",
-        "## Where the estimated step goes",
-        "",
-        "Attention is our kernel, experts are jax's megablox, for one document as long as the row and an even router. *Matmul",
-        "speed* is what the compiler expects of matmuls outside of kernels, over the chip's peak. A collective is exposed as",
-        "far as the device waits for it; each piece of work covers one collective at a time. *Gathered by all-reduce*: XLA",
-        "does so where shards of parameters are narrower than a register; that no all-gather is exposed then says nothing.",
-        "",
-        "| config | matmuls | matmul speed | attention | experts | other | exposed collectives | of these all-gathers |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines += PARTS.splitlines()
     for name, report in sorted(reports.items()):
         matmuls, *parts = (f"{100 * share:.0f} %" for share in shares(report).values())
         ideal = report["matmul_flops_per_device"] / topology_of(report["topology"]).chip.flops_per_cycle
-        gathers = report["exposed_all_gathers"]
-        waited = sum(one["exposed_seconds"] for one in gathers) / report["estimated_step_seconds"]
-        moved = {kind: sum(one["bytes"] for one in report["collectives"] if one["kind"] == kind) for kind in COMPARED}
-        by_all_reduce = moved["all-gather"] < 0.01 * moved["all-reduce"]
-        told = f"{100 * waited:.1f} % ({len(gathers)} of them)" if gathers else "none"
-        told = "gathered by all-reduce" if by_all_reduce else told
         speed = f"{100 * ideal / report['estimated_cycles']['matmul']:.0f} %"
-        lines.append(f"| {name} | {' | '.join([matmuls, speed, *parts, told])} |")
+        again = f"{100 * report['recomputed_flops_share']:.0f} %"
+        gathers = report["exposed_all_gathers"]
+        told = f"{100 * exposed_gathers_share(report):.1f} % ({len(gathers)} of them)" if gathers else "none"
+        reduced = sum(one["kind"] == GATHER_BY_ALL_REDUCE for one in gathers)
+        told += f", {reduced} by all-reduce" if reduced else ""
+        lines.append(f"| {name} | {' | '.join([matmuls, speed, again, *parts, told])} |")
     return HEADER + "\n".join(lines) + "\n"
 
 
@@ -108,12 +164,15 @@ def main(names: list[str]) -> None:
     require_libtpu()
     reports: dict[str, Any] = json.loads(REPORTS.read_text()) if REPORTS.exists() else {}
     known = {path.stem: path for path in CONFIGS}
-    for name in names or [name for name in known if name not in reports]:
+    sources = {name: made_of(load_train_config(str(path), [])) for name, path in known.items()}
+    for name in names or [name for name in known if reports.get(name, {}).get("made_of") != sources[name]]:
         print(f"compiling {name} for {topology_in(known[name])}", flush=True)
         report = compile_config(str(known[name]), [], topology_of(topology_in(known[name])))
         if not report["fits"]:
             raise RuntimeError(f"{name} does not fit: {report['hbm_bytes_per_device']} of {report['hbm_limit_bytes']} bytes")
-        reports[name] = {key: report[key] for key in KEPT}
+        if report["compile_seconds"] > MOST_COMPILE_SECONDS:
+            raise RuntimeError(f"{name} compiled in {report['compile_seconds']:.0f} s, more than {MOST_COMPILE_SECONDS}")
+        reports[name] = {key: report[key] for key in KEPT} | {"made_of": sources[name]}
         write_json_atomic(REPORTS, reports)
         write_atomic(PAGE, page(reports).encode())
         print(

@@ -19,11 +19,16 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     Only allowed pairs count, so that skipping the others shows as speed, and of the experts those that a token goes to.
     Embedding look-ups, norms and activations do not.
     """
+    matrices = sum(matrix_flops_per_token(config).values())
+    keys = sum(mean_keys_per_query(seq_len, config.window(layer)) for layer in range(config.num_layers))
+    return matrices + 2 * config.num_heads * (config.head_dim + config.v_head_dim) * keys
+
+
+def matrix_flops_per_token(config: ModelConfig) -> dict[str, int]:
+    """2 per weight of every matrix a token meets in the forward pass, by kind: all but the products of attention."""
     groups = active_parameters(config)
     kinds = ("attention", "mlp", "router", "experts", "shared_experts")
-    matrices = sum(groups.get(f"blocks/{kind}", 0) for kind in kinds) + config.vocab_size * config.d_model
-    keys = sum(mean_keys_per_query(seq_len, config.window(layer)) for layer in range(config.num_layers))
-    return 2 * matrices + 2 * config.num_heads * (config.head_dim + config.v_head_dim) * keys
+    return {kind: 2 * groups.get(f"blocks/{kind}", 0) for kind in kinds} | {"head": 2 * config.vocab_size * config.d_model}
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:

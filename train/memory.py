@@ -66,12 +66,16 @@ def _activations(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]
     rows = config.batch_size // config.accumulation // math.prod(mesh[axis] for axis in TRAIN_RULES["batch"])
     seq_len = config.data.seq_len // mesh["context"]
     model = _share(config.model, tensor)
-    room = expert_room(model, mesh["expert"])
     width = jnp.dtype(model.dtype).itemsize
     chunk = min(rows * seq_len, config.loss.chunk_tokens or rows * seq_len)
     _, period, _ = block_layout(model)
-    kept = rows * _period_bytes(model, seq_len, tensor, room)
-    one = rows * _period_bytes(dataclasses.replace(model, remat="none"), seq_len, tensor, room)
+    kept = rows * _period_bytes(model, seq_len, tensor, mesh["expert"])
+    one = rows * _period_bytes(dataclasses.replace(model, remat="none"), seq_len, tensor, mesh["expert"])
+    # In the backward pass their gradients stand beside them, and of both a copy in the layout that an all-to-all wants; of the
+    # widths of the experts themselves one chunk at a time, each with its gradient.
+    exchanged, chunk_rows = expert_rows(model, rows * seq_len, mesh["expert"])
+    if model.moe:
+        one += period * width * (4 * exchanged * model.d_model + 6 * chunk_rows * model.moe.d_ff)
     groups = parameter_groups(param_specs(dataclasses.replace(model, num_layers=1)))
     # An expert's matrices are gathered where it lives, everything else everywhere.
     groups["blocks/experts"] = groups.get("blocks/experts", 0) // mesh["expert"]
@@ -100,26 +104,30 @@ def _share(model: ModelConfig, tensor: int) -> ModelConfig:
     )
 
 
-def expert_room(model: ModelConfig, devices: int) -> float:
-    """Rows that a device has for its experts, over those that an even router fills, with experts on so many devices; see
-    `model/moe.py`."""
+def expert_rows(model: ModelConfig, tokens: int, devices: int) -> tuple[int, int]:
+    """(rows that a device has room for, rows of a chunk) with experts on so many devices, each with so many tokens; see
+    `model/moe.py`. Both are 0 where tokens stay at home."""
     if not model.moe or devices == 1:
-        return 1.0
-    copies = model.moe.experts_per_token
-    return devices * min(copies, model.moe.num_experts // devices) / copies
+        return 0, 0
+    most = tokens * min(model.moe.experts_per_token, model.moe.num_experts // devices)
+    return devices * most, most
 
 
 @functools.cache
-def _period_bytes(model: ModelConfig, seq_len: int, tensor: int, room: float) -> float:
+def _period_bytes(model: ModelConfig, seq_len: int, tensor: int, devices: int) -> float:
     """Bytes that one period of layers leaves for the backward pass, for one row: what two leave more than one."""
     _, period, _ = block_layout(model)
-    one, two = (_residual_bytes(dataclasses.replace(model, num_layers=n * period), seq_len, tensor, room) for n in (1, 2))
-    return two - one
+    one, two = (_residual_bytes(dataclasses.replace(model, num_layers=n * period), seq_len, tensor, devices) for n in (1, 2))
+    kept = expert_rows(model, seq_len, devices)[0] if model.remat in ("none", "dots") else 0
+    return two - one + period * kept * model.d_model * jnp.dtype(model.dtype).itemsize
 
 
-def _residual_bytes(model: ModelConfig, seq_len: int, tensor: int, room: float) -> float:
+def _residual_bytes(model: ModelConfig, seq_len: int, tensor: int, devices: int) -> float:
     """Bytes of all that the forward pass of a row leaves for the backward one, except what does not depend on the row:
-    parameters, cast or reshaped."""
+    parameters, cast or reshaped.
+
+    Where experts are on several devices, neither are the rows of each expert's widths: they are computed again by the chunk.
+    """
     params = abstract_params(param_specs(model))
     row = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
 
@@ -127,12 +135,12 @@ def _residual_bytes(model: ModelConfig, seq_len: int, tensor: int, room: float) 
         return jax.vjp(lambda params: forward(params, model, tokens, positions, segment_ids)[0], params)[1]
 
     traced = jax.make_jaxpr(residuals)(params, row, row, row)
+    copies = seq_len * model.moe.experts_per_token if model.moe and devices > 1 else 0
     total = 0.0
     for number, leaf in enumerate(traced.out_avals):
         needed = dce_jaxpr(traced.jaxpr, [other == number for other in range(len(traced.out_avals))])[1]
-        if any(needed[-3:]):
+        if any(needed[-3:]) and not (model.moe and leaf.shape[-2:] == (copies, model.moe.d_ff)):
             # Between the layers tokens are split over `tensor`; within them heads and the MLP's width are (`_share`).
             parts = tensor if leaf.shape[-2:] == (seq_len, model.d_model) else 1
-            of_experts = model.moe and leaf.ndim == 2 and leaf.shape[0] == seq_len * model.moe.experts_per_token
-            total += leaf.size * jnp.dtype(leaf.dtype).itemsize * (room if of_experts else 1) / parts
+            total += leaf.size * jnp.dtype(leaf.dtype).itemsize / parts
     return total

@@ -168,6 +168,68 @@ ENTRY %main (x: bf16[8,4]) -> bf16[32,4] {
     assert [one.operand_bytes for one in collectives.find(hlo.parse(text), lambda _: 1.0)] == [64, 64]
 
 
+# --- Gathers by all-reduce --------------------------------------------------------------------------------------------
+
+REDUCED = """\
+HloModule reduced, is_scheduled=true
+
+%written (p: bf16[8], q: bf16[2], i: s32[]) -> bf16[8] {
+  %p = bf16[8]{0} parameter(0)
+  %q = bf16[2]{0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %update = bf16[8]{0} dynamic-update-slice(%p, %q, %i)
+}
+
+%start_of (p: bf16[8]) -> (bf16[8], bf16[8]) {
+  %p = bf16[8]{0} parameter(0)
+  %sum = bf16[8]{0} all-reduce(%p), channel_id=9, replica_groups={{0,1,2,3}}
+  ROOT %c = (bf16[8], bf16[8]) custom-call(%sum), custom_call_target="AsyncCollectiveStart"
+}
+
+%end_of (p: bf16[8]) -> bf16[8] {
+  %p = bf16[8]{0} parameter(0)
+  %sum = bf16[8]{0} all-reduce(%p), channel_id=9, replica_groups={{0,1,2,3}}
+  ROOT %c = bf16[8]{0} custom-call(%sum), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (shard: bf16[2], whole: bf16[8], i: s32[]) -> bf16[8] {
+  %shard = bf16[2]{0} parameter(0)
+  %whole = bf16[8]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = bf16[] constant(0)
+  %zeros = bf16[8]{0} broadcast(%zero), dimensions={}
+  PADDED
+  REDUCED
+}
+"""
+WRITTEN = {
+    "in_place": "%padded = bf16[8]{0} dynamic-update-slice(BASE, %shard, %i)",
+    "by_a_fusion": "%padded = bf16[8]{0} fusion(BASE, %shard, %i), kind=kLoop, calls=%written",
+    "and_copied": """%update = bf16[8]{0} dynamic-update-slice(BASE, %shard, %i)
+  %begun = (bf16[8], bf16[8]) copy-start(%update)
+  %padded = bf16[8]{0} copy-done(%begun)""",
+}
+SUMMED = {
+    "at_once": "ROOT %out = bf16[8]{0} all-reduce(%padded), channel_id=9, replica_groups={{0,1,2,3}}",
+    "by_a_chain": """%begin = (bf16[8], bf16[8]) fusion(%padded), kind=kCustom, calls=%start_of
+  ROOT %out = bf16[8]{0} fusion(%padded), kind=kCustom, calls=%end_of""",
+}
+
+
+@pytest.mark.parametrize("summed", SUMMED)
+@pytest.mark.parametrize("written", WRITTEN)
+def test_a_sum_of_shards_in_zeros_is_a_gather_at_twice_the_bytes(written, summed):
+    def only(base):
+        text = REDUCED.replace("PADDED", WRITTEN[written].replace("BASE", base)).replace("REDUCED", SUMMED[summed])
+        (one,) = collectives.find(hlo.parse(text), lambda _: 5.0)
+        return one
+
+    gather, total = only("%zeros"), only("%whole")
+    assert (gather.kind, total.kind) == (collectives.GATHER_BY_ALL_REDUCE, "all-reduce")
+    # Of four shards of 4 bytes a device lacks three.
+    assert gather.moved_bytes(4) == total.moved_bytes(4) == 2 * 3 * 4
+
+
 # --- Groups -----------------------------------------------------------------------------------------------------------
 
 

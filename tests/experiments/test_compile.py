@@ -1,5 +1,6 @@
 """`loam compile`: what it refuses, what it proposes, and one small step compiled by libtpu, end to end."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import pytest
 
 import experiments.compile as loam_compile
 import train.memory
+from experiments import collectives
 from experiments.cli import load_train_config, main
 from experiments.compile import (
     GIB,
@@ -163,6 +165,23 @@ def test_a_grouped_matmul_is_charged_for_the_tiles_that_its_groups_visit(tmp_pat
     charged = loam_compile.grouped_matmul_call_cycles(kernel, "", config, topology_of("v5e:2x2"), mesh, tmp_path)
     # In float32 and bfloat16 one tile holds all 256 rows; the group that does not begin it visits it again.
     assert charged == 2
+
+
+def test_a_gather_by_all_reduce_counts_whole_however_well_it_is_covered():
+    one = collectives.Collective("all-gather", "x", 1, [(0, 1)], 1, cycles=9.0, exposed_cycles=2.0)
+    kinds = {"all-gather": 2, collectives.GATHER_BY_ALL_REDUCE: 9, "all-reduce": 0, "reduce-scatter": 0}
+    assert {kind: loam_compile.exposed_as_gather(dataclasses.replace(one, kind=kind)) for kind in kinds} == kinds
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-mixtral"])
+def test_what_is_recomputed_is_what_exceeds_three_passes(tmp_path, model):
+    config = load_train_config(write_config(tmp_path, model), [])
+    moe, d_model = config.model.moe, 64
+    layer = 2 * d_model * (64 + 32) + (d_model * moe.num_experts if moe else 3 * d_model * 96)
+    head = d_model * 512
+    # Layers twice forward and twice for gradients, the head three times in all; experts are in kernels.
+    done = 2 * 8 * 64 * (4 * 2 * layer + 3 * head)
+    assert loam_compile.recomputed_share(config, done) == pytest.approx(2 * layer / (8 * layer + 3 * head))
 
 
 # --- Refusals, before anything is compiled --------------------------------------------------------------------------

@@ -4,13 +4,17 @@ import dataclasses
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import pytest
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
+from model.params import abstract_params, param_specs
 from model.presets import preset
+from model.sharding import MESH_AXES, TRAIN_RULES, Layout, make_mesh
+from model.transformer import forward
 from train.config import LossConfig, MeshConfig, OptimizerConfig, TrainConfig
-from train.memory import plan_memory
+from train.memory import expert_rows, plan_memory
 from train.step import make_trainer, mesh_sizes
 
 DATA = DataConfig(
@@ -26,6 +30,7 @@ CONFIG = TrainConfig(
     batch_size=8,
     mesh=MeshConfig(data=2, fsdp=2, tensor=2),
 )
+MOE = preset("tiny-mixtral", max_seq_len=64)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
@@ -119,3 +124,37 @@ def test_rows_that_do_not_divide_are_refused():
 def test_a_negative_size_takes_the_rest():
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=-1, fsdp=2, tensor=1))
     assert mesh_sizes(config, 8) == {"data": 4, "fsdp": 2, "expert": 1, "context": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(("sizes", "experts_per_token"), [({"expert": 4}, 1), ({"expert": 4}, 3), ({"expert": 2}, 3)])
+def test_rows_for_experts_are_those_that_the_layer_makes_room_for(sizes, experts_per_token):
+    """The longest array of whole rows in the traced layer of one device."""
+    moe = dataclasses.replace(MOE.moe, experts_per_token=experts_per_token)
+    model = dataclasses.replace(MOE, moe=moe)
+    layout = Layout.of(make_mesh(dict.fromkeys(MESH_AXES, 1) | sizes, jax.devices()[: sizes["expert"]]), TRAIN_RULES)
+    row = jax.ShapeDtypeStruct((sizes["expert"], 16), jnp.int32)
+    traced = jax.make_jaxpr(lambda params, x: forward(params, model, x, x, x, layout=layout)[0])
+    lengths = [0]
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            lengths.extend(v.aval.shape[0] for v in equation.outvars if v.aval.shape[1:] == (model.d_model,))
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                visit(inner)
+
+    visit(traced(abstract_params(param_specs(model)), row).jaxpr)
+    assert max(lengths) == expert_rows(model, 16, sizes["expert"])[0]
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_room_for_experts_is_planned_whether_layers_are_scanned_or_not(scanned):
+    def at(**sizes):
+        model = dataclasses.replace(MOE, scan_layers=scanned, remat="none")
+        config = dataclasses.replace(CONFIG, model=model, batch_size=4, mesh=MeshConfig(**sizes))
+        return kept(plan_memory(config, mesh_sizes(config, 4)))
+
+    # Of each layer, instead of up, gate and their product of every copy of a token: the rows of four devices.
+    copies, rows = 64 * MOE.moe.experts_per_token, 4 * 64 * min(MOE.moe.experts_per_token, MOE.moe.num_experts // 4)
+    hidden = at(data=4) - at(data=1, expert=4) + MOE.num_layers * 4 * rows * MOE.d_model
+    assert hidden % (MOE.num_layers * 4 * copies * MOE.moe.d_ff) == 0
+    assert hidden > 0
