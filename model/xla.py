@@ -24,7 +24,7 @@ TPU_FLAGS = (
     "--xla_enable_async_all_gather=true",
     "--xla_enable_async_all_reduce=true",
     "--xla_enable_async_collective_permute=true",
-    # Where fsdp is the whole slice, what it gathers would be padded with zeros and added up, at twice the bytes.
+    # Where fsdp is the whole slice, shards would be padded with zeros and added up instead of gathered, at twice the bytes.
     "--xla_tpu_prefer_async_allgather_to_allreduce=true",
     "--xla_tpu_enable_async_collective_fusion=true",
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
@@ -32,8 +32,8 @@ TPU_FLAGS = (
     "--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=true",
     "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
     "--xla_tpu_overlap_compute_collective_tc=true",
-    # Gradients of sharded parameters may be reduced and scattered in one, whatever the size of the shards. Of Llama-3-8B's they
-    # are not, for all that: docs/pods.json has all-reduces of them.
+    # Gradients of sharded parameters may be reduced and scattered in one, whatever the size of the shards. Over a whole
+    # slice of v5e or v5p they are not, for all that; with data 2 and half the fsdp they are.
     "--xla_tpu_use_minor_sharding_for_major_trivial_input=true",
     "--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1",
     "--xla_tpu_assign_all_reduce_scatter_layout=true",

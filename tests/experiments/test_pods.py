@@ -9,6 +9,7 @@ from experiments import pods
 from experiments.cli import load_train_config
 from experiments.compile import compile_config
 from model.chips import topology_of
+from model.xla import TPU_FLAGS
 from tests.libtpu import require_libtpu
 from train.memory import plan_memory
 from train.step import mesh_sizes
@@ -111,6 +112,8 @@ def test_a_config_of_a_pod_was_compiled_as_it_stands(name):
     assert 0 < compiled["recomputed_flops_share"] <= 0.26  # all but the loss's products twice, in four passes
     if not config.model.moe:
         assert not compiled["loops_of_unknown_length"]
+        if compiled["made_of"].get("flags") != list(TPU_FLAGS):
+            pytest.xfail("compiled with other flags, before gathers by all-reduce counted as exposed: `make pods`")
         assert pods.exposed_gathers_share(compiled) < pods.MOST_EXPOSED_GATHERS
 
 
