@@ -112,7 +112,7 @@ def test_a_config_of_a_pod_was_compiled_as_it_stands(name):
     assert 0 < compiled["recomputed_flops_share"] <= 0.26  # all but the loss's products twice, in four passes
     if not config.model.moe:
         assert not compiled["loops_of_unknown_length"]
-        if compiled["made_of"].get("flags") != list(TPU_FLAGS):
+        if compiled["made_of"].get("flags") != list(TPU_FLAGS) and pods.exposed_gathers_share(compiled) > 0.01:
             pytest.xfail("compiled with other flags, before gathers by all-reduce counted as exposed: `make pods`")
         assert pods.exposed_gathers_share(compiled) < pods.MOST_EXPOSED_GATHERS
 
