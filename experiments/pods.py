@@ -33,9 +33,9 @@ KEPT = (
     "loops_of_unknown_length", "estimated_step_seconds", "estimated_mfu", "compile_seconds",
 )  # fmt: skip
 MOST_COMPILE_SECONDS = 900
-# Of the estimated step, for gathers of parameters that no work covers. Not 0: the first gather of a step has nothing before it
-# to hide behind, nor has the head's, which is the loss's whole input; two passes' worth of them is 0.2 to 0.6 % of the steps
-# below. One gather of every layer left uncovered in one pass is 2 % of a dense step, the least that is worth mending.
+# Of the estimated step, for gathers of weights that no work covers. Not 0: the first of a pass has nothing before it to hide
+# behind, and the head's has little; in docs/pods.json these are 0.3 to 0.6 % of a step. If a whole pass of a dense model had to
+# wait for its gathers, that would be 2 to 3 %: half their seconds there, over those of the step. The bound lies between.
 MOST_EXPOSED_GATHERS = 0.01
 
 # What MaxText has measured: its page "Optimized models tiering", and for tpu7x the table of training/ironwood in tpu-recipes
