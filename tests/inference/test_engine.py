@@ -236,7 +236,7 @@ def small_pairs(answer):
 
 
 def test_an_answer_does_not_depend_on_the_requests_beside_it():
-    """Its tokens not at all; its log-probabilities by rounding, for a product's rows may be taken by kernels of several sizes."""
+    """Its tokens not at all; its log-probabilities by rounding, for kernels of several sizes may take the rows of a product."""
     one_size = dataclasses.replace(ROOMY, max_batch=1)
     requests = [Request(CHAIN[i : 2 * i + 3], SAMPLINGS[i % 4], max_tokens=9, seed=i) for i in range(8)]
     alone = [small_pairs(Engine(PARAMS, MODEL, one_size).generate([request])[0][0]) for request in requests]
