@@ -348,3 +348,17 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.data.seq_len
+
+    # What `train.step.Job` calls these.
+
+    @property
+    def num_updates(self) -> int:
+        return self.steps
+
+    @property
+    def update_rows(self) -> int:
+        return self.batch_size
+
+    @property
+    def row_tokens(self) -> int:
+        return self.data.seq_len

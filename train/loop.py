@@ -43,7 +43,7 @@ from train.files import only_process_in, write_atomic, write_json_atomic
 from train.initial import InitialModel, open_initial
 from train.metrics import JsonlWriter, NoWriter, Writer, check_writers, make_writers, read_jsonl, truncate_jsonl
 from train.peak import peak_flops
-from train.progress import Progress
+from train.progress import Progress, rate
 from train.provenance import provenance
 from train.step import Trainer, TrainState, abstract_batch, make_trainer
 
@@ -155,7 +155,7 @@ def compare_config(run_dir: pathlib.Path, config: TrainConfig, checkpoints: Chec
         free = (*FREE_FIELDS, "data.mixtures") if past[0] == past[1] else FREE_FIELDS
         differing = [
             f"{key} (there {old!r}, here {new!r})"
-            for key, old, new in _differences(there, here)
+            for key, old, new in differences(there, here)
             if not any(key == field or key.startswith(field + ".") for field in free) and not MOVED.fullmatch(key)
         ]
         check(
@@ -169,8 +169,8 @@ def compare_data(run_dir: pathlib.Path, data: PreparedData, checkpoints: Checkpo
     """Raises ValueError where a run is to be continued on other data than it began with."""
     path = run_dir / "data_manifest.json"
     if path.exists() and checkpoints.steps():
-        differences = _differences(json.loads(path.read_text()), json.loads(json.dumps(data.manifest)))
-        differing = [key for key, _, _ in differences if not MOVED.fullmatch(key)]
+        found = differences(json.loads(path.read_text()), json.loads(json.dumps(data.manifest)))
+        differing = [key for key, _, _ in found if not MOVED.fullmatch(key)]
         check(
             not differing,
             f"the data of {run_dir} has changed since the run began ({', '.join(differing[:8])}): bring the old data back, or "
@@ -209,13 +209,13 @@ def skipped_windows(incidents: list[dict[str, Any]]) -> tuple[tuple[int, int], .
     return tuple(merged)
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+            yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for i, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(a, b, f"{prefix}.{i}")
+            yield from differences(a, b, f"{prefix}.{i}")
     elif old != new:
         yield prefix, old, new
 
@@ -433,7 +433,7 @@ class Loop:
         self._check_loss(step, metrics)
         now = time.perf_counter()
         step_seconds, self.last_settled = now - self.last_settled, now
-        rate = self.config.tokens_per_step / step_seconds
+        per_second = self.config.tokens_per_step / step_seconds
         mfu = self.flops_per_step / step_seconds / self.peak
         if step % self.config.log_every == 0 or step == self.config.steps:
             self.metrics.write(step, {"tokens": step * self.config.tokens_per_step, **metrics})
@@ -443,12 +443,12 @@ class Loop:
                     "seconds": self.seconds(),
                     "step_seconds": step_seconds,
                     "data_seconds": self.data_seconds,
-                    "tokens_per_second": rate,
+                    "tokens_per_second": per_second,
                     "mfu": mfu,
                 }
             )
             self.data_seconds = 0.0
-        self.progress.update(step, metrics["loss"], rate, mfu)
+        self.progress.update(step, f"loss {metrics['loss']:.4f}, {rate(per_second)} tokens/s, MFU {mfu:.1%}")
 
     def _check_loss(self, step: int, metrics: dict[str, float]) -> None:
         loss, rollback = metrics["loss"], self.config.rollback

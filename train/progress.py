@@ -12,7 +12,7 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Shows step, loss, tokens/s, MFU and the time left.
+    """Shows the step, what was measured of it, and the time left.
 
     Args:
       steps: of the whole run.
@@ -29,14 +29,14 @@ class Progress:
             layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(total=steps, initial=first_step, bar_format=layout, dynamic_ncols=True, desc="training")
 
-    def update(self, step: int, loss: float, tokens_per_second: float, mfu: float) -> None:
+    def update(self, step: int, measured: str) -> None:
         """Reports that `step` steps are done; call it at each step. After a roll-back there are fewer than before."""
         now = self._clock()
         if step <= self._step:
             self._first_step, self._started = step - 1, self._updated
         self._step, self._updated = step, now
         left = (now - self._started) / (step - self._first_step) * (self._steps - step)
-        status = f"loss {loss:.4f}, {_rate(tokens_per_second)} tokens/s, MFU {mfu:.1%}, {_duration(left)} left"
+        status = f"{measured}, {_duration(left)} left"
         if self._bar is not None:
             self._bar.set_postfix_str(status, refresh=step == self._steps)
             self._bar.update(step - self._bar.n)
@@ -56,7 +56,8 @@ class Progress:
             self._bar.close()
 
 
-def _rate(per_second: float) -> str:
+def rate(per_second: float) -> str:
+    """Three digits and a unit: 12.3k."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if per_second >= size:
             return f"{per_second / size:.3g}{unit}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -23,7 +23,7 @@ from model.params import Params, abstract_params, dimensions, init_params, is_sp
 from model.ring_attention import zigzag
 from model.sharding import TRAIN_RULES, Layout, check_mesh, constrain, make_mesh, resolve_sizes
 from model.transformer import activations, forward
-from train.config import DEFAULT_RULES, LossConfig, TrainConfig
+from train.config import DEFAULT_RULES, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
 from train.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, jax.Array]  # all [rows, seq_len]
@@ -84,30 +84,41 @@ def loss_sums(
     return total, sums
 
 
+# Of (parameters, network, some rows of a batch, layout): what is minimised, and what is reported. Sums, because they add up
+# over micro-batches and replicas however unevenly the tokens lie. `weight`, if there is one, is what to divide them by at last.
+Objective = Callable[[Params, ModelConfig, Batch, Layout | None], tuple[jax.Array, Metrics]]
+
+
+def next_token_objective(loss: LossConfig) -> Objective:
+    """That of pretraining and fine-tuning: a mean over the weighted tokens."""
+
+    def objective(params: Params, model: ModelConfig, batch: Batch, layout: Layout | None) -> tuple[jax.Array, Metrics]:
+        total, sums = loss_sums(params, model, loss, batch, layout)
+        return total, sums | {"weight": jnp.sum(batch["weights"])}
+
+    return objective
+
+
 def gradient_sums(
     params: Params,
     batch: Batch,
     frozen: Params | None = None,
     *,
     model: ModelConfig,
-    loss: LossConfig,
+    objective: Objective,
     accumulation: int,
     lora: LoraConfig | None = None,
     layout: Layout | None = None,
 ) -> tuple[Params, Metrics]:
-    """Gradients and metrics summed over the weighted tokens of a batch, computed in `accumulation` micro-batches.
+    """Gradients and metrics of a batch, added up over `accumulation` micro-batches.
 
     With `lora`, `params` are adapters of the `frozen` network.
-
-    Sums, because they add up over micro-batches and replicas however unevenly the tokens lie; `weight` is what to divide by.
     """
 
-    def objective(params: Params, micro: Batch) -> tuple[jax.Array, Metrics]:
-        whole = adapt(frozen, params, lora) if lora else params
-        total, sums = loss_sums(whole, model, loss, micro, layout)
-        return total, sums | {"weight": jnp.sum(micro["weights"])}
+    def of_rows(params: Params, micro: Batch) -> tuple[jax.Array, Metrics]:
+        return objective(adapt(frozen, params, lora) if lora else params, model, micro, layout)
 
-    gradient = jax.grad(objective, has_aux=True)
+    gradient = jax.grad(of_rows, has_aux=True)
     if accumulation == 1:
         return gradient(params, batch)
 
@@ -145,9 +156,9 @@ def over_replicas(sums: GradientSums, mesh: Mesh) -> GradientSums:
 
 
 def mean_gradients(sums: GradientSums, params: Params, batch: Batch) -> tuple[Params, Metrics]:
-    """Gradients and metrics per weighted token."""
+    """Gradients and metrics, divided by the weight that the objective reports: per weighted token."""
     gradients, metrics = sums(params, batch)
-    weight = metrics.pop("weight")
+    weight = metrics.pop("weight", 1.0)
     weight = jnp.where(weight > 0, weight, 1.0)
     return jax.tree.map(lambda total: total / weight, (gradients, metrics))
 
@@ -155,7 +166,7 @@ def mean_gradients(sums: GradientSums, params: Params, batch: Batch) -> tuple[Pa
 def train_step(
     state: TrainState,
     batch: Batch,
-    config: TrainConfig,
+    config: Job,
     sums: GradientSums,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -184,9 +195,9 @@ def train_step(
     return TrainState(params, opt_state, ema, state.step + 1, state.frozen), metrics
 
 
-def eval_step(params: Params, batch: Batch, model: ModelConfig, loss: LossConfig, layout: Layout | None) -> Metrics:
+def eval_step(params: Params, batch: Batch, model: ModelConfig, objective: Objective, layout: Layout | None) -> Metrics:
     """Sums over the weighted tokens of a held-out batch."""
-    return loss_sums(params, model, loss, batch, layout)[1]
+    return objective(params, model, batch, layout)[1]
 
 
 def opt_state_shardings(
@@ -209,6 +220,27 @@ def abstract_batch(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in BATCH_DTYPES.items()}
 
 
+class Job(Protocol):
+    """What updates are made of: pretraining's and fine-tuning's `TrainConfig`, or reinforcement learning's `RLConfig`."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def lora(self) -> LoraConfig | None: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def mesh(self) -> MeshConfig: ...
+    @property
+    def accumulation(self) -> int: ...
+    @property
+    def num_updates(self) -> int: ...
+    @property
+    def update_rows(self) -> int: ...
+    @property
+    def row_tokens(self) -> int: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """The compiled functions of a run and where its arrays live.
@@ -225,7 +257,7 @@ class Trainer:
       abstract_state, abstract_weights: ShapeDtypeStruct with shardings, of the state and of what `begin` takes.
     """
 
-    config: TrainConfig
+    config: Any
     model: ModelConfig
     specs: Params
     mesh: Mesh
@@ -241,7 +273,15 @@ class Trainer:
 
 
 def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> Trainer:
+    """The trainer of a run that learns to write what it reads; see `make_trainer_of`."""
+    return make_trainer_of(config, next_token_objective(config.loss), param_specs(config.model), devices)
+
+
+def make_trainer_of(config: Job, objective: Objective, weights: Params, devices: Sequence[Any] | None = None) -> Trainer:
     """Builds mesh, optimizer and compiled functions. Nothing is allocated.
+
+    Args:
+      weights: tree of ParamSpec: the parameters of `config.model`, and perhaps others that the objective reads.
 
     Raises:
       ValueError: the mesh does not fit the devices, the batch or a parameter does not divide over it, or the attention backend
@@ -251,12 +291,12 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
     mesh = make_mesh(mesh_sizes(config, len(devices)), devices)
     check_backend(config.model.attention_backend, mesh.devices.flat[0].platform)
     model, lora = config.model, config.lora
-    weights = param_specs(model)
     specs = adapter_specs(model, lora) if lora else weights
     layout = Layout.of(mesh, TRAIN_RULES)
     # A batch arrives with whole rows; its tokens are dealt out along `context` in the step.
     rows = layout.sharding("batch")
-    schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, config.steps, config.tokens_per_step)
+    tokens = config.update_rows * config.row_tokens
+    schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, config.num_updates, tokens)
     # Adapters have no norms and biases, and a rule that applies to nothing is refused.
     all_alike = lora and config.optimizer.rules == DEFAULT_RULES
     settings = dataclasses.replace(config.optimizer, rules=DEFAULT_RULES[-1:]) if all_alike else config.optimizer
@@ -299,7 +339,7 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
     sums = functools.partial(
         gradient_sums,
         model=network,
-        loss=config.loss,
+        objective=objective,
         accumulation=config.accumulation,
         lora=lora,
         layout=None if by_replica or mesh.size == 1 else layout,
@@ -307,7 +347,7 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
     if by_replica:
         sums = over_replicas(sums, mesh)
     step = functools.partial(train_step, config=config, sums=sums, optimizer=optimizer, schedule=schedule)
-    evaluate = functools.partial(eval_step, model=network, loss=config.loss, layout=None if mesh.size == 1 else layout)
+    evaluate = functools.partial(eval_step, model=network, objective=objective, layout=None if mesh.size == 1 else layout)
     return Trainer(
         config=config,
         model=network,
@@ -325,13 +365,13 @@ def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> T
     )
 
 
-def mesh_sizes(config: TrainConfig, num_devices: int) -> dict[str, int]:
+def mesh_sizes(config: Job, num_devices: int) -> dict[str, int]:
     """Sizes of the mesh's axes over so many devices.
 
     Raises:
       ValueError: they do not multiply to the number of devices, or the model or the batch does not divide over them.
     """
     sizes = resolve_sizes(dataclasses.asdict(config.mesh), num_devices)
-    arrays = dimensions(param_specs(config.model)) + activations(config.batch_size // config.accumulation, config.data.seq_len)
+    arrays = dimensions(param_specs(config.model)) + activations(config.update_rows // config.accumulation, config.row_tokens)
     check_mesh(arrays, TRAIN_RULES, sizes)
     return sizes

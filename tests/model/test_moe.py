@@ -23,7 +23,7 @@ from tests.networks import random_params
 from tests.train.test_step import CONFIG, assert_close, make_batch
 from train.config import LossConfig, MeshConfig, OptimizerConfig, ParamRule, ScheduleConfig
 from train.optimizer import make_optimizer
-from train.step import gradient_sums, make_trainer, mean_gradients
+from train.step import gradient_sums, make_trainer, mean_gradients, next_token_objective
 
 D, F = 8, 6
 MOE = MoeConfig(num_experts=8, experts_per_token=3, d_ff=F)
@@ -353,7 +353,9 @@ def test_scan_equals_loop():
     assert (len(params["dense_blocks"]), len(params["scanned_blocks"]), len(params["blocks"])) == (1, 2, 1)
     loop_params, loop = unstack_layers(params, dataclasses.replace(model, remat="none"))
     assert ["experts" in block for block in loop_params["blocks"]] == [False] + 5 * [True]
-    sums = jax.jit(functools.partial(gradient_sums, loss=LossConfig(), accumulation=1), static_argnames="model")
+    sums = jax.jit(
+        functools.partial(gradient_sums, objective=next_token_objective(LossConfig()), accumulation=1), static_argnames="model"
+    )
     gradients, metrics = sums(params, make_batch(), model=model)
     expected_gradients, expected_metrics = sums(loop_params, make_batch(), model=loop)
     assert metrics["expert_load"].shape == (5, 8)
@@ -374,7 +376,9 @@ def test_router_losses_are_means_that_count_with_each_micro_batch_s_tokens():
     batch = make_batch()
     mean = jax.jit(
         lambda params, batch, n: mean_gradients(
-            functools.partial(gradient_sums, model=model, loss=LossConfig(), accumulation=n), params, batch
+            functools.partial(gradient_sums, model=model, objective=next_token_objective(LossConfig()), accumulation=n),
+            params,
+            batch,
         ),
         static_argnums=2,
     )
@@ -393,7 +397,9 @@ def test_router_losses_are_means_that_count_with_each_micro_batch_s_tokens():
 
 def test_each_router_coefficient_changes_the_loss_that_is_minimised():
     model, params = losses("tiny-mixtral")
-    gradient = jax.jit(functools.partial(gradient_sums, loss=LossConfig(), accumulation=1), static_argnames="model")
+    gradient = jax.jit(
+        functools.partial(gradient_sums, objective=next_token_objective(LossConfig()), accumulation=1), static_argnames="model"
+    )
     full = gradient(params, make_batch(), model=model)[0]["blocks"][0]["router"]["kernel"]
     for name in ("balance_loss", "z_loss"):
         without = dataclasses.replace(model, moe=dataclasses.replace(model.moe, **{name: 0.0}))

@@ -19,7 +19,7 @@ from tests.networks import random_params
 from tests.train.test_step import CONFIG
 from train.checkpoint import Checkpoints
 from train.config import LossConfig, MeshConfig, OptimizerConfig
-from train.step import gradient_sums, make_trainer
+from train.step import gradient_sums, make_trainer, next_token_objective
 
 ROWS, TOKENS = 16, 64
 LOSS = LossConfig(z_loss=1e-2, chunk_tokens=16)
@@ -106,7 +106,9 @@ def packed_batch(vocab_size):
 
 
 def sums(model, layout, accumulation):
-    return functools.partial(gradient_sums, model=model, loss=LOSS, accumulation=accumulation, layout=layout)
+    return functools.partial(
+        gradient_sums, model=model, objective=next_token_objective(LOSS), accumulation=accumulation, layout=layout
+    )
 
 
 def layout_of(mesh):

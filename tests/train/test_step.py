@@ -14,7 +14,7 @@ from model.params import init_params, param_specs, unstack_layers
 from model.presets import preset
 from model.transformer import forward, unembed
 from train.config import EvalConfig, LossConfig, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from train.step import gradient_sums, loss_sums, make_trainer, mean_gradients
+from train.step import gradient_sums, loss_sums, make_trainer, mean_gradients, next_token_objective
 
 MODEL = ModelConfig(
     vocab_size=64, num_layers=1, d_model=16, num_heads=4, num_kv_heads=2, d_ff=32, max_seq_len=16, window_pattern=(4,)
@@ -51,7 +51,11 @@ def make_params(model: ModelConfig = MODEL):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 4))
 def gradients_of(params, model, loss, batch, accumulation):
-    return mean_gradients(functools.partial(gradient_sums, model=model, loss=loss, accumulation=accumulation), params, batch)
+    return mean_gradients(
+        functools.partial(gradient_sums, model=model, objective=next_token_objective(loss), accumulation=accumulation),
+        params,
+        batch,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1)
