@@ -5,14 +5,39 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from typing import Literal
+from typing import Any, Literal
 
-SourceKind = Literal["stdlib", "files", "huggingface"]
+from data.tasks.registry import make_task
+from data.tasks.task import Task
+
+SourceKind = Literal["stdlib", "files", "huggingface", "task"]
 TokenizerKind = Literal["bytes", "chars", "byte_bpe", "wordpiece", "spm_bpe", "spm_unigram", "huggingface"]
 Packing = Literal["best_fit", "sequential"]
 Split = Literal["hash", "position"]
 ChatContent = Literal["conversations", "pairs", "labels", "prompts"]
 Content = Literal["text", "conversations", "pairs", "labels", "prompts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """A verifiable task of `data/tasks/`, by name.
+
+    Attributes:
+      options: (field, value) pairs of the task's own config.
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        self.make()
+
+    def make(self) -> Task:
+        """
+        Raises:
+          ValueError: no such task or option.
+        """
+        return make_task(self.name, **dict(self.options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +52,7 @@ class SourceConfig:
       text_field: the column that holds the text (jsonl, parquet, huggingface).
       hub_config, hub_split, hub_revision: which part of a hub data set, pinned by revision.
       max_bytes: stop after this many bytes of text, taken in a seeded random order of documents; 0 is all.
+      task, num_examples: `task`: so many training prompts of it with their solutions.
       held_out_split: `hash` holds whole documents out, chosen by the hash of their content; `position` holds out the last
         part of every document (nanoGPT's split of one long text).
       held_out_fraction: expected share of documents (`hash`) or exact share of characters (`position`).
@@ -42,6 +68,8 @@ class SourceConfig:
     hub_split: str = "train"
     hub_revision: str = ""
     max_bytes: int = 0
+    task: TaskConfig | None = None
+    num_examples: int = 0
     held_out_split: Split = "hash"
     held_out_fraction: float = 0.01
 
@@ -52,7 +80,9 @@ class SourceConfig:
             )
         if self.max_bytes < 0:
             raise ValueError(f"data source {self.name!r}: max_bytes={self.max_bytes} must be >= 0 (0 is all)")
-        if self.kind != "stdlib" and not self.path:
+        if (self.kind == "task") != (self.task is not None and self.num_examples > 0):
+            raise ValueError(f"data source {self.name!r}: kind='task' needs task and num_examples, and no other kind has them")
+        if self.kind not in ("stdlib", "task") and not self.path:
             raise ValueError(f"data source {self.name!r} of kind {self.kind!r} needs a path")
         if self.kind == "huggingface" and not self.hub_revision:
             raise ValueError(
@@ -121,8 +151,6 @@ class DataConfig:
     """
 
     sources: tuple[SourceConfig, ...]
-    content: Content = "text"
-    chat_template: str = ""
     tokenizer: TokenizerConfig = TokenizerConfig()
     mixtures: tuple[MixtureConfig, ...] = ()
     seq_len: int = 256
@@ -131,6 +159,8 @@ class DataConfig:
     cache_dir: str = "runs/data"
     loader_threads: int = 1
     prefetch_batches: int = 4
+    content: Content = "text"
+    chat_template: str = ""
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]

@@ -5,6 +5,7 @@
   files        local .txt and .md (one document a file), .jsonl and .parquet (one a row), plain or .gz or .zst; a file, a
                directory (searched recursively) or a glob.
   huggingface  a data set of the Hugging Face hub, streamed.
+  task         prompts of a verifiable task of `data/tasks/`, each followed by its solution.
 
 A row's document is the text of one of its fields, or whatever the caller makes of the row. The order of documents is the same
 on every run.
@@ -105,11 +106,23 @@ def _texts(config: SourceConfig, seed: int, row_text: RowText | None) -> Iterato
         documents = ((id, text, "PSF-2.0") for id, text in _stdlib_texts())
     elif config.kind == "files":
         documents = ((id, text, "") for name, path in _files(config) for id, text in _file_texts(config, name, path, row_text))
+    elif config.kind == "task":
+        documents = ((id, text, "generated") for id, text in _task_texts(config, seed, row_text))
     else:
         documents = _hub_texts(config, seed, row_text)
     for id, text, licence in documents:
         # JSON can spell half of a surrogate pair, which no encoding of text can hold.
         yield id, text.encode("utf-8", "replace").decode(), licence
+
+
+def _task_texts(config: SourceConfig, seed: int, row_text: RowText | None) -> Iterator[tuple[str, str]]:
+    assert config.task is not None
+    task = config.task.make()
+    for index in range(config.num_examples):
+        example = task.example(index, seed, "train")
+        row = {"prompt": example.prompt, "completion": task.solution(example)}
+        where = f"{config.task.name} {index}"
+        yield where, row_text(row, where) if row_text else row["prompt"] + row["completion"]
 
 
 def _first_bytes(documents: Iterator[tuple[str, str, str]], max_bytes: int) -> Iterator[tuple[str, str, str]]:

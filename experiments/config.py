@@ -164,6 +164,8 @@ def build(cls: type[T], value: Any, path: tuple[str, ...] = ()) -> T:
         return typing.cast(T, tuple(build(kind, item, (*path, str(i))) for i, (kind, item) in items))
     if origin in (typing.Union, types.UnionType):
         raise TypeError(f"{where}: config dataclasses hold no unions but with None")
+    if cls is Any:
+        return value
     if cls is float and type(value) is int:
         value = float(value)
     if type(value) is not cls:

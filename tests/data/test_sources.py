@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data.config import SourceConfig
+from data.config import SourceConfig, TaskConfig
 from data.sources import read_documents
 
 
@@ -31,6 +31,41 @@ def test_the_standard_library_is_large_stable_and_without_duplicates_or_tests():
     assert not any("/test/" in id or "/tests/" in id or "site-packages" in id for id in by_id)
     assert "antigravity" not in sys.modules
     assert "turtle" not in sys.modules
+
+
+def test_a_task_gives_its_training_prompts_with_their_solutions():
+    """What is learned from them is never what is asked in an evaluation."""
+    task = TaskConfig("reverse", (("min_length", 3), ("max_length", 4), ("alphabet", "abc")))
+    source = SourceConfig("t", "task", task=task, num_examples=300)
+    documents = list(read_documents(source, seed=1))
+    assert [document.text for document in documents] == [document.text for document in read_documents(source, seed=1)]
+    assert len(documents) == 300
+    asked = set()
+    for document in documents:
+        prompt, solution = document.text.split(" = ")
+        assert solution == prompt.removeprefix("reverse ")[::-1]
+        asked.add(prompt.removeprefix("reverse "))
+    made = task.make()
+    assert asked.isdisjoint(made.example(i, 0, "eval").problem for i in range(200))
+    assert {document.text for document in documents} != {document.text for document in read_documents(source, seed=2)}
+    rows = [document.text for document in read_documents(source, 1, lambda row, where: json.dumps([row, where]))]
+    assert json.loads(rows[7]) == [
+        dict(zip(("prompt", "completion"), split_after(documents[7].text, " = "), strict=True)),
+        "reverse 7",
+    ]
+
+
+def split_after(text, mark):
+    at = text.index(mark) + len(mark)
+    return text[:at], text[at:]
+
+
+@pytest.mark.parametrize(
+    "more", [{"kind": "task"}, {"kind": "files", "path": "x", "num_examples": 3, "task": TaskConfig("gcd")}]
+)
+def test_task_and_its_size_belong_to_sources_of_tasks(more):
+    with pytest.raises(ValueError, match="kind='task' needs task and num_examples, and no other kind has them"):
+        SourceConfig("s", **more)
 
 
 def test_every_format_gives_the_same_text(tmp_path):
