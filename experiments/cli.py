@@ -162,11 +162,24 @@ def add_launch_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="print what would be handed over, and to nobody")
 
 
-def load_train_config(path: str, overrides: list[str]) -> Any:
+def load_run_config(path: str, overrides: list[str]) -> Any:
+    """A TrainConfig or, where the file names a task, an RLConfig."""
     from experiments.config import apply_overrides, build, load_config_file
     from train.config import TrainConfig
+    from train.rl_config import RLConfig
 
-    return build(TrainConfig, apply_overrides(load_config_file(path), overrides, TrainConfig))
+    tree = load_config_file(path)
+    kind = RLConfig if "task" in tree else TrainConfig
+    return build(kind, apply_overrides(tree, overrides, kind))
+
+
+def load_train_config(path: str, overrides: list[str]) -> Any:
+    from train.config import TrainConfig
+
+    config = load_run_config(path, overrides)
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"{path} is a run of reinforcement learning, which this command does not know: `loam run` does")
+    return config
 
 
 def configure_jax(config: Any, processes: int = 1) -> None:
@@ -179,11 +192,11 @@ def cpu_devices(config: Any, processes: int) -> int:
     """Into how many devices each of so many processes splits its CPU."""
     from model.xla import cpu_devices_for
 
-    return config.cpu_devices or cpu_devices_for(config.batch_size // config.accumulation // processes)
+    return config.cpu_devices or cpu_devices_for(config.update_rows // config.accumulation // processes)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config = load_train_config(arguments.config, arguments.overrides)
+    config = load_run_config(arguments.config, arguments.overrides)
     from train.config import PREEMPTED
 
     # Until the loop takes over there is nothing to save, and the same command starts again.
@@ -195,9 +208,12 @@ def run(arguments: argparse.Namespace) -> int:
     group = join(place, config.deadlines)
     from experiments.report import write_report
     from train.loop import train
+    from train.rl import train_with_rewards
+    from train.rl_config import RLConfig
 
     log = functools.partial(print, flush=True) if group.is_first else lambda *_: None
-    status = train(config, log, group, BEGAN)
+    by_reward = isinstance(config, RLConfig)
+    status = train_with_rewards(config, log, group, BEGAN) if by_reward else train(config, log, group, BEGAN)
     if status == 0 and group.is_first:
         print(summary(config.run_dir, write_report(config.run_dir)))
     return status
@@ -223,6 +239,13 @@ def summary(run_dir: str, report_path: Any) -> str:
     """What a finished run learned, where its report is, and what to type next."""
     with open(f"{run_dir}/result.json") as file:
         result = json.load(file)
+    if "eval/pass@1" in result:
+        lines = [
+            f"Drew {result['drawn_tokens']:,} tokens in {result['steps']:,} steps, {result['train_seconds'] / 60:.1f} minutes.",
+            f"On held-out prompts: pass@1 {result['eval/pass@1']:.3f}, {result['initial_eval/pass@1']:.3f} before.",
+            f"Report: {report_path}",
+        ]
+        return "\n".join(lines)
     lines = [
         f"Trained {result['parameters']:,} parameters on {result['tokens']:,} tokens "
         f"in {result['train_seconds'] / 60:.1f} minutes.",

@@ -155,6 +155,9 @@ def thin(points: Points, limit: int = MAX_POINTS) -> Points:
 # --- Charts -----------------------------------------------------------------------------------------------------------
 
 
+Style = Literal["raw", "main", "marked", "complete", "reference"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Series:
     """One line of a chart. `raw` is thin and pale, `main` strong, `marked` has a dot at each value, `complete` is a ring,
@@ -162,7 +165,7 @@ class Series:
 
     name: str
     points: Points
-    style: Literal["raw", "main", "marked", "complete", "reference"] = "main"
+    style: Style = "main"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +247,53 @@ def axes(series: Sequence[Series], log: bool, from_zero: bool) -> tuple[Axis, Ax
     return Axis(0.0, x_high or 1.0, LEFT, WIDTH - RIGHT), Axis(low, high, HEIGHT - BOTTOM, TOP, log)
 
 
+def reward_charts(run: Run) -> str:
+    """Of reinforcement learning: does it learn, and is what it learns from what it seems to be?"""
+
+    def by_step(name: str) -> Points:
+        return [(step, record[name]) for step, record in run.metrics.items() if name in record]
+
+    def line(label: str, name: str, style: Style = "main") -> Series:
+        return Series(label, by_step(name), style)
+
+    passes = sorted({name for record in run.metrics.values() for name in record if name.startswith("eval/pass@")})
+    phases = sorted({name for record in run.timing.values() for name in record if name.endswith("_seconds")} - {"step_seconds"})
+    times = [Series(name[: -len("_seconds")], [(s, r[name]) for s, r in run.timing.items() if name in r]) for name in phases]
+    drawn = [
+        chart("Held-out prompts", "steps", [line(name[len("eval/") :], name, "marked") for name in passes], from_zero=True),
+        chart("Reward", "steps", [line("mean", "reward/total")], from_zero=True),
+        chart(
+            "Length of answers",
+            "steps",
+            [line("right", "length_correct"), line("wrong", "length_wrong", "marked")],
+            from_zero=True,
+        ),
+        chart("Entropy", "steps", [line("nats a token", "entropy")], from_zero=True),
+        chart("KL from the reference", "steps", [line("nats an answer", "reference_kl")]),
+        chart("KL of sampler and trainer", "steps", [line("nats a token", "mismatch_kl")]),
+        chart(
+            "Prompts without a signal, cut answers",
+            "steps",
+            [line("all rewards equal", "zero_variance_fraction"), line("truncated", "truncated_fraction", "marked")],
+            from_zero=True,
+        ),
+        chart(
+            "Clipped",
+            "steps",
+            [line("low", "clip_low_fraction"), line("high", "clip_high_fraction", "marked")],
+            from_zero=True,
+            show=percent,
+        ),
+        chart("Gradient norm", "steps", [line("each step", "grad_norm")], log=True),
+        chart("Learning rate", "steps", [line("learning rate", "learning_rate")], from_zero=True),
+        chart("Seconds of a step", "steps", times, from_zero=True),
+    ]
+    return "".join(drawn)
+
+
 def charts(run: Run) -> str:
+    if any("eval/pass@1" in record for record in run.metrics.values()):
+        return reward_charts(run)
     last = next(reversed(run.metrics.values()), {})
     tokens_per_step = last.get("tokens", 0) / last["step"] if last.get("step") else 0
 
@@ -342,7 +391,7 @@ def header(run: Run) -> str:
     finished = bool(run.result)
     state = "finished" if finished else "not finished"
     seconds = max((record["seconds"] for record in [*run.timing.values(), *run.events]), default=None)
-    evaluations = [record for record in run.metrics.values() if "val_loss" in record]
+    evaluations = [record for record in run.metrics.values() if "val_loss" in record or "eval/pass@1" in record]
     numbers = {**(evaluations[-1] if evaluations else {}), **run.result}
     rates = [record["tokens_per_second"] for record in run.timing.values()]
     tiles: list[tuple[str, str, str]] = []
@@ -353,15 +402,19 @@ def header(run: Run) -> str:
         )
     if "val_loss" in numbers:
         tiles.append(("held-out loss", f"{numbers['val_loss']:.4f}", "nats per token"))
-    if "loss" in last:
+    if "eval/pass@1" in numbers:
+        before = numbers.get("initial_eval/pass@1")
+        tiles.append(("pass@1", f"{numbers['eval/pass@1']:.3f}", "held out" if before is None else f"{before:.3f} before"))
+    elif "loss" in last:
         tiles.append(("training loss", f"{last['loss']:.4f}", "last step"))
     if "tokens" in last:
         tiles.append(("tokens", short(last["tokens"]), f"{done:,} of {wanted:,} steps" if wanted else f"{done:,} steps"))
     if "parameters" in numbers:
         tiles.append(("parameters", short(numbers["parameters"]), ""))
     if rates:
-        utilisation = statistics.median(record["mfu"] for record in run.timing.values())
-        tiles.append(("tokens per second", short(statistics.median(rates)), f"{percent(utilisation)} MFU"))
+        utilisations = [record["mfu"] for record in run.timing.values() if "mfu" in record]
+        note = f"{percent(statistics.median(utilisations))} MFU" if utilisations else "drawn, of all time"
+        tiles.append(("tokens per second", short(statistics.median(rates)), note))
     if seconds is not None:
         tiles.append(("time", duration(seconds), ""))
     shown = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd><small>{text(note)}</small></div>" for k, v, note in tiles)

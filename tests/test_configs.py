@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.cli import load_train_config, parse
+from experiments.cli import load_run_config, parse
 from model.params import abstract_params, num_parameters, param_specs
 from train.optimizer import make_optimizer, make_schedule
 
@@ -25,12 +25,13 @@ def _at_root(monkeypatch):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_builds_with_its_model_and_optimizer(path):
-    config = load_train_config(str(path), [])
+    config = load_run_config(str(path), [])
     assert config.name == path.stem
     assert config.run_dir == f"runs/{path.stem}"
     specs = param_specs(config.model)
     assert num_parameters(specs) > 0
-    schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, config.steps, config.tokens_per_step)
+    tokens = config.update_rows * config.row_tokens
+    schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, config.num_updates, tokens)
     optimizer = make_optimizer(config.optimizer, specs, schedule)
     params = abstract_params(specs)
     state = jax.eval_shape(optimizer.init, params)
@@ -61,4 +62,4 @@ def test_a_command_that_a_document_shows_exists(document, command):
         arguments = parse(words[1:])
         # configs/NAME.py and --config.key=value stand for any.
         if arguments.command in ("run", "inspect", "launch") and "NAME" not in arguments.config:
-            load_train_config(arguments.config, [word for word in arguments.overrides if word != "--config.key=value"])
+            load_run_config(arguments.config, [word for word in arguments.overrides if word != "--config.key=value"])

@@ -1,0 +1,30 @@
+"""GRPO teaches a tiny model to reverse longer strings than it was shown.
+
+Command:   loam run --config=configs/grpo_reverse.py
+Hardware:  2 CPU cores, a few minutes
+Expected:  eval/pass@1 rises to 0.9
+
+Needs a finished run of `configs/pretrain_reverse.py` (runs/pretrain_reverse).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import pretrain_reverse
+from data.config import TaskConfig
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.model = pretrain_reverse.get_config().model
+    config.initial_weights = "runs/pretrain_reverse"
+    config.task = TaskConfig("reverse", (("min_length", 5), ("max_length", 8), ("alphabet", "abcdefgh")))
+    config.steps = 100
+    config.policy = {"scale": "none", "aggregation": "token_mean", "group_size": 8}
+    config.rollouts = {"prompts": 32, "max_prompt_tokens": 24, "max_tokens": 12}
+    config.optimizer = {
+        "learning_rate": 2e-4,
+        "weight_decay": 0.0,
+        "schedule": {"name": "constant", "warmup": "5 %"},
+    }
+    config.eval = {"every": 20, "prompts": 128, "samples": 4}
+    return config

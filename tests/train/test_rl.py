@@ -1,0 +1,296 @@
+"""A whole run of reinforcement learning, tiny: that it learns, that it goes on to the same bits, and what it refuses."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
+from inference.engine import Token
+from model.config import LoraConfig, ModelConfig
+from train import rl
+from train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from train.loop import train
+from train.metrics import read_jsonl
+from train.objectives.config import CISPO, GRPO, GSPO, PPO, REINFORCE, ImportanceConfig, KLConfig, PolicyConfig
+from train.rl_config import RLConfig, RLEvalConfig, RolloutConfig
+from train.rollouts import prompt_seed, to_rows
+from train.step import make_trainer_of
+
+MODEL = ModelConfig(vocab_size=32, num_layers=1, d_model=32, num_heads=2, d_ff=64, max_seq_len=32)
+TASK = TaskConfig("reverse", (("min_length", 1), ("max_length", 2), ("alphabet", "ab"), ("template", "{text}=")))
+ONE_DEVICE = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, schedule=ScheduleConfig("constant", warmup="0 %"))
+
+
+@pytest.fixture(autouse=True)
+def _one_device(request, monkeypatch):
+    if "eight" not in request.node.name:
+        monkeypatch.setattr(rl, "make_trainer_of", functools.partial(make_trainer_of, devices=jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def warm_start(tmp_path_factory):
+    """A run that has seen a few answers."""
+    directory = tmp_path_factory.mktemp("warm")
+    source = SourceConfig("reverse", "task", task=TASK, num_examples=200, held_out_fraction=0.1)
+    data = DataConfig((source,), tokenizer=TokenizerConfig("chars"), seq_len=16, cache_dir=str(directory / "cache"))
+    config = TrainConfig(
+        "warm",
+        MODEL,
+        data,
+        steps=8,
+        batch_size=8,
+        run_dir=str(directory / "run"),
+        writers=(),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )
+    assert train(config, log=lambda _: None) == 0
+    return directory / "run"
+
+
+def job(warm_start, run_dir, **changes):
+    settings = {
+        "policy": PolicyConfig(group_size=4),
+        "rollouts": RolloutConfig(prompts=4, max_prompt_tokens=6, max_tokens=6, max_batch=8, verifiers=1),
+        "eval": RLEvalConfig(every=100, prompts=2, samples=2),
+        "steps": 3,
+        "optimizer": ONE_DEVICE,
+        "checkpoint": CheckpointConfig(every=2),
+    }
+    return RLConfig("tiny", MODEL, str(warm_start), TASK, run_dir=str(run_dir), **(settings | changes))
+
+
+def records(run_dir):
+    return [record for record in read_jsonl(Path(run_dir) / "metrics.jsonl") if "loss" in record]
+
+
+def run(config):
+    assert rl.train_with_rewards(config, log=lambda _: None) == 0
+    return records(config.run_dir)
+
+
+def drawn(tokens, finish="stop"):
+    last = len(tokens) - 1
+    return [Token(0, 0, token, -0.5 - i, -0.5 - i, None, None, finish if i == last else None) for i, token in enumerate(tokens)]
+
+
+def test_the_stop_token_is_an_action_and_the_prompt_and_padding_are_not():
+    rows = to_rows([[5, 6, 7], [8]], [[drawn([1, 2])], [drawn([3, 3, 3], "length")]], row_tokens=6)
+    np.testing.assert_array_equal(rows.tokens, [[5, 6, 7, 1, 0, 0], [8, 3, 3, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.targets, [[6, 7, 1, 2, 0, 0], [3, 3, 3, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.mask, [[0, 0, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.behavior_logprobs, [[0, 0, -0.5, -1.5, 0, 0], [-0.5, -1.5, -2.5, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.segment_ids, [[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.positions, [[0, 1, 2, 3, 0, 0], [0, 1, 2, 0, 0, 0]])
+    assert rows.truncated.tolist() == [False, True]
+    assert rows.answers() == [[1], [3, 3, 3]]
+
+
+def test_every_prompt_of_every_step_has_random_numbers_of_its_own():
+    seeds = {prompt_seed(seed, step, i) for seed in range(3) for step in range(20) for i in range(20)}
+    assert len(seeds) == 3 * 20 * 20
+    assert max(seeds) >= 2**31
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        dataclasses.replace(GRPO, group_size=4),
+        pytest.param(dataclasses.replace(REINFORCE, group_size=4, advantage="ema"), marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(GSPO, group_size=4), marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(CISPO, group_size=4), marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(PPO, group_size=4, kl=KLConfig(0.05, target=1.0)), marks=pytest.mark.slow),
+        pytest.param(PolicyConfig(group_size=4, zero_variance="resample"), marks=pytest.mark.slow),
+    ],
+    ids=["grpo", "reinforce-ema", "gspo", "cispo", "ppo", "resample"],
+)
+def test_the_first_update_is_on_policy_and_the_run_ends_with_a_result(warm_start, tmp_path, policy):
+    """The sampler's log-probabilities are the trainer's, so the ratio is 1; that of a second update no longer is."""
+    metrics = run(job(warm_start, tmp_path / "run", policy=policy))
+    assert [record["step"] for record in metrics] == [1, 2, 3]
+    for record in metrics:
+        assert record["mismatch_max"] < 1e-5
+        assert abs(record["update_kl"]) < 1e-9
+        assert record["reward/right/failed"] == 0
+    assert any(record["grad_norm"] > 0 for record in metrics)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["steps"] == 3
+    assert 0 <= result["eval/pass@1"] <= 1
+    assert result["drawn_tokens"] == sum(round(16 * record["length_mean"]) for record in metrics)
+    if policy.kl.needs_reference:
+        assert metrics[0]["reference_kl"] == pytest.approx(0, abs=1e-6)
+        assert metrics[-1]["reference_kl"] != 0
+
+
+@pytest.mark.parametrize("stop_after", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stopped_run_goes_on_to_the_same_bits(warm_start, tmp_path, stop_after, monkeypatch):
+    """With the samples of the next step in flight, minibatches in random order and an adaptive baseline."""
+    changes = {
+        "policy": PolicyConfig(
+            group_size=4, updates_per_batch=2, importance=ImportanceConfig("token"), kl=KLConfig(0.1, target=0.5)
+        ),
+        "rollouts": RolloutConfig(4, 6, 6, ahead=True, max_batch=8, verifiers=1),
+        "minibatches": 2,
+    }
+    straight = run(job(warm_start, tmp_path / "straight", **changes))
+    stopped = job(warm_start, tmp_path / "stopped", **changes)
+    calls = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "stop_on_signal", lambda: StopAfter(stop_after, calls))
+        assert rl.train_with_rewards(stopped, log=lambda _: None) == 42
+    assert run(stopped) == straight
+    assert read_jsonl(tmp_path / "stopped/samples.jsonl") == read_jsonl(tmp_path / "straight/samples.jsonl")
+
+
+class StopAfter:
+    def __init__(self, steps, calls):
+        self.steps, self.calls = steps, calls
+
+    def __enter__(self):
+        return lambda: next(self.calls) + 1 >= self.steps
+
+    def __exit__(self, *_):
+        return None
+
+
+@pytest.mark.slow
+def test_micro_batches_change_nothing_but_memory(warm_start, tmp_path):
+    whole, parts = (
+        run(job(warm_start, tmp_path / str(n), accumulation=n, steps=1, policy=PolicyConfig(group_size=4, scale="group")))[0]
+        for n in (1, 4)
+    )
+    assert whole["grad_norm"] > 0
+    for name in ("loss", "grad_norm", "entropy", "param_norm"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.slow
+def test_eight_devices_do_what_one_does(warm_start, tmp_path, monkeypatch):
+    many = run(job(warm_start, tmp_path / "many", steps=1))[0]
+    monkeypatch.setattr(rl, "make_trainer_of", functools.partial(make_trainer_of, devices=jax.devices()[:1]))
+    one = run(job(warm_start, tmp_path / "one", steps=1))[0]
+    for name in ("reward_mean", "length_mean", "loss", "grad_norm", "entropy", "param_norm"):
+        assert many[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.slow
+def test_shuffled_rewards_are_the_same_rewards(warm_start, tmp_path):
+    plain, shuffled = (
+        run(job(warm_start, tmp_path / str(shuffle), shuffle_rewards=shuffle, steps=1))[0] for shuffle in (False, True)
+    )
+    assert shuffled["reward_mean"] == plain["reward_mean"]
+    assert shuffled["length_mean"] == plain["length_mean"]
+
+
+@pytest.mark.slow
+def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_path):
+    config = job(warm_start, tmp_path / "run", steps=2)
+    run(config)
+    path = tmp_path / "run/initial_weights.json"
+    path.write_text(json.dumps({"source": str(warm_start), "digest": "0" * 64}))
+    with pytest.raises(ValueError, match="no longer holds the weights"):
+        rl.train_with_rewards(dataclasses.replace(config, steps=3), log=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"minibatches": 3}, "not divisible by minibatches=3"),
+        ({"rollouts": RolloutConfig(max_tokens=60)}, r"exceed model\.max_seq_len=32"),
+        ({"policy": PolicyConfig(aggregation="dr_grpo", max_length=7)}, r"policy\.max_length=7 is not rollouts\.max_tokens=6"),
+        ({"policy": dataclasses.replace(REINFORCE, advantage="greedy")}, "greedy"),
+        ({"rollouts": RolloutConfig(4, 6, 6, ahead=True)}, r"set policy\.importance\.level"),
+        ({"policy": dataclasses.replace(PPO, group_size=4), "lora": LoraConfig()}, r"policy\.value needs a head"),
+        ({"task": None}, None),
+    ],
+)
+def test_bad_combinations_are_refused_when_the_config_is_read(warm_start, tmp_path, changes, message):
+    if message is None:
+        with pytest.raises(ValueError, match="no task is called 'revers'; did you mean 'reverse'"):
+            TaskConfig("revers")
+        return
+    with pytest.raises(ValueError, match=message):
+        job(warm_start, tmp_path / "run", **changes)
+
+
+def test_prompts_that_are_too_long_are_refused_before_the_run(warm_start, tmp_path):
+    with pytest.raises(ValueError, match=r"rollouts\.max_prompt_tokens=3: raise it"):
+        rl.train_with_rewards(job(warm_start, tmp_path / "run", rollouts=RolloutConfig(4, 3, 6)), log=lambda _: None)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ten_times_ends_with_the_same_bits(warm_start, tmp_path):
+    """SIGKILL at random moments; parameters and rewards as if nothing had been."""
+    code = (
+        "import sys; from model.xla import configure; configure(cpu_devices=1)\n"
+        "from tests.train.test_rl import job; from train.rl import train_with_rewards\n"
+        "sys.exit(train_with_rewards(job(sys.argv[1], sys.argv[2], steps=12), log=print))"
+    )
+    root = Path(__file__).parents[2]
+
+    def start(run_dir):
+        environment = os.environ | {"PYTHONPATH": str(root)}
+        return subprocess.Popen([sys.executable, "-c", code, str(warm_start), str(run_dir)], cwd=root, env=environment)
+
+    begin = time.monotonic()
+    assert start(tmp_path / "straight").wait() == 0
+    seconds = time.monotonic() - begin
+    rng, kills = np.random.default_rng(0), 0
+    while True:
+        process = start(tmp_path / "killed")
+        try:
+            assert process.wait(timeout=rng.uniform(0.5, 1) * seconds if kills < 10 else None) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills >= 5
+    assert records(tmp_path / "killed") == records(tmp_path / "straight")
+    digests = []
+    for name in ("straight", "killed"):
+        last = max((tmp_path / name / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+        digests.append((last / "manifest/metadata").read_bytes())
+    assert digests[0] == digests[1]
+
+
+def test_a_sampler_that_disagrees_ends_the_run(warm_start, tmp_path, monkeypatch):
+    real = rl.draw
+
+    def wrong(*args, **kwargs):
+        samples = real(*args, **kwargs)
+        return dataclasses.replace(samples, behavior_logprobs=samples.behavior_logprobs - 0.5 * samples.mask)
+
+    monkeypatch.setattr(rl, "draw", wrong)
+    with pytest.raises(RuntimeError, match=r"KL\(sampler, trainer\) is .* more than rollouts\.max_mismatch=0\.01"):
+        rl.train_with_rewards(job(warm_start, tmp_path / "run"), log=lambda _: None)
+
+
+def test_tokens_beyond_the_tokenizer_spoil_an_answer(warm_start, tmp_path):
+    config = job(warm_start, tmp_path / "run", steps=1)
+    texts = []
+
+    class Stop(Exception):
+        pass
+
+    def see(self, samples, examples):
+        known = self.tokenizer.encode("ab")
+        texts.extend([self._text(known), self._text([*known, MODEL.vocab_size - 1])])
+        raise Stop
+
+    original, rl.RLLoop._judge = rl.RLLoop._judge, see
+    try:
+        with pytest.raises(Stop):
+            rl.train_with_rewards(config, log=lambda _: None)
+    finally:
+        rl.RLLoop._judge = original
+    assert texts == ["ab", "ab\ufffd"]

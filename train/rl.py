@@ -1,0 +1,593 @@
+"""Reinforcement learning: draws answers with the decode engine, has them judged, and makes updates of them.
+
+A step is a function of (state, seed, step): which prompts, the random numbers of every answer, the order of minibatches. The
+state is parameters, optimizer, step, the adaptive baseline and coefficient, and, with `rollouts.ahead`, the answers that were
+drawn already. So a run that is killed at any moment continues to the same bits. The reference of a KL penalty is not saved: it
+is the initial weights, read again, and compared with their digest.
+
+    draw (engine) -> judge (verifiers) -> score (trainer; reference) -> advantages and weights, of the whole batch -> updates
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data.chat_encoder import ChatEncoder
+from data.tasks.task import Example, Split
+from inference.engine import Engine, EngineConfig
+from model.config import check
+from model.lora import merge
+from model.params import Params, init_params, param_shardings, param_specs
+from model.sharding import DECODE_RULES, TRAIN_RULES, Layout
+from train.checkpoint import Checkpoints, check_room, digests, flatten
+from train.config import PREEMPTED
+from train.distributed import Group
+from train.files import only_process_in, write_atomic, write_json_atomic
+from train.initial import InitialModel, open_initial
+from train.loop import Log, differences, stop_on_signal
+from train.metrics import JsonlWriter, check_writers, make_writers, read_jsonl, truncate_jsonl
+from train.objectives.grpo import group_statistics, select_groups
+from train.objectives.metrics import pass_at_k, rollout_metrics
+from train.objectives.policy_gradient import PolicyBatch, prepare
+from train.objectives.policy_gradient import Rollouts as ScoredRollouts
+from train.objectives.ppo import adapt_kl_coefficient
+from train.objectives.reinforce import update_ema
+from train.peak import peak_flops
+from train.progress import Progress, rate
+from train.provenance import provenance
+from train.rewards import Part, Rewards, Verifiers, compose
+from train.rl_config import RLConfig
+from train.rl_step import Scores, policy_objective, score, value_head_spec
+from train.rollouts import Array, Samples, draw
+from train.step import TrainState, make_trainer_of
+
+# Fields that may differ when a run is continued: none of them changes an update by more than rounding.
+FREE_FIELDS = ("run_dir", "mesh", "cpu_devices", "deadlines", "writers", "checkpoint", "eval", "rollouts.verifiers",
+               "rollouts.verifier_seconds", "rollouts.max_mismatch", "steps")  # fmt: skip
+EVAL_STEP = 2**31  # Its prompts have random numbers of their own.
+
+
+@flax.struct.dataclass
+class Judged:
+    """Samples and what they deserve, [B] each: reward; whether it was judged; whether the answer is right."""
+
+    samples: Samples
+    rewards: Array
+    valid: Array
+    correct: Array
+
+
+@flax.struct.dataclass
+class RLState:
+    """All that changes from step to step. `ahead` are the samples of the next step, where those are drawn early."""
+
+    train: TrainState
+    baseline: jax.Array
+    kl_coefficient: jax.Array
+    ahead: Judged | None
+
+
+def train_with_rewards(config: RLConfig, log: Log = print, group: Group | None = None, began: float | None = None) -> int:
+    """Runs, or continues, the job to its end. Returns the exit status: 0, or PREEMPTED after SIGTERM or Ctrl-C.
+
+    Raises:
+      ValueError, OSError: bad input, told before anything expensive; see the message.
+      RuntimeError: a loss that is not finite, or a sampler that disagrees with the trainer.
+    """
+    began = time.perf_counter() if began is None else began
+    run_dir = pathlib.Path(config.run_dir)
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(group or Group(deadlines=config.deadlines))
+        check(group.count == 1, "reinforcement learning runs in one process: start it with one")
+        check_writers(config.writers)
+        initial = open_initial(config.initial_weights, config.model)
+        policy = Policy(config, initial)
+        stack.enter_context(only_process_in(run_dir))
+        checkpoints = Checkpoints(str(run_dir / "checkpoints"), config.checkpoint.keep, group)
+        stack.enter_context(contextlib.closing(checkpoints))
+        compare_config(run_dir, config)
+        copies = min(config.checkpoint.keep, math.ceil(config.steps / config.checkpoint.every)) + 1
+        check_room(str(run_dir), policy.trainer.abstract_state, copies - len(checkpoints.steps()))
+        loop = RLLoop(config, initial, policy, checkpoints, log, began)
+        stack.enter_context(contextlib.closing(loop))
+        return loop.run(stack.enter_context(stop_on_signal()))
+
+
+def compare_config(run_dir: pathlib.Path, config: RLConfig) -> None:
+    """Raises ValueError where the directory holds a run of another config; every differing key is named."""
+    path = run_dir / "config.json"
+    if path.exists():
+        there, here = json.loads(path.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
+        differing = [
+            f"{key} (there {old!r}, here {new!r})"
+            for key, old, new in differences(there, here)
+            if not any(key == field or key.startswith(field + ".") for field in FREE_FIELDS)
+        ]
+        check(
+            not differing,
+            f"{run_dir} holds a run of another config; different are {', '.join(differing[:8])}. Continue it with its own "
+            "config, choose another --config.run_dir, or move the old run away.",
+        )
+
+
+class Policy:
+    """The compiled functions of a run, on its mesh."""
+
+    def __init__(self, config: RLConfig, initial: InitialModel):
+        """
+        Raises:
+          ValueError: the mesh does not fit the devices, or the tokenizer not the model.
+        """
+        check(
+            initial.tokenizer.vocab_size <= config.model.vocab_size,
+            f"the tokenizer of {config.initial_weights} has {initial.tokenizer.vocab_size} tokens, but model.vocab_size="
+            f"{config.model.vocab_size}",
+        )
+        self.config = config
+        self.specs = param_specs(config.model)
+        weights = self.specs | ({"value_head": value_head_spec(config.model)} if config.policy.value else {})
+        self.trainer = make_trainer_of(config, functools.partial(policy_objective, config=config), weights)
+        mesh = self.trainer.mesh
+        layout = None if mesh.size == 1 else Layout.of(mesh, TRAIN_RULES)
+        in_decoding = param_shardings(self.specs, Layout.of(mesh, DECODE_RULES))
+        # Copies even where nothing moves: the update takes the memory of what it is given.
+        self.hand_over = jax.jit(lambda tree: jax.tree.map(jnp.copy, self._plain(tree)), out_shardings=in_decoding)
+        self.score = jax.jit(functools.partial(self._score, layout=layout))
+        self.prepare = jax.jit(functools.partial(prepare, config.policy))
+
+    def _plain(self, params: Params) -> Params:
+        """What decodes: adapters merged, no value head."""
+        if self.config.lora:
+            return merge(params, self.specs)
+        return {name: params[name] for name in self.specs}
+
+    def _score(self, params: Params, rows: dict[str, jax.Array], layout: Layout | None) -> Scores:
+        """By the micro-batches of the update, so that both compute the same."""
+        config = self.config
+        parts = config.minibatches * config.accumulation
+        split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), rows)
+        of_part = functools.partial(
+            score,
+            params,
+            self.trainer.model,
+            temperature=config.rollouts.temperature,
+            chunk_tokens=config.chunk_tokens,
+            layout=layout,
+        )
+        scores = jax.lax.map(of_part, split)
+        return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scores)
+
+    def whole(self, state: TrainState) -> Params:
+        return self.trainer.whole(state.params, state.frozen)
+
+
+class RLLoop:
+    """The effects of a run, around the pure functions of its `Policy`."""
+
+    def __init__(
+        self, config: RLConfig, initial: InitialModel, policy: Policy, checkpoints: Checkpoints, log: Log, began: float
+    ):
+        self.config, self.policy, self.checkpoints, self.log = config, policy, checkpoints, log
+        self.run_dir = pathlib.Path(config.run_dir)
+        timing = read_jsonl(self.run_dir / "timing.jsonl")
+        self.started = time.perf_counter() - max((record["seconds"] for record in timing), default=0.0)
+        self.timing = JsonlWriter(self.run_dir / "timing.jsonl")
+        self.timing.write({"event": "start", "seconds": self.seconds(), "event_seconds": time.perf_counter() - began,
+                           "unix_time": time.time()})  # fmt: skip
+        self.task = config.task.make()
+        self.tokenizer = initial.tokenizer
+        self.chat = ChatEncoder(initial.tokenizer, initial.chat_template) if config.chat and initial.chat_template else None
+        check(
+            self.chat is not None or not config.chat,
+            f"chat=True needs a chat template, and {config.initial_weights} has none: set it to False",
+        )
+        eos_id = self.tokenizer.eos_id
+        self.stop_ids = self.chat.stop_ids if self.chat else frozenset() if eos_id is None else frozenset({eos_id})
+        check(
+            bool(self.stop_ids),
+            f"the tokenizer of {config.initial_weights} has no token that ends an answer: train one with document_boundaries",
+        )
+        for split in ("train", "eval"):  # Prompts that are too long, or a task without any, are told before the work.
+            for example in self._examples(split, 0, 8):
+                self._prompt(example)
+        self._write_description(initial)
+        self.state, self.step, self.reference = self._restore(initial)
+        self.engine: Engine | None = None
+        self.verifiers = Verifiers(self._parts(), config.rollouts.verifiers, config.rollouts.verifier_seconds)
+        self.metrics = make_writers(config.writers, self.run_dir, config.name, first_step=self.step + 1)
+        self.samples = JsonlWriter(self.run_dir / "samples.jsonl")
+        self.progress = Progress(config.steps, self.step, log)
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.phases: dict[str, float] = {}
+
+    # --- Setting up -----------------------------------------------------------------------------------------------
+
+    def _parts(self) -> tuple[Part, ...]:
+        return (Part("right", self.task.score),)
+
+    def _write_description(self, initial: InitialModel) -> None:
+        config = self.config
+        described = hashlib.sha256(repr((self.task, self.tokenizer.fingerprint)).encode()).hexdigest()[:16]
+        peak = peak_flops(jax.local_devices(), config.model.dtype)
+        write_json_atomic(self.run_dir / "provenance.json", provenance(self.policy.trainer.mesh, described, peak))
+        write_json_atomic(self.run_dir / "config.json", dataclasses.asdict(config))
+        self.tokenizer.save(self.run_dir / "tokenizer")
+        if initial.chat_template:
+            write_atomic(self.run_dir / "tokenizer" / "chat_template.jinja", initial.chat_template.encode())
+
+    def _restore(self, initial: InitialModel) -> tuple[RLState, int, Params | None]:
+        """The newest sound checkpoint, or the initial state; and the reference, if there is one."""
+        config, trainer = self.config, self.policy.trainer
+        weights = initial.load({name: trainer.abstract_weights[name] for name in self.policy.specs})
+        self._compare_initial(weights)
+        if config.policy.value:
+            specs = {"value_head": value_head_spec(config.model)}
+            weights |= init_params(specs, jax.random.key(0), param_shardings(specs, Layout.of(trainer.mesh, TRAIN_RULES)))
+        begun = trainer.begin(weights, jax.random.key(config.seed))
+        reference = None
+        if config.policy.kl.needs_reference:
+            reference = jax.tree.map(jnp.copy, trainer.whole(begun.params, begun.frozen))
+        more = (
+            jnp.zeros(()),
+            jnp.float32(config.policy.kl.reward_coefficient),
+            self._no_samples() if config.rollouts.ahead else None,
+        )
+        state = RLState(begun, *jax.device_put(more, Layout.of(trainer.mesh, TRAIN_RULES).sharding()))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._saved(state))
+        restored = self.checkpoints.restore_newest(abstract, self.log)
+        step = 0
+        if restored is not None:
+            saved, _, step = restored
+            state = dataclasses.replace(saved, train=dataclasses.replace(saved.train, frozen=begun.frozen))
+            self.log(f"continuing from the checkpoint of step {step}")
+        for name in ("metrics", "samples"):
+            truncate_jsonl(self.run_dir / f"{name}.jsonl", step + 1 if step else 0)
+        return state, step, reference
+
+    def _compare_initial(self, weights: Params) -> None:
+        """Raises ValueError where a run would go on from other initial weights, hence with another reference."""
+        found = hashlib.sha256(json.dumps(digests(flatten(weights)[0]), sort_keys=True).encode()).hexdigest()
+        path = self.run_dir / "initial_weights.json"
+        if path.exists() and self.checkpoints.steps():
+            check(
+                json.loads(path.read_text())["digest"] == found,
+                f"{self.config.initial_weights} no longer holds the weights that {self.run_dir} began with: bring them back, "
+                "or choose another --config.run_dir",
+            )
+        write_json_atomic(path, {"source": self.config.initial_weights, "digest": found})
+
+    def _no_samples(self) -> Judged:
+        rows, tokens = self.config.num_rows, self.config.row_tokens
+        ints, floats = jnp.zeros((rows, tokens), jnp.int32), jnp.zeros((rows, tokens), jnp.float32)
+        flags = jnp.zeros(rows, bool)
+        samples = Samples(ints, ints, ints, ints, floats, floats, flags, jnp.zeros(rows, jnp.int32))
+        return Judged(samples, jnp.zeros(rows, jnp.float32), flags, flags)
+
+    def _saved(self, state: RLState) -> RLState:
+        """What a checkpoint holds."""
+        return dataclasses.replace(state, train=state.train.saved())
+
+    # --- Time -----------------------------------------------------------------------------------------------------
+
+    def seconds(self) -> float:
+        """Since the run's first start, not counting the time between a kill and a restart."""
+        return time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - begin
+
+    # --- Samples --------------------------------------------------------------------------------------------------
+
+    def _examples(self, split: Split, first: int, count: int) -> list[Example]:
+        return [
+            self.task.example(index, self.config.seed if split == "train" else 0, split)
+            for index in range(first, first + count)
+        ]
+
+    def _prompt(self, example: Example) -> list[int]:
+        if self.chat:
+            ids = self.chat.encode_prompt([{"role": "user", "content": example.prompt}]).tolist()
+        else:
+            ids = list(self.tokenizer.encode_prompt(example.prompt))
+        limit = self.config.rollouts.max_prompt_tokens
+        check(
+            0 < len(ids) <= limit,
+            f"the prompt {example.prompt!r} has {len(ids)} tokens, and rollouts.max_prompt_tokens={limit}: raise it",
+        )
+        return ids
+
+    def _judge(self, samples: Samples, examples: list[Example]) -> tuple[Rewards, dict[str, float]]:
+        texts = [self._text(answer) for answer in samples.answers()]
+        asked = [examples[i] for i in samples.group]
+        verdicts = self.verifiers(texts, asked)
+        for failure in verdicts.failures[:3]:
+            self.progress.say(f"verifier {failure.part!r} {failure.kind}: {failure.message}")
+        rewards = compose(self._parts(), verdicts.values)
+        return rewards, {**rewards.metrics, **verdicts.metrics}
+
+    def _text(self, answer: list[int]) -> str:
+        """What the verifiers read. Tokens that the tokenizer does not know are drawn like any others, or the trainer would
+        score another distribution; they spoil an answer."""
+        known = [token for token in answer if token < self.tokenizer.vocab_size]
+        return self.tokenizer.decode(known) + ("" if len(known) == len(answer) else "\ufffd")
+
+    def _draw(self, prompts: list[list[int]], count: int, step: int, first_prompt: int = 0) -> Samples:
+        config = self.config
+        assert self.engine is not None
+        return draw(
+            self.engine,
+            prompts,
+            samples=count,
+            row_tokens=config.row_tokens,
+            max_tokens=config.rollouts.max_tokens,
+            temperature=config.rollouts.temperature,
+            stop_ids=self.stop_ids,
+            seed=config.seed,
+            step=step,
+            first_prompt=first_prompt,
+        )
+
+    def _load_engine(self) -> None:
+        """The weights of the trainer, in the layout of decoding."""
+        config = self.config
+        with self.phase("hand_over"):
+            params = jax.block_until_ready(self.policy.hand_over(self.policy.whole(self.state.train)))
+        if self.engine is None:
+            most = max(config.num_rows, config.eval.prompts * config.eval.samples)
+            rows = min(config.rollouts.max_batch, most)
+            pages = -(-(config.row_tokens + 1) // 16) * rows + 1
+            settings = EngineConfig(max_batch=rows, cache_tokens=pages * 16, page_size=16, prefill_chunk=256)
+            self.engine = Engine(params, config.model, settings)
+        else:
+            self.engine.load(params, config.model)
+
+    def _samples_of(self, step: int) -> tuple[Judged, dict[str, float]]:
+        """Those of step number `step` (from 0), by the weights the engine has. With `resample`, groups whose rewards are all
+        equal are replaced while there are rounds left."""
+        config = self.config
+        wanted, size = config.rollouts.prompts, config.policy.group_size
+        resample = config.policy.zero_variance == "resample"
+        rounds = config.rollouts.max_rounds if resample else 1
+        found: list[Judged] = []
+        metrics: dict[str, float] = {}
+        for number in range(rounds):
+            first = (step * rounds + number) * wanted
+            examples = self._examples("train", first, wanted)
+            with self.phase("rollout"):
+                samples = self._draw([self._prompt(example) for example in examples], size, step, number * wanted)
+            with self.phase("reward"):
+                rewards, judged = self._judge(samples, examples)
+            metrics = metrics or judged  # Of the first round: what prompts of the task get, not those that were chosen.
+            samples = dataclasses.replace(samples, group=samples.group + number * wanted)
+            right = np.nan_to_num(rewards.parts["right"]) == 1
+            found.append(Judged(samples, rewards.total.astype(np.float32), rewards.valid, right))
+            together = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+            if not resample:
+                break
+            same = group_statistics(together.rewards, together.samples.group, together.valid).all_equal
+            informative = ~np.asarray(same).reshape(-1, size)[:, 0]
+            chosen, missing = select_groups(jnp.asarray(informative), wanted)
+            if not int(missing):
+                break
+        if resample:
+            rows = (np.asarray(chosen)[:, None] * size + np.arange(size)).reshape(-1)
+            together = jax.tree.map(lambda x: x[rows], together)
+            metrics["rounds"] = number + 1
+        # Groups are numbered within the batch.
+        group = np.unique(together.samples.group, return_inverse=True)[1].astype(np.int32)
+        together = dataclasses.replace(together, samples=dataclasses.replace(together.samples, group=group))
+        if config.shuffle_rewards:
+            order = np.random.default_rng([config.seed, step, 1]).permutation(len(together.rewards))
+            together = dataclasses.replace(together, rewards=together.rewards[order], valid=together.valid[order])
+        return together, metrics
+
+    # --- Running --------------------------------------------------------------------------------------------------
+
+    def run(self, stop_requested: Callable[[], bool]) -> int:
+        config = self.config
+        if self.step == 0:
+            self._evaluate()
+        if config.rollouts.ahead and self.step == 0:
+            self._load_engine()
+            judged, _ = self._samples_of(0)
+            self.state = dataclasses.replace(self.state, ahead=judged)
+        while self.step < config.steps:
+            begin = time.perf_counter()
+            self.phases = {}
+            metrics, tokens = self._advance()
+            self.step += 1
+            seconds = time.perf_counter() - begin
+            for name in ("loss", "grad_norm", "param_norm"):
+                if not math.isfinite(metrics[name]):
+                    raise RuntimeError(
+                        f"step {self.step}: {name} is {metrics[name]}. The last checkpoint is that of step "
+                        f"{(self.checkpoints.steps() or [0])[-1]}: lower the learning rate, or clip harder, in a new run"
+                    )
+            self.metrics.write(self.step, metrics)
+            phases = {f"{name}_seconds": value for name, value in self.phases.items()}
+            self.timing.write(
+                {"step": self.step, "seconds": self.seconds(), "step_seconds": seconds, "tokens": tokens, **phases}
+            )
+            self.progress.update(
+                self.step,
+                f"reward {metrics.get('reward/total', math.nan):.3f}, entropy {metrics['entropy']:.3f}, "
+                f"{rate(tokens / seconds)} drawn tokens/s",
+            )
+            last = self.step == config.steps
+            stop = stop_requested() and not last
+            if last or self.step % config.eval.every == 0:
+                self._evaluate()
+            if last or stop or self.step % config.checkpoint.every == 0:
+                self._save(complete=last or stop)
+            if stop:
+                self.log(f"stopped on a signal; step {self.step} is saved, and the same command continues from it")
+                return PREEMPTED
+        self._write_result()
+        return 0
+
+    def _advance(self) -> tuple[dict[str, float], int]:
+        """One step: metrics, and how many tokens its answers have."""
+        config, step = self.config, self.step
+        self._load_engine()
+        if config.rollouts.ahead:
+            judged, drawn_metrics = jax.device_get(self.state.ahead), {}
+            # The engine has weights of its own, so the update may go on meanwhile.
+            coming = self.pool.submit(self._samples_of, step + 1) if step + 1 < config.steps else None
+        else:
+            judged, drawn_metrics = self._samples_of(step)
+            coming = None
+        with self.phase("score"):
+            constants, metrics = self._constants(judged)
+            constants, metrics = jax.device_get((constants, metrics))
+        if config.rollouts.max_mismatch and metrics["mismatch_kl"] > config.rollouts.max_mismatch and not config.rollouts.ahead:
+            raise RuntimeError(
+                f"step {step + 1}: KL(sampler, trainer) is {metrics['mismatch_kl']:.3g} nats a token, more than "
+                f"rollouts.max_mismatch={config.rollouts.max_mismatch}: what was sampled is not what is trained"
+            )
+        with self.phase("update"):
+            sums = jax.device_get(self._update(judged.samples, constants, step))
+        self._adapt(judged, metrics)
+        if coming is not None:
+            with self.phase("wait"):
+                following, drawn_metrics = coming.result()
+            self.state = dataclasses.replace(self.state, ahead=following)
+        lengths = judged.samples.mask.sum(1)
+        metrics |= rollout_metrics(judged.rewards, judged.correct, lengths, judged.samples.truncated, judged.valid)
+        updated = {name: float(np.mean([update[name] for update in sums])) for name in sums[0]}
+        return {**drawn_metrics, **{name: float(value) for name, value in metrics.items()}, **updated}, int(lengths.sum())
+
+    def _rows(self, samples: Samples) -> dict[str, np.ndarray]:
+        return {name: getattr(samples, name) for name in ("tokens", "targets", "segment_ids", "positions")}
+
+    def _constants(self, judged: Judged) -> tuple[PolicyBatch, dict[str, jax.Array]]:
+        """Advantages and weights, of the whole batch."""
+        config, samples = self.config, judged.samples
+        rows = self._rows(samples)
+        now = self.policy.score(self.policy.whole(self.state.train), rows)
+        reference = None if self.reference is None else self.policy.score(self.reference, rows).logprobs
+        scored = ScoredRollouts(
+            mask=samples.mask,
+            sampler_logprobs=samples.behavior_logprobs,
+            trainer_logprobs=now.logprobs,
+            rewards=judged.rewards,
+            groups=samples.group,
+            valid=judged.valid,
+            truncated=samples.truncated,
+            reference_logprobs=reference,
+            values=now.values,
+            entropies=now.entropies,
+            baseline=self.state.baseline if config.policy.advantage == "ema" else None,
+        )
+        return self.policy.prepare(scored, self.state.kl_coefficient)
+
+    def _update(self, samples: Samples, constants: PolicyBatch, step: int) -> list[dict[str, jax.Array]]:
+        """All updates of a step. Of several minibatches each counts as much as the whole would."""
+        config, trainer = self.config, self.policy.trainer
+        batch: dict[str, np.ndarray] = self._rows(samples) | {
+            field.name: value
+            for field in dataclasses.fields(PolicyBatch)
+            if (value := getattr(constants, field.name)) is not None
+        }
+        for name in ("weights", "kl_weights", "token_weights"):
+            batch[name] = batch[name] * np.float32(config.minibatches)
+        sums = []
+        for epoch in range(config.policy.updates_per_batch):
+            order = np.arange(config.num_rows)
+            if config.minibatches > 1:
+                order = np.random.default_rng([config.seed, step, 2, epoch]).permutation(config.num_rows)
+            for part in np.split(order, config.minibatches):
+                rows = jax.device_put({name: x[part] for name, x in batch.items()}, trainer.batch_sharding)
+                state, metrics = trainer.step(self.state.train, rows)
+                self.state = dataclasses.replace(self.state, train=state)
+                sums.append(metrics)
+        return sums
+
+    def _adapt(self, judged: Judged, metrics: dict[str, Any]) -> None:
+        """The baseline and the coefficient of the next step."""
+        policy = self.config.policy
+        if policy.advantage == "ema":
+            baseline = update_ema(self.state.baseline, judged.rewards, judged.valid, policy.ema_decay)
+            self.state = dataclasses.replace(self.state, baseline=baseline)
+        if policy.kl.target:
+            adapted = adapt_kl_coefficient(
+                self.state.kl_coefficient, metrics["reference_kl"], self.config.num_rows, policy.kl.target, policy.kl.horizon
+            )
+            self.state = dataclasses.replace(self.state, kl_coefficient=jnp.asarray(adapted, jnp.float32))
+            metrics["kl_coefficient"] = adapted
+
+    def _save(self, complete: bool) -> None:
+        self.metrics.flush()
+        self.samples.flush()
+        everywhere = Layout.of(self.policy.trainer.mesh, TRAIN_RULES).sharding()
+        saved = self._saved(self.state)
+        if saved.ahead is not None:
+            saved = dataclasses.replace(saved, ahead=jax.device_put(saved.ahead, everywhere))
+        self.checkpoints.save(self.step, saved, {})
+        if complete:
+            self.checkpoints.wait()
+
+    # --- Held-out prompts -----------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """The same prompts every time, which no step of training sees."""
+        config = self.config.eval
+        begin = time.perf_counter()
+        self._load_engine()
+        examples = self._examples("eval", 0, config.prompts)
+        samples = self._draw([self._prompt(example) for example in examples], config.samples, EVAL_STEP)
+        rewards, _ = self._judge(samples, examples)
+        right = (np.nan_to_num(rewards.parts["right"]) == 1).reshape(config.prompts, config.samples)
+        counts = right.sum(1)
+        scores = {
+            "eval/pass@1": float(pass_at_k(config.samples, counts, 1).mean()),
+            f"eval/pass@{config.samples}": float(pass_at_k(config.samples, counts, config.samples).mean()),
+            "eval/reward": float(rewards.total[rewards.valid].mean()) if rewards.valid.any() else 0.0,
+            "eval/length": float(samples.mask.sum(1).mean()),
+            "eval/truncated_fraction": float(samples.truncated.mean()),
+        }
+        self.metrics.write(self.step, scores)
+        for i in range(min(8, config.prompts)):
+            row = i * config.samples
+            text = self._text(samples.answers()[row])
+            record = {"step": self.step, "prompt": examples[i].prompt, "text": text, "reward": float(rewards.total[row])}
+            self.samples.write(record)
+        self.progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        self.timing.write({"event": "eval", "seconds": self.seconds(), "event_seconds": time.perf_counter() - begin})
+
+    def _write_result(self) -> None:
+        """`result.json`, from the files of the run."""
+        self.metrics.flush()
+        scores = [record for record in read_jsonl(self.run_dir / "metrics.jsonl") if "eval/pass@1" in record]
+        steps = {record["step"]: record for record in read_jsonl(self.run_dir / "timing.jsonl") if "step" in record}
+        result = {
+            **{name: value for name, value in scores[-1].items() if name != "step"},
+            **{f"initial_{name}": value for name, value in scores[0].items() if name != "step"},
+            "steps": self.step,
+            "drawn_tokens": sum(record["tokens"] for record in steps.values()),
+            "train_seconds": self.seconds(),
+        }
+        write_json_atomic(self.run_dir / "result.json", result)
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:  # All of them, whatever one of them raises.
+            for part in (self.progress, self.timing, self.samples, self.metrics, self.verifiers):
+                stack.callback(part.close)
+            stack.callback(self.pool.shutdown, wait=True, cancel_futures=True)

@@ -1,0 +1,170 @@
+"""What a run of reinforcement learning is. Frozen and validated without importing jax, so a mistake is told before anything
+expensive."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from data.config import TaskConfig
+from model.config import LoraConfig, ModelConfig, check
+from train.config import CheckpointConfig, DeadlineConfig, MeshConfig, OptimizerConfig, WriterName
+from train.objectives.config import PolicyConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Attributes:
+    prompts: of a step, each answered `policy.group_size` times.
+    max_prompt_tokens: longer prompts are refused; with `max_tokens` it sets the length of the rows.
+    max_tokens: of an answer, its stop token among them.
+    ahead: the answers of a step are drawn while the update before it is made, with the weights before that update.
+    max_rounds: how often other prompts are sampled for groups whose rewards are all equal (`policy.zero_variance="resample"`).
+    max_batch: answers that are decoded at once.
+    verifiers: processes that judge.
+    verifier_seconds: of one judgement.
+    max_mismatch: KL(sampler, trainer), in nats a token, above which the run ends: the two should agree; 0 does not look.
+    """
+
+    prompts: int = 32
+    max_prompt_tokens: int = 64
+    max_tokens: int = 64
+    temperature: float = 1.0
+    ahead: bool = False
+    max_rounds: int = 3
+    max_batch: int = 256
+    verifiers: int = 2
+    verifier_seconds: float = 60.0
+    max_mismatch: float = 0.01
+
+    def __post_init__(self) -> None:
+        for field in ("prompts", "max_prompt_tokens", "max_tokens", "max_rounds", "max_batch", "verifiers"):
+            check(getattr(self, field) > 0, f"rollouts.{field}={getattr(self, field)} must be positive")
+        check(
+            0 < self.temperature < float("inf"), f"rollouts.temperature={self.temperature} must be positive: answers are drawn"
+        )
+        check(self.verifier_seconds > 0, f"rollouts.verifier_seconds={self.verifier_seconds} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class RLEvalConfig:
+    """Attributes:
+    every: steps between evaluations on held-out prompts; before the first step and after the last there is always one.
+    prompts, samples: how many prompts, always the same, and answers to each, drawn at the temperature of the rollouts.
+    """
+
+    every: int = 10
+    prompts: int = 128
+    samples: int = 4
+
+    def __post_init__(self) -> None:
+        for field in ("every", "prompts", "samples"):
+            check(getattr(self, field) > 0, f"eval.{field}={getattr(self, field)} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """A run that learns from rewards: in each of `steps`, answers are drawn and judged, and `updates` are made of them.
+
+    Attributes:
+      initial_weights: the policy to begin with, and the reference of a KL penalty: see `TrainConfig.initial_weights`.
+      chat: prompts are a user's message in the model's chat template; otherwise bare text.
+      policy: the objective (`train/objectives/config.py` has the well-known ones).
+      minibatches: equal parts of a step's rows, each of which makes an update; `policy.updates_per_batch` passes over all rows.
+      accumulation: micro-batches of an update; nothing but memory depends on it.
+      chunk_tokens: see `train.config.LossConfig`.
+      shuffle_rewards: a control: rewards are dealt out at random within the batch, so that nothing can be learned.
+    """
+
+    name: str
+    model: ModelConfig
+    initial_weights: str
+    task: TaskConfig
+    steps: int
+    chat: bool = False
+    policy: PolicyConfig = PolicyConfig()
+    rollouts: RolloutConfig = RolloutConfig()
+    minibatches: int = 1
+    accumulation: int = 1
+    chunk_tokens: int = 0
+    lora: LoraConfig | None = None
+    shuffle_rewards: bool = False
+    seed: int = 0
+    run_dir: str = ""
+    optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.0)
+    checkpoint: CheckpointConfig = CheckpointConfig(every=20)
+    eval: RLEvalConfig = RLEvalConfig()
+    mesh: MeshConfig = MeshConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
+    writers: tuple[WriterName, ...] = ()
+    cpu_devices: int = 1
+
+    def __post_init__(self) -> None:
+        check(bool(self.name), "name is empty: a run is named after its config file")
+        if not self.run_dir:
+            object.__setattr__(self, "run_dir", f"runs/{self.name}")
+        check("://" not in self.run_dir, f"run_dir={self.run_dir!r} must be a local or mounted directory")
+        check(bool(self.initial_weights), "initial_weights is empty: name the run or the model that is to be trained further")
+        for field in ("steps", "minibatches", "accumulation"):
+            check(getattr(self, field) > 0, f"{field}={getattr(self, field)} must be positive")
+        check(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
+        check(self.cpu_devices > 0, f"cpu_devices={self.cpu_devices} must be positive")
+        rows = f"rollouts.prompts={self.rollouts.prompts} x policy.group_size={self.policy.group_size}"
+        parts = self.minibatches * self.accumulation
+        check(
+            self.num_rows % parts == 0,
+            f"{rows} rows are not divisible by minibatches={self.minibatches} x accumulation={self.accumulation}",
+        )
+        check(
+            self.row_tokens <= self.model.max_seq_len,
+            f"rollouts.max_prompt_tokens={self.rollouts.max_prompt_tokens} and rollouts.max_tokens={self.rollouts.max_tokens} "
+            f"exceed model.max_seq_len={self.model.max_seq_len}: shorten one of them",
+        )
+        check(
+            self.policy.max_length in (0, self.rollouts.max_tokens),
+            f"policy.max_length={self.policy.max_length} is not rollouts.max_tokens={self.rollouts.max_tokens}: set it so",
+        )
+        check(
+            self.minibatches == 1 or self.policy.surrogate != "reinforce",
+            f"minibatches={self.minibatches}: policy.surrogate='reinforce' has no ratio for a policy that has moved; set 1",
+        )
+        check(
+            self.policy.advantage != "greedy",
+            "policy.advantage='greedy' needs a greedy answer to each prompt, which the pipeline does not draw: take 'rloo'",
+        )
+        check(self.mesh.context == 1, "mesh.context: reinforcement learning does not split rows; set it to 1")
+        check(self.model.moe is None, "reinforcement learning does not balance experts (model.moe): take a dense model")
+        check(
+            self.rollouts.temperature == 1 or (not self.model.logit_soft_cap and not self.model.head_bias),
+            f"rollouts.temperature={self.rollouts.temperature} cannot be applied by the trainer to capped logits, or to logits "
+            "with a bias: set 1",
+        )
+        check(
+            self.model.param_dtype == "float32",
+            f"model.param_dtype={self.model.param_dtype!r}: training keeps float32 master weights; set model.dtype instead",
+        )
+        check(
+            self.policy.value is None or self.lora is None,
+            "policy.value needs a head that lora does not adapt: leave lora out, or take another advantage than 'gae'",
+        )
+        check(
+            not self.rollouts.ahead or self.policy.importance.level != "none",
+            "rollouts.ahead draws answers with older weights: set policy.importance.level='token', which corrects for it",
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Answers of a step."""
+        return self.rollouts.prompts * self.policy.group_size
+
+    @property
+    def row_tokens(self) -> int:
+        """Targets of a row."""
+        return self.rollouts.max_prompt_tokens + self.rollouts.max_tokens - 1
+
+    @property
+    def num_updates(self) -> int:
+        return self.steps * self.minibatches * self.policy.updates_per_batch
+
+    @property
+    def update_rows(self) -> int:
+        return self.num_rows // self.minibatches

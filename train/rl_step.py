@@ -1,0 +1,63 @@
+"""Scoring samples and updating the policy that drew them, as pure functions, and compiled for a mesh.
+
+A step of reinforcement learning has three programs: `score` (log-probabilities of what was drawn, under the policy or the
+reference), `prepare` of `train/objectives/policy_gradient.py` (advantages and weights, of the whole batch), and the update,
+that of `train/step.py` with another objective.
+
+Axes: B samples, one per row; T targets of a row; D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from model.config import ModelConfig
+from model.logprobs import token_logprobs
+from model.params import Params, ParamSpec
+from model.sharding import Layout
+from model.transformer import forward
+from train.objectives.policy_gradient import PolicyBatch, policy_sums
+from train.rl_config import RLConfig
+from train.step import Batch, Metrics
+
+POLICY_FIELDS = tuple(field.name for field in dataclasses.fields(PolicyBatch))
+
+
+@flax.struct.dataclass
+class Scores:
+    """float32 [B, T], of each target: its log-probability, the entropy it was drawn with, and the value of the state before it
+    (None without a value function)."""
+
+    logprobs: jax.Array
+    entropies: jax.Array
+    values: jax.Array | None
+
+
+def value_head_spec(model: ModelConfig) -> ParamSpec:
+    """Zero at first, so that every value is 0 and explains none of the variance, rather than adding to it."""
+    return ParamSpec((model.d_model, 1), ("embed", None), "zeros", dtype=model.param_dtype)
+
+
+def score(
+    params: Params, model: ModelConfig, rows: Batch, temperature: float, chunk_tokens: int = 0, layout: Layout | None = None
+) -> Scores:
+    """What the policy thinks of `rows`, at the temperature at which they were drawn."""
+    hidden, _, _ = forward(params, model, rows["tokens"], rows["positions"], rows["segment_ids"], layout=layout)
+    out = token_logprobs(params, model, hidden / temperature, rows["targets"], chunk_tokens, layout)
+    values = None
+    if "value_head" in params:
+        values = (hidden.astype(jnp.float32) @ params["value_head"].astype(jnp.float32))[..., 0]
+    return Scores(out.logprobs, out.entropy, values)
+
+
+def policy_objective(
+    params: Params, model: ModelConfig, batch: Batch, layout: Layout | None, *, config: RLConfig
+) -> tuple[jax.Array, Metrics]:
+    """The loss of some of an update's rows, and what is reported: sums, for the weights in the batch hold the normaliser."""
+    scores = score(params, model, batch, config.rollouts.temperature, config.chunk_tokens, layout)
+    constants = PolicyBatch(**{name: batch.get(name) for name in POLICY_FIELDS})  # pyright: ignore[reportArgumentType]
+    return policy_sums(config.policy, constants, scores.logprobs, scores.entropies, scores.values)

@@ -1,0 +1,112 @@
+"""Rollouts: a group of answers to each prompt of a step, drawn by the decode engine, and their rows for the update.
+
+What is drawn is a function of (weights, seed, step): the prompts of a step, and the random numbers of every answer. So a run
+that was killed draws the same again.
+
+Axes: B answers (all samples of a prompt side by side), T targets of a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import numpy as np
+
+from inference.engine import Engine, Request, Token
+from inference.sampling import Sampling
+
+Array = Any  # of the host, or in a checkpoint of the devices
+
+
+@flax.struct.dataclass
+class Samples:
+    """What stands at index t of a row belongs to the token that is predicted there.
+
+    Attributes:
+      tokens, targets: int32 [B, T]; prompt and answer, and the same one later.
+      segment_ids: int32 [B, T]; 1, and 0 for padding. positions: int32 [B, T].
+      mask: float32 [B, T]; 1 where the target was drawn, its stop token among them: the actions.
+      behavior_logprobs: float32 [B, T]; of the distribution that it was drawn from, 0 elsewhere.
+      truncated: bool [B]; the answer reached its limit of tokens, and has no stop token.
+      group: int32 [B]; which prompt of the step it answers.
+    """
+
+    tokens: Array
+    targets: Array
+    segment_ids: Array
+    positions: Array
+    mask: Array
+    behavior_logprobs: Array
+    truncated: Array
+    group: Array
+
+    def answers(self) -> list[list[int]]:
+        """The drawn tokens of each row, without a stop token."""
+        stopped = ~self.truncated
+        return [
+            row[drawn > 0].tolist()[: -1 if stop else None]
+            for row, drawn, stop in zip(self.targets, self.mask, stopped, strict=True)
+        ]
+
+
+def prompt_seed(seed: int, step: int, number: int) -> int:
+    """Of the random numbers of all answers to a step's prompt of that number: 32 bits that no other prompt of the run has but
+    by chance."""
+    return int.from_bytes(hashlib.sha256(f"rollout/{seed}/{step}/{number}".encode()).digest()[:4], "little")
+
+
+def draw(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    samples: int,
+    row_tokens: int,
+    max_tokens: int,
+    temperature: float,
+    stop_ids: frozenset[int],
+    seed: int,
+    step: int,
+    first_prompt: int = 0,
+) -> Samples:
+    """`samples` answers to each prompt, in rows of `row_tokens` targets.
+
+    Args:
+      prompts: token ids, each with `max_tokens` no longer than `row_tokens` + 1.
+      first_prompt: the number in its step of the first of them.
+
+    Raises:
+      ValueError: a prompt does not fit, see `Engine.submit`.
+    """
+    sampling = Sampling(temperature=temperature)
+    requests = [
+        Request(
+            prompt,
+            sampling,
+            num_samples=samples,
+            max_tokens=max_tokens,
+            stop_ids=stop_ids,
+            seed=prompt_seed(seed, step, first_prompt + i),
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    return to_rows(prompts, engine.generate(requests), row_tokens)
+
+
+def to_rows(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[Token]]], row_tokens: int) -> Samples:
+    """One row for each answer, prompts in order."""
+    pairs = [(i, prompt, answer) for i, prompt in enumerate(prompts) for answer in answers[i]]
+    shape = (len(pairs), row_tokens)
+    tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
+    mask, behavior = (np.zeros(shape, np.float32) for _ in range(2))
+    for row, (_, prompt, answer) in enumerate(pairs):
+        whole = np.array([*prompt, *(token.token for token in answer)], np.int32)
+        drawn = slice(len(prompt) - 1, len(whole) - 1)
+        tokens[row, : len(whole) - 1], targets[row, : len(whole) - 1] = whole[:-1], whole[1:]
+        segments[row, : len(whole) - 1], positions[row, : len(whole) - 1] = 1, np.arange(len(whole) - 1)
+        mask[row, drawn], behavior[row, drawn] = 1, [token.logprob for token in answer]
+    truncated = np.array([answer[-1].finish_reason == "length" for _, _, answer in pairs])
+    group = np.array([i for i, _, _ in pairs], np.int32)
+    return Samples(tokens, targets, segments, positions, mask, behavior, truncated, group)
