@@ -8,7 +8,8 @@ greedy tokens are compared before anything is timed. Both have a thread per core
   group               seconds of 16 samples of that prompt up to their first tokens, over those of one
   int8                Loam's rounded weights at batch 1, against its own float32
   bandwidth           bytes of the weights read per second at batch 1, over what threads that sum arrays reach
-  llama.cpp           tokens a second at batch 1 with the quantised file of `loam pull smollm2-135m-instruct`, if both are there
+  llama.cpp           tokens a second at batch 1, and of the prefill, with the file of 4-bit weights of `loam pull
+                      smollm2-135m-instruct` (or --gguf), if both are there
 
 The last line is JSON; ratios are of median speeds, ours over theirs.
 """
@@ -31,6 +32,7 @@ import numpy as np
 from model.xla import configure, restart_with_huge_pages
 
 PROMPT, NEW, PREFILL, GROUP = 64, 32, 512, 16
+QUANTISED = "smollm2-135m-instruct"
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -39,32 +41,51 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def llama_cpp(path: str, threads: int, new: int) -> Callable[[], float]:
-    """Tokens a second of the quantised model."""
-    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
+def quantised_file(source: str) -> Path | None:
+    """The file for llama.cpp: what `source` names, or else that of the store if it is there."""
+    if source and not importlib.util.find_spec("xllamacpp"):
+        sys.exit("--gguf is for llama.cpp: `make env EXTRAS=bench` installs it")
+    from inference import store
+    from inference.models import locate
 
-    llama = Llama(path, n_ctx=PROMPT + new + 8, n_threads=threads, n_threads_batch=threads, verbose=False)
+    if source or any(entry.name == QUANTISED for entry in store.entries()):
+        return locate(source or QUANTISED)
+    return None
 
-    def speed() -> float:
-        llama.reset()
-        llama.eval(list(range(100, 100 + PROMPT)))
-        start = time.perf_counter()
-        for _ in range(new):
-            llama.eval([100])
-        return new / (time.perf_counter() - start)
 
-    return speed
+def llama_cpp(path: Path, threads: int, prefill: int) -> dict[str, Callable[[], float]]:
+    """Tokens a second of the quantised model: after a prompt, and of a longer one, by llama.cpp's own clock."""
+    import xllamacpp  # pyright: ignore[reportMissingImports]
+
+    asked = xllamacpp.CommonParams()
+    asked.model.path = str(path)
+    asked.n_ctx, asked.n_parallel, asked.n_gpu_layers, asked.fit_params, asked.verbosity = 1024, 1, 0, False, -1
+    asked.cpuparams.n_threads = asked.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(asked)
+
+    def timings(length: int, new: int) -> dict[str, float]:
+        request = {"prompt": list(range(100, 100 + length)), "n_predict": new, "temperature": 0}
+        timed = server.handle_completions({**request, "ignore_eos": True, "cache_prompt": False})["timings"]
+        assert (timed["prompt_n"], timed["predicted_n"]) == (length, new), timed
+        return timed
+
+    return {
+        # The first token comes of the prompt, and the clock of those predicted starts after it.
+        "llama_cpp_batch1": lambda: NEW / timings(PROMPT, NEW + 1)["predicted_ms"] * 1000,
+        "llama_cpp_prefill": lambda: timings(prefill, 1)["prompt_per_second"],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds: does it run?")
-    parser.add_argument("--gguf", default="", help="a GGUF file for llama.cpp")
+    parser.add_argument("--gguf", default="", help=f"a GGUF file for llama.cpp; default that of {QUANTISED}, if it is there")
     arguments = parser.parse_args()
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         sys.exit("this compares with transformers: `make env EXTRAS=bench` installs it")
     configure(cpu_devices=1, decoding=True)
+    quantised = quantised_file(arguments.gguf)
     import jax
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
@@ -153,8 +174,8 @@ def main() -> None:
         "prefill": lambda: prefill / seconds(lambda: ours(one, 1, prefill, 1)),
         "transformers_prefill": prefilled,
     }
-    if arguments.gguf and importlib.util.find_spec("llama_cpp"):
-        measured["llama_cpp_batch1"] = llama_cpp(arguments.gguf, threads, NEW)
+    if quantised is not None and importlib.util.find_spec("xllamacpp"):
+        measured |= llama_cpp(quantised, threads, prefill)
     speeds: dict[str, list[float]] = {name: [] for name in measured}
     bandwidths, group_costs = [], []
     for i in range(rounds + 1):
@@ -178,9 +199,9 @@ def main() -> None:
         "group_of_16_vs_prefill": statistics.median(group_costs[1:]),
         "int8_vs_float32_batch1": medians["int8_batch1"] / medians["batch1"],
         "bandwidth_share_batch1": weights * medians["batch1"] / statistics.median(bandwidths),
-        "llama_cpp_batch1_tokens_per_second": medians.get("llama_cpp_batch1"),
+        "llama_cpp_batch1_tokens_per_second": None,
         "bandwidth_bytes_per_second": statistics.median(bandwidths),
-        **{f"{name}_tokens_per_second": value for name, value in medians.items() if name != "llama_cpp_batch1"},
+        **{f"{name}_tokens_per_second": value for name, value in medians.items()},
     }
     print(json.dumps({key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in summary.items()}))
 

@@ -12,7 +12,9 @@ from benchmarks import quantization, train_step
 from data.tokenizer import ByteTokenizer
 from experiments import sampling
 from inference.models import LoadedModel
+from model.convert import gguf
 from model.presets import preset
+from tests.data.gguf_metadata import byte_bpe_metadata
 from tests.networks import random_params
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,13 +71,25 @@ def test_paged_decode_schedule():
 
 
 @pytest.mark.slow
-def test_decode():
+@pytest.mark.parametrize("with_llama_cpp", [False, True])
+def test_decode(with_llama_cpp, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    result = last_line("decode", "--quick")
+    monkeypatch.setenv("LOAM_HOME", str(tmp_path / "home"))
+    arguments = []
+    if with_llama_cpp:
+        pytest.importorskip("xllamacpp")
+        tokenizer = {key: value for key, value in byte_bpe_metadata().items() if key.startswith("tokenizer.")}
+        config = preset("tiny-llama", vocab_size=len(tokenizer["tokenizer.ggml.tokens"]))
+        gguf.save(tmp_path / "tiny.gguf", random_params(config), config, "F32", tokenizer)
+        arguments = ["--gguf", str(tmp_path / "tiny.gguf")]
+    result = last_line("decode", "--quick", *arguments)
     ratios = ("batch1_vs_transformers", "batch32_vs_transformers", "prefill_vs_transformers", "int8_vs_float32_batch1")
     assert_positive(result, *ratios, "bandwidth_share_batch1")
-    assert result["llama_cpp_batch1_tokens_per_second"] is None
+    if with_llama_cpp:
+        assert_positive(result, "llama_cpp_batch1_tokens_per_second", "llama_cpp_prefill_tokens_per_second")
+    else:
+        assert result["llama_cpp_batch1_tokens_per_second"] is None
 
 
 @pytest.mark.slow

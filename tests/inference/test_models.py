@@ -26,6 +26,7 @@ from model.params import init_params, param_specs
 from model.presets import preset
 from model.transformer import forward, unembed
 from tests.data.gguf_metadata import byte_bpe_metadata
+from tests.llama_cpp import open_llama_cpp
 
 TEMPLATE = "{{ messages[0].content }}"
 ROOT = Path(__file__).parents[2]
@@ -333,15 +334,68 @@ def test_smollm2_written_as_f16_runs_elsewhere_with_the_same_greedy_text(smollm2
     assert greedy_with(torch, theirs, prompt) == answer
 
 
+PROMPTS = [
+    "The three largest rivers of Europe are",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):\n",
+    "Photosynthesis is the process by which",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "1, 2, 4, 8, 16,",
+    "Das Wasser kocht bei",
+    f"<|im_start|>user\n{QUESTION[0]['content']}<|im_end|>\n<|im_start|>assistant\n",
+]
+
+
+def our_logprobs(model, prompt, answer):
+    """float32 [tokens of the answer, vocab]: by the trainer's forward pass, of what may stand in the place of each."""
+    tokens = np.zeros((1, 128), np.int32)
+    tokens[0, : len(prompt + answer)] = prompt + answer
+    hidden = forward(model.params, model.config, tokens, np.arange(tokens.size, dtype=np.int32)[None])[0]
+    return jax.nn.log_softmax(unembed(model.params, model.config, hidden)[0])[len(prompt) - 1 :][: len(answer)]
+
+
 @pytest.mark.slow
-def test_smollm2_written_runs_in_llama_cpp_with_the_same_greedy_text(smollm2, tmp_path):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
-    ours = open_model(smollm2)
+@pytest.mark.parametrize(("kind", "tolerance", "same"), [("F32", 1e-3, 8), ("F16", 0.05, 6)])
+def test_smollm2_written_runs_in_llama_cpp_with_the_same_greedy_text(kind, tolerance, same, smollm2, tmp_path):
+    """Each prompt goes there as text and is answered with up to 64 tokens, here by the engine from the same file.
+
+    F32: 8 of 8 texts are the same, log-probabilities within 3e-4 nats. F16: 7 of 8, within 0.017, for llama.cpp rounds the
+    inputs of products to F16 too; the other text parts after 39 tokens, where two are 0.0026 nats apart.
+    """
+    path = tmp_path / "out.gguf"
+    read = open_model(smollm2)
     metadata = {key: value for key, value in read_gguf(smollm2).metadata.items() if key.startswith("tokenizer.")}
-    gguf.save(tmp_path / "out.gguf", ours.params, ours.config, "F16", metadata)
-    prompt = ours.tokenizer.encode("The three largest rivers of Europe are")
-    answer = generate(ours.params, ours.config, [prompt], max_tokens=64, sampling=Sampling(temperature=0.0))[0]
-    theirs = llama_cpp.Llama(str(tmp_path / "out.gguf"), n_ctx=256, verbose=False)
-    assert theirs.tokenize(b"The three largest rivers of Europe are", add_bos=False) == prompt
-    greedy = [token for token, _ in zip(theirs.generate(prompt, temp=0.0), range(64), strict=False)]
-    assert ours.tokenizer.decode(greedy) == ours.tokenizer.decode(answer)
+    gguf.save(path, read.params, read.config, kind, metadata)
+    with open_llama_cpp(path) as theirs:
+        answers = [theirs.greedy(prompt, 64, top=2) for prompt in PROMPTS]
+    ours = open_model(path)
+    prompts = [ours.tokenizer.encode(prompt, parse_special=True) for prompt in PROMPTS]
+    found = generate(
+        ours.params, ours.config, prompts, max_tokens=64, sampling=Sampling(temperature=0.0), stop_ids=ours.stop_ids
+    )
+    texts = [ours.tokenizer.decode([token for token in tokens if token not in ours.stop_ids]) for tokens in found]
+    assert sum(text == answer.text for text, answer in zip(texts, answers, strict=True)) >= same
+    for prompt, tokens, answer in zip(prompts, found, answers, strict=True):
+        logprobs = our_logprobs(ours, prompt, answer.tokens)
+        for ours_here, theirs_here in zip(logprobs, answer.logprobs, strict=True):
+            np.testing.assert_allclose(
+                [ours_here[token] for token in theirs_here], [*theirs_here.values()], rtol=0, atol=tolerance
+            )
+        parted = [i for i, (a, b) in enumerate(zip(tokens, answer.tokens, strict=False)) if a != b]
+        for i in parted[:1]:
+            assert logprobs[i, tokens[i]] - logprobs[i, answer.tokens[i]] < 2 * tolerance
+
+
+@pytest.mark.slow
+def test_smollm2_as_it_came_is_the_same_network_in_llama_cpp(smollm2):
+    """On weights of 4 bits llama.cpp computes with inputs rounded to 8; 2 of 8 greedy texts of 64 tokens are then the same."""
+    with open_llama_cpp(smollm2) as theirs:
+        answers = [theirs.greedy(prompt, 64) for prompt in PROMPTS]
+    ours = open_model(smollm2)
+    differences = []
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        logprobs = our_logprobs(ours, ours.tokenizer.encode(prompt, parse_special=True), answer.tokens)
+        differences += [
+            here[token] - there[token] for here, token, there in zip(logprobs, answer.tokens, answer.logprobs, strict=True)
+        ]
+    assert np.mean(np.abs(differences)) < 0.1  # 0.036 seen

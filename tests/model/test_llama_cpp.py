@@ -1,0 +1,73 @@
+"""Random networks that we write run in llama.cpp, which finds the same distributions (SmolLM2: tests/inference)."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from model.config import ModelConfig, RopeConfig
+from model.convert.gguf import load, save
+from model.transformer import forward, unembed
+from tests.llama_cpp import open_llama_cpp
+from tests.networks import random_params
+
+VOCAB_SIZE = 160
+# Whole words: of a token that ends within a character the server of llama.cpp tells no probability.
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": [f"word{i}" for i in range(VOCAB_SIZE)],
+    "tokenizer.ggml.token_type": [1] * VOCAB_SIZE,
+    "tokenizer.ggml.merges": ["w o"],
+    "tokenizer.ggml.eos_token_id": 0,
+}
+LLAMA = ModelConfig(
+    vocab_size=VOCAB_SIZE,
+    num_layers=2,
+    d_model=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    d_ff=96,
+    max_seq_len=256,
+    dtype="float32",
+    scan_layers=False,
+    remat="none",
+)
+SCALED = {"factor": 8.0, "original_max_len": 8192, "theta": 500_000.0}
+NETWORKS = {
+    "llama": LLAMA,
+    "llama, tied": dataclasses.replace(LLAMA, tie_embeddings=True, num_kv_heads=4),
+    "llama 3.1": dataclasses.replace(LLAMA, rope=RopeConfig(scaling="llama3", **SCALED)),
+    "llama, linear rope": dataclasses.replace(LLAMA, rope=RopeConfig(scaling="linear", factor=4.0)),
+    "llama, yarn": dataclasses.replace(LLAMA, rope=RopeConfig(scaling="yarn", factor=4.0, original_max_len=64)),
+    "llama, biases": dataclasses.replace(LLAMA, qkv_bias=True, attention_out_bias=True),
+    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, norm_eps=1e-6),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm="head", head_dim=32),
+}
+# Largest difference of log-probabilities, nats. llama.cpp rounds the inputs of a product to the kind of its weights; the widest
+# seen were 6e-5, 0.027 and 0.44.
+TOLERANCE = {"F32": 2e-4, "F16": 0.05, "Q8_0": 0.8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TOLERANCE)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_llama_cpp_finds_our_distributions(name, kind, tmp_path):
+    """Over the whole vocabulary, after each token of its greedy answer; without rounding the answer is ours too."""
+    path = tmp_path / "model.gguf"
+    save(path, random_params(NETWORKS[name]), NETWORKS[name], kind, TOKENIZER)
+    prompt = np.random.default_rng(0).integers(1, VOCAB_SIZE, 150).tolist()
+    with open_llama_cpp(path) as theirs:
+        answer = theirs.greedy(prompt, 32, top=VOCAB_SIZE)
+    assert len(answer.tokens) == 32
+    expected = np.array([[place[token] for token in range(VOCAB_SIZE)] for place in answer.logprobs])
+    params, config = load(path)
+    tokens = np.array([prompt + answer.tokens], np.int32)
+    hidden = forward(params, config, tokens, np.arange(tokens.size, dtype=np.int32)[None])[0]
+    ours = np.asarray(jax.nn.log_softmax(unembed(params, config, hidden)[0, len(prompt) - 1 : -1]))
+    assert np.std(expected) > 1.5
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE[kind])
+    if kind == "F32":
+        np.testing.assert_array_equal(np.argmax(ours, axis=-1), answer.tokens)
