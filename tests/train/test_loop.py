@@ -111,7 +111,7 @@ def test_a_run_that_dies_and_is_stopped_continues_to_the_same_bits(job, tmp_path
     assert_same(job, config)
 
 
-@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+@pytest.mark.parametrize("axis", ["fsdp", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_a_sharded_run_survives_its_checkpoints_with_a_thread_for_each_device(tmp_path, axis):
     """In a process of its own, because this one has eight devices, and as many threads for them."""
     path = write_tiny_job(tmp_path)
@@ -233,7 +233,7 @@ def test_an_incident_after_a_stop_skips_what_it_skips_without_one(job, tmp_path,
     assert checkpoints.steps() == Checkpoints(f"{straight.run_dir}/checkpoints", keep=None).steps() == [10, 15, 20]
 
 
-@pytest.mark.parametrize("every", [7, 200])
+@pytest.mark.parametrize("every", [7, pytest.param(200, marks=pytest.mark.slow)])
 def test_an_incident_after_the_schedule_changed_does_not_begin_anew(job, tmp_path, monkeypatch, every):
     """Checkpoints of every fifth step and of a stop; none of them is one of every seventh."""
     config = dataclasses.replace(job, run_dir=str(tmp_path / "run"))

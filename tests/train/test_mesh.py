@@ -71,11 +71,8 @@ EXPERT_MESHES = {
 # Eight-fold `tensor` splits neither the two key heads of "experts" nor the four heads of "latent".
 OF_EXPERTS = [mesh for mesh in MESHES | EXPERT_MESHES if mesh != "tensor"]
 QUICK = [
-    ("dense", "tensor", 1),
     ("dense", "context", 1),
-    ("dense", "data-fsdp", 1),
     ("dense", "fsdp-context-tensor", 2),
-    ("grouped", "fsdp-tensor", 1),
     ("experts", "expert-tensor", 2),
     ("latent", "fsdp-expert-context", 1),
 ]
