@@ -24,6 +24,7 @@ from experiments.compile import (
     proposals,
 )
 from experiments.hlo import Kernel
+from experiments.tpu_schedule import AttentionCode
 from model.chips import topology_of
 from model.ring_attention import zigzag
 from tests.libtpu import require_libtpu
@@ -132,21 +133,29 @@ def test_a_step_that_does_not_fit_is_an_error_with_proposals(tmp_path, capsys):
 @pytest.mark.parametrize("devices", [1, 2, 4])
 @pytest.mark.parametrize("pass_", ["forward", "backward"])
 def test_calls_of_a_ring_are_charged_for_the_tiles_that_they_visit(tmp_path, monkeypatch, pass_, devices):
-    """The mean over devices and steps, by looking at every tile of every part; a tile costs one cycle here."""
+    """The mean over devices and steps, by looking at every tile of 1,024 and every part of 512 that a device computes."""
+    code = AttentionCode(full=1_000_000, masked=10_000, part=300_000, row=7_000)  # full and part: more than the MXUs need
     monkeypatch.setattr(loam_compile, "read_schedule", lambda *_: None)
-    monkeypatch.setattr(loam_compile, "attention_cycles", lambda _, tiles, *__: sum(tiles))
-    length, heads = 8192, 4
+    monkeypatch.setattr(loam_compile.AttentionCode, "of", lambda _, parts_of_block: {2: code}[parts_of_block])
+    length, heads, kv_heads = 8192, 4, 2
     config = load_train_config(
         write_config(tmp_path), [f"--config.model.max_seq_len={length}", f"--config.data.seq_len={length}"]
     )
-    queries, keys = (f"bf16[2,{count},{length // devices},128]{{3,2,1,0}}" for count in (heads, 2))
+    queries, keys = (f"bf16[2,{count},{length // devices},128]{{3,2,1,0}}" for count in (heads, kv_heads))
     operands = (queries, keys, keys) if pass_ == "forward" else (keys, keys, queries, queries)
     kernel = Kernel(f"flash_{pass_}", 1.0, operands)
     charged = attention_call_cycles(pass_, kernel, "", config, topology_of("v5e:2x2"), devices, tmp_path)
 
-    tiles = np.split(zigzag(length // 1024, devices), devices)
-    visited = [np.sum(rows[:, None] >= columns) for rows, columns in itertools.product(tiles, repeat=2)]
-    assert charged == pytest.approx(2 * heads * np.mean(visited))
+    visited = []
+    for rows, columns in itertools.product(np.split(zigzag(length // 512, devices), devices), repeat=2):
+        some = (rows[:, None] >= columns).reshape(len(rows) // 2, 2, len(columns) // 2, 2)
+        # A full tile's every key is earlier than its first query; that of one block and itself is masked, in three parts.
+        whole = (rows[:, None] > columns).reshape(some.shape).all(axis=(1, 3))
+        parts = np.sum(some, axis=(1, 3))[~whole]
+        visited.append(np.sum(whole) * code.full + np.sum(parts > 0) * code.masked + np.sum(parts) * code.part)
+    grid_heads = heads if pass_ == "forward" else kv_heads
+    grid = 2 * grid_heads * length / devices / 1024
+    assert charged == pytest.approx(2 * heads * np.mean(visited) + grid * code.row)
 
 
 @pytest.mark.parametrize(
