@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
         tokenizer=TokenizerConfig(kind="chars"),
         seq_len=64,
     )
-    config.steps = 270
+    config.steps = 300
     config.batch_size = 32
     config.optimizer = {"learning_rate": 3e-3, "schedule": {"name": "cosine", "warmup": "5 %"}}
     config.checkpoint = {"every": 100}

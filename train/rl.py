@@ -58,7 +58,7 @@ from train.step import TrainState, make_trainer_of
 
 # Fields that may differ when a run is continued: none of them changes an update by more than rounding.
 FREE_FIELDS = ("run_dir", "mesh", "cpu_devices", "deadlines", "writers", "checkpoint", "eval", "rollouts.verifiers",
-               "rollouts.verifier_seconds", "rollouts.max_mismatch", "steps")  # fmt: skip
+               "rollouts.verifier_seconds", "rollouts.max_mismatch")  # fmt: skip
 EVAL_STEP = 2**31  # Its prompts have random numbers of their own.
 
 
@@ -206,7 +206,7 @@ class RLLoop:
             for example in self._examples(split, 0, 8):
                 self._prompt(example)
         self._write_description(initial)
-        self.state, self.step, self.reference = self._restore(initial)
+        self.state, self.step, self.reference, self.ahead_metrics = self._restore(initial)
         self.engine: Engine | None = None
         self.verifiers = Verifiers(self._parts(), config.rollouts.verifiers, config.rollouts.verifier_seconds)
         self.metrics = make_writers(config.writers, self.run_dir, config.name, first_step=self.step + 1)
@@ -230,8 +230,8 @@ class RLLoop:
         if initial.chat_template:
             write_atomic(self.run_dir / "tokenizer" / "chat_template.jinja", initial.chat_template.encode())
 
-    def _restore(self, initial: InitialModel) -> tuple[RLState, int, Params | None]:
-        """The newest sound checkpoint, or the initial state; and the reference, if there is one."""
+    def _restore(self, initial: InitialModel) -> tuple[RLState, int, Params | None, dict[str, float]]:
+        """The newest sound checkpoint, or the initial state; the reference, if there is one; what is known of samples ahead."""
         config, trainer = self.config, self.policy.trainer
         weights = initial.load({name: trainer.abstract_weights[name] for name in self.policy.specs})
         self._compare_initial(weights)
@@ -250,14 +250,15 @@ class RLLoop:
         state = RLState(begun, *jax.device_put(more, Layout.of(trainer.mesh, TRAIN_RULES).sharding()))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._saved(state))
         restored = self.checkpoints.restore_newest(abstract, self.log)
-        step = 0
+        step, ahead_metrics = 0, {}
         if restored is not None:
-            saved, _, step = restored
+            saved, metadata, step = restored
+            ahead_metrics = metadata["ahead_metrics"]
             state = dataclasses.replace(saved, train=dataclasses.replace(saved.train, frozen=begun.frozen))
             self.log(f"continuing from the checkpoint of step {step}")
         for name in ("metrics", "samples"):
             truncate_jsonl(self.run_dir / f"{name}.jsonl", step + 1 if step else 0)
-        return state, step, reference
+        return state, step, reference, ahead_metrics
 
     def _compare_initial(self, weights: Params) -> None:
         """Raises ValueError where a run would go on from other initial weights, hence with another reference."""
@@ -407,7 +408,7 @@ class RLLoop:
             self._evaluate()
         if config.rollouts.ahead and self.step == 0:
             self._load_engine()
-            judged, _ = self._samples_of(0)
+            judged, self.ahead_metrics = self._samples_of(0)
             self.state = dataclasses.replace(self.state, ahead=judged)
         while self.step < config.steps:
             begin = time.perf_counter()
@@ -448,7 +449,7 @@ class RLLoop:
         config, step = self.config, self.step
         self._load_engine()
         if config.rollouts.ahead:
-            judged, drawn_metrics = jax.device_get(self.state.ahead), {}
+            judged, drawn_metrics = jax.device_get(self.state.ahead), self.ahead_metrics
             # The engine has weights of its own, so the update may go on meanwhile.
             coming = self.pool.submit(self._samples_of, step + 1) if step + 1 < config.steps else None
         else:
@@ -467,7 +468,7 @@ class RLLoop:
         self._adapt(judged, metrics)
         if coming is not None:
             with self.phase("wait"):
-                following, drawn_metrics = coming.result()
+                following, self.ahead_metrics = coming.result()
             self.state = dataclasses.replace(self.state, ahead=following)
         lengths = judged.samples.mask.sum(1)
         metrics |= rollout_metrics(judged.rewards, judged.correct, lengths, judged.samples.truncated, judged.valid)
@@ -540,7 +541,7 @@ class RLLoop:
         saved = self._saved(self.state)
         if saved.ahead is not None:
             saved = dataclasses.replace(saved, ahead=jax.device_put(saved.ahead, everywhere))
-        self.checkpoints.save(self.step, saved, {})
+        self.checkpoints.save(self.step, saved, {"ahead_metrics": self.ahead_metrics})
         if complete:
             self.checkpoints.wait()
 

@@ -197,7 +197,8 @@ def train_step(
 
 def eval_step(params: Params, batch: Batch, model: ModelConfig, objective: Objective, layout: Layout | None) -> Metrics:
     """Sums over the weighted tokens of a held-out batch."""
-    return objective(params, model, batch, layout)[1]
+    sums = objective(params, model, batch, layout)[1]
+    return {name: total for name, total in sums.items() if name != "weight"}
 
 
 def opt_state_shardings(

@@ -222,8 +222,13 @@ class ManyTraces(Traces):
     pass
 
 
-TestManyTraces = pytest.mark.slow(ManyTraces.TestCase)
-TestManyTraces.settings = settings(max_examples=2000, stateful_step_count=30, **_SETTINGS)
+class MoreTraces(Traces):
+    pass
+
+
+# In halves, so that two processes may share them.
+TestManyTraces, TestMoreTraces = (pytest.mark.slow(machine.TestCase) for machine in (ManyTraces, MoreTraces))
+TestManyTraces.settings = TestMoreTraces.settings = settings(max_examples=1000, stateful_step_count=30, **_SETTINGS)
 
 
 # --- What sharing, batching and weights promise -----------------------------------------------------------------------

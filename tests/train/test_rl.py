@@ -148,6 +148,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(warm_start, tmp_path, stop_after
         patch.setattr(rl, "stop_on_signal", lambda: StopAfter(stop_after, calls))
         assert rl.train_with_rewards(stopped, log=lambda _: None) == 42
     assert run(stopped) == straight
+    assert all(record["reward/total"] == pytest.approx(record["reward_mean"], abs=1e-6) for record in straight)
     assert read_jsonl(tmp_path / "stopped/samples.jsonl") == read_jsonl(tmp_path / "straight/samples.jsonl")
 
 
@@ -198,7 +199,7 @@ def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_pa
     path = tmp_path / "run/initial_weights.json"
     path.write_text(json.dumps({"source": str(warm_start), "digest": "0" * 64}))
     with pytest.raises(ValueError, match="no longer holds the weights"):
-        rl.train_with_rewards(dataclasses.replace(config, steps=3), log=lambda _: None)
+        rl.train_with_rewards(config, log=lambda _: None)
 
 
 @pytest.mark.parametrize(
