@@ -424,9 +424,8 @@ class RLLoop:
                     )
             self.metrics.write(self.step, metrics)
             phases = {f"{name}_seconds": value for name, value in self.phases.items()}
-            self.timing.write(
-                {"step": self.step, "seconds": self.seconds(), "step_seconds": seconds, "tokens": tokens, **phases}
-            )
+            rates = {"tokens": tokens, "tokens_per_second": tokens / seconds}
+            self.timing.write({"step": self.step, "seconds": self.seconds(), "step_seconds": seconds, **rates, **phases})
             self.progress.update(
                 self.step,
                 f"reward {metrics.get('reward/total', math.nan):.3f}, entropy {metrics['entropy']:.3f}, "

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
+from experiments.report import write_report
 from inference.engine import Token
 from model.config import LoraConfig, ModelConfig
 from train import rl
@@ -126,7 +127,10 @@ def test_the_first_update_is_on_policy_and_the_run_ends_with_a_result(warm_start
     assert result["steps"] == 3
     assert 0 <= result["eval/pass@1"] <= 1
     assert result["drawn_tokens"] == sum(round(16 * record["length_mean"]) for record in metrics)
+    page = write_report(tmp_path / "run").read_text()
+    assert all(title in page for title in ("Held-out prompts", "Length of answers", "KL of sampler and trainer"))
     if policy.kl.needs_reference:
+        assert "KL from the reference" in page
         assert metrics[0]["reference_kl"] == pytest.approx(0, abs=1e-6)
         assert metrics[-1]["reference_kl"] != 0
 
