@@ -1,8 +1,8 @@
 """GRPO teaches a tiny model to reverse longer strings than it was shown.
 
 Command:   loam run --config=configs/grpo_reverse.py
-Hardware:  2 CPU cores, a few minutes
-Expected:  eval/pass@1 rises to 0.9
+Hardware:  1 CPU core, 7 minutes beside other work
+Expected:  eval/pass@1 from 0.31 to 0.90 (seed 0; 0.81 to 0.94 over the last hundred steps)
 
 Needs a finished run of `configs/pretrain_reverse.py` (runs/pretrain_reverse).
 """
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.model = pretrain_reverse.get_config().model
     config.initial_weights = "runs/pretrain_reverse"
     config.task = TaskConfig("reverse", (("min_length", 5), ("max_length", 8), ("alphabet", "abcdefgh")))
-    config.steps = 100
+    config.steps = 400
     config.policy = {"scale": "none", "aggregation": "token_mean", "group_size": 8}
     config.rollouts = {"prompts": 32, "max_prompt_tokens": 24, "max_tokens": 12}
     config.optimizer = {
