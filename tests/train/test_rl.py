@@ -135,6 +135,21 @@ def test_the_first_update_is_on_policy_and_the_run_ends_with_a_result(warm_start
         assert metrics[-1]["reference_kl"] != 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollouts": RolloutConfig(4, 6, 6, temperature=0.7, max_batch=8, verifiers=1)},
+        {"lora": LoraConfig(rank=2), "policy": dataclasses.replace(GRPO, group_size=4)},
+    ],
+    ids=["temperature", "lora"],
+)
+def test_sampler_and_trainer_agree_for_what_else_may_be_set(warm_start, tmp_path, changes):
+    metrics = run(job(warm_start, tmp_path / "run", **changes))
+    assert all(record["mismatch_max"] < 1e-5 and abs(record["update_kl"]) < 1e-9 for record in metrics)
+    assert any(record["grad_norm"] > 0 for record in metrics)
+
+
 @pytest.mark.parametrize("stop_after", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_bits(warm_start, tmp_path, stop_after, monkeypatch):
     """With the samples of the next step in flight, minibatches in random order and an adaptive baseline."""
