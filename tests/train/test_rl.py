@@ -141,8 +141,9 @@ def test_the_first_update_is_on_policy_and_the_run_ends_with_a_result(warm_start
     [
         {"rollouts": RolloutConfig(4, 6, 6, temperature=0.7, max_batch=8, verifiers=1)},
         {"lora": LoraConfig(rank=2), "policy": dataclasses.replace(GRPO, group_size=4)},
+        {"lora": LoraConfig(rank=2, base_bits=8)},
     ],
-    ids=["temperature", "lora"],
+    ids=["temperature", "lora", "rounded base"],
 )
 def test_sampler_and_trainer_agree_for_what_else_may_be_set(warm_start, tmp_path, changes):
     metrics = run(job(warm_start, tmp_path / "run", **changes))
