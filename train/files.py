@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 
@@ -55,13 +56,16 @@ def write_json_atomic(path: str | os.PathLike[str], value: object) -> None:
 def only_process_in(directory: pathlib.Path) -> Iterator[None]:
     """Creates `directory` and holds a lock on it that ends with the process, however it ends.
 
+    A directory that was created here and has got no file by the end, because the run was refused, is removed.
+
     Raises:
       OSError: it cannot be created or written to.
       RuntimeError: another process holds it.
     """
+    lock, is_new = directory / ".lock", not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = open(directory / ".lock", "w")  # noqa: SIM115
+        file = open(lock, "w")  # noqa: SIM115
     except OSError as error:
         raise OSError(f"cannot write to {directory} ({error.strerror}): choose another --config.run_dir") from error
     with file:
@@ -71,4 +75,9 @@ def only_process_in(directory: pathlib.Path) -> Iterator[None]:
             raise RuntimeError(
                 f"another process is running in {directory}: wait for its end, stop it, or choose another --config.run_dir"
             ) from error
-        yield
+        try:
+            yield
+        finally:
+            # Under the lock, so that nobody else has begun here.
+            if is_new and not any(path.is_file() for path in directory.rglob("*") if path != lock):
+                shutil.rmtree(directory)

@@ -523,6 +523,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(job, tmp_path, monk
     monkeypatch.setattr(loop, "Loop", lambda *_: pytest.fail("the model was compiled"))
     with pytest.raises(ValueError, match=r"tokenizer has \d+ tokens, but model.vocab_size=2"):
         train(config, log=lambda _: None)
+    assert not pathlib.Path(config.run_dir).exists()
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_says_so(job, tmp_path):
