@@ -335,6 +335,8 @@ def make_trainer_of(config: Job, objective: Objective, weights: Params, devices:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     on_cpu = mesh.devices.flat[0].platform == "cpu"
+    # Without a layout operations are those of the machine that compiles: for another chip even a single one has a layout.
+    of_step = None if on_cpu and mesh.size == 1 else layout
     # Routers are to be balanced over all replicas' tokens together.
     by_replica = on_cpu and 1 < mesh.size == mesh.shape["data"] and not model.moe
     sums = functools.partial(
@@ -343,12 +345,12 @@ def make_trainer_of(config: Job, objective: Objective, weights: Params, devices:
         objective=objective,
         accumulation=config.accumulation,
         lora=lora,
-        layout=None if by_replica or mesh.size == 1 else layout,
+        layout=None if by_replica else of_step,
     )
     if by_replica:
         sums = over_replicas(sums, mesh)
     step = functools.partial(train_step, config=config, sums=sums, optimizer=optimizer, schedule=schedule)
-    evaluate = functools.partial(eval_step, model=network, objective=objective, layout=None if mesh.size == 1 else layout)
+    evaluate = functools.partial(eval_step, model=network, objective=objective, layout=of_step)
     return Trainer(
         config=config,
         model=network,

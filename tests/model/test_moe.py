@@ -546,6 +546,12 @@ COMPILE = textwrap.dedent(
     trainer = make_trainer(config, devices)
     text = trainer.step.lower(trainer.abstract_state, abstract_batch(config)).compile().as_text()
     assert "ragged-all-to-all" in text
+
+    # Of one chip alone the kernels are its own too, and not those of the machine that compiles.
+    trainer = make_trainer(dataclasses.replace(config, mesh=MeshConfig()), devices[:1])
+    text = trainer.step.lower(trainer.abstract_state, abstract_batch(config)).as_text()
+    kernels = text.count("tpu_custom_call")
+    assert kernels >= 3 * 3 + 2 and "ragged_dot" not in text, kernels  # of three products in three passes, and attention's two
     """
 )
 
