@@ -51,7 +51,7 @@ def beam_search(
     check(0 < num_best <= num_beams, f"num_best={num_best} must lie in [1, num_beams={num_beams}]")
     check(max_tokens > 0, f"max_tokens={max_tokens} must be positive")
     check(length_penalty >= 0, f"length_penalty={length_penalty} must not be negative")
-    num_tokens = min(num_beams + len(stop_ids), engine.model.vocab_size)
+    num_tokens = min(num_beams + len(stop_ids), engine.vocab_size)
 
     def closed(tokens: tuple[int, ...], logprob: float, finished: bool) -> Beam:
         return Beam(tokens, logprob, logprob / len(tokens) ** length_penalty, finished)
@@ -64,11 +64,12 @@ def beam_search(
         ]
         longer: list[tuple[tuple[int, ...], float]] = []
         for (tokens, logprob), ((answer,),) in zip(beams, engine.generate(requests), strict=True):
-            assert answer.raw_top is not None
+            assert answer.top is not None
+            # Of the tokens that may be drawn; what they have in common makes up for those that may not.
+            others = answer.raw_logprob - answer.top.logprobs[answer.top.tokens.index(answer.token)]
             longer += [
-                ((*tokens, token), logprob + added)
-                for token, added in zip(answer.raw_top.tokens, answer.raw_top.logprobs, strict=True)
-                if token < engine.vocab_size
+                ((*tokens, token), logprob + added + others)
+                for token, added in zip(answer.top.tokens, answer.top.logprobs, strict=True)
             ]
         longer.sort(key=lambda beam: -beam[1])
         answers += [closed(*beam, True) for beam in longer if beam[0][-1] in stop_ids]

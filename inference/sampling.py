@@ -1,6 +1,6 @@
 """How the next token is drawn: what a request asks for, and the draw for a batch of rows that each ask for something else.
 
-Logits become a distribution in this order: penalties, bias, what is allowed at all, temperature, top-k, top-p of what top-k
+Logits become a distribution in this order: penalties, bias, temperature, what is allowed at all, top-k, top-p of what top-k
 left, min-p. Tokens of equal logits stay or go together, so that no order among them is made up.
 
 A row draws with random numbers that depend on its seed, its sample and the number of its token alone (the Gumbel-max trick),
@@ -47,13 +47,16 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        check(0 <= self.temperature < float("inf"), f"temperature={self.temperature} must be >= 0 and finite (0 is greedy)")
+        check(
+            self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
+            f"temperature={self.temperature} must lie in [0.001, 1000], or be 0 (greedy)",
+        )
         check(self.top_k >= 0, f"top_k={self.top_k} must be >= 0 (0 is off)")
         check(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1] (1 is off)")
         check(0 <= self.min_p <= 1, f"min_p={self.min_p} must lie in [0, 1] (0 is off)")
         check(
-            0 < self.repetition_penalty < float("inf"),
-            f"repetition_penalty={self.repetition_penalty} must be positive and finite (1 is off)",
+            0.01 <= self.repetition_penalty <= 100,
+            f"repetition_penalty={self.repetition_penalty} must lie in [0.01, 100] (1 is off)",
         )
         for name in ("frequency_penalty", "presence_penalty"):
             check(-2 <= getattr(self, name) <= 2, f"{name}={getattr(self, name)} must lie in [-2, 2] (0 is off)")
@@ -200,9 +203,8 @@ def draw(logits_BV: jax.Array, rows: Rows, history: History, allowed_BW: jax.Arr
     bits_BWx = (allowed_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     allowed_BV = bits_BWx.reshape(logits_BV.shape[0], -1)[:, :V] == 1
     x_BV = jax.lax.cond(jnp.any(rows.reads_history), lambda: _with_history(logits_BV, rows, history), lambda: logits_BV)
-    x_BV = jnp.where(allowed_BV, x_BV, MASKED)
     greedy_B = rows.temperature == 0
-    x_BV = x_BV / jnp.where(greedy_B, 1.0, rows.temperature)[:, None]
+    x_BV = jnp.where(allowed_BV, x_BV / jnp.where(greedy_B, 1.0, rows.temperature)[:, None], MASKED)
     most_likely_B = jnp.argmax(x_BV, axis=1).astype(jnp.int32)
 
     def sampled() -> tuple[jax.Array, jax.Array]:

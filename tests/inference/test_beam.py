@@ -63,6 +63,20 @@ def test_beams_reuse_their_past():
     assert ENGINE.stats.prefilled - before == len(PROMPT) - 1
 
 
+def test_tokens_that_the_tokenizer_does_not_have_take_no_beam():
+    """The search is that over the smaller vocabulary, with the log-probabilities of the larger one."""
+    model = dataclasses.replace(SMALL, num_layers=1)
+    params = random_params(model, seed=3)
+    engine = Engine(params, model, EngineConfig(max_batch=16, cache_tokens=1024, page_size=4), vocab_size=VOCAB)
+    found = beam_search(engine, PROMPT, num_beams=16, max_tokens=2, num_best=16)
+    assert sorted(beam.tokens for beam in found) == sorted(itertools.product(range(VOCAB), repeat=2))
+    for beam in found:
+        logits = logits_after([*PROMPT, *beam.tokens], params, model).astype(np.float64)
+        logprobs = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
+        expected = sum(logprobs[len(PROMPT) - 1 + i, token] for i, token in enumerate(beam.tokens))
+        assert beam.logprob == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
