@@ -34,12 +34,21 @@ from model.params import Params, unstack_layers
 from model.sharding import Layout
 from model.transformer import KVCache, LayerPages, empty_pages, forward, unembed
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 Tree = TypeVar("Tree")
 
 
+MAX_SAMPLES = 16_384  # of a request
+
+
 class Constraint(Protocol):
-    """What an answer may consist of, token by token (`inference/grammar.py`)."""
+    """What an answer may consist of, token by token (`inference/grammar.py`).
+
+    Attributes:
+      stop_id: the token that it allows after what is complete.
+    """
+
+    stop_id: int
 
     def allowed(self) -> np.ndarray:
         """uint32 [words]: bit i of word w is set where token 32 w + i may come next. At least one may."""
@@ -112,7 +121,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check(len(self.prompt) > 0, "a prompt needs at least one token: give some text, or a <bos> token")
-        check(self.num_samples > 0, f"num_samples={self.num_samples} must be positive")
+        check(0 < self.num_samples <= MAX_SAMPLES, f"num_samples={self.num_samples} must lie in [1, {MAX_SAMPLES}]")
         check(self.max_tokens is None or self.max_tokens > 0, f"max_tokens={self.max_tokens} must be positive")
         check(self.min_tokens >= 0, f"min_tokens={self.min_tokens} must not be negative")
         check(
@@ -152,7 +161,8 @@ class Token:
       request, sample: whose.
       logprob: under the distribution it was drawn from (0 where the most likely one was taken).
       raw_logprob: under the model's own distribution, as the trainer computes it.
-      finish_reason: `stop` (a stop token, or the watcher said so) or `length` if it is the last.
+      finish_reason: if it is the last: `stop` (a stop token, or the watcher said so), `length`, or `error`.
+      error: what the request's own watcher or constraint raised; the token then says nothing.
     """
 
     request: int
@@ -163,6 +173,7 @@ class Token:
     top: Alternatives | None
     raw_top: Alternatives | None
     finish_reason: FinishReason | None
+    error: Exception | None = None
 
 
 @dataclasses.dataclass
@@ -193,6 +204,7 @@ class Ongoing:
       max_len: how many they may become.
       pages: that hold the first `num_cached` of its tokens.
       slot: its row of the history; negative while it waits.
+      error: what its watcher or constraint raised, which ends it and nothing else.
     """
 
     request_id: int
@@ -206,6 +218,7 @@ class Ongoing:
     pages: list[int] = dataclasses.field(default_factory=list)
     num_cached: int = 0
     slot: int = -1
+    error: Exception | None = None
 
     @property
     def num_drawn(self) -> int:
@@ -416,19 +429,26 @@ class Engine:
             "a constrained answer does not go with speculative decoding: set engine.num_guesses=0",
         )
         request_id = next(self._ids)
-        for sample in range(request.num_samples):
-            self._waiting.append(
-                Ongoing(
-                    request_id,
-                    request,
-                    request.first_sample + sample,
-                    next(self._orders),
-                    [*map(int, request.prompt), *map(int, request.answer)],
-                    self.max_len if request.max_tokens is None else length + request.max_tokens,
-                    request.watch(request.first_sample + sample) if request.watch else None,
-                    request.constraint() if request.constraint else None,
-                )
+        # All of them before any is queued: what the request brings along may raise.
+        samples = [
+            Ongoing(
+                request_id,
+                request,
+                sample,
+                next(self._orders),
+                [*map(int, request.prompt), *map(int, request.answer)],
+                self.max_len if request.max_tokens is None else length + request.max_tokens,
+                request.watch(sample) if request.watch else None,
+                request.constraint() if request.constraint else None,
             )
+            for sample in range(request.first_sample, request.first_sample + request.num_samples)
+        ]
+        for seq in samples:
+            check(
+                seq.constraint is None or seq.constraint.stop_id in request.stop_ids,
+                "a constraint ends an answer with a token that is not among stop_ids: add it",
+            )
+        self._waiting += samples
         return request_id
 
     def abort(self, request_id: int) -> None:
@@ -465,7 +485,11 @@ class Engine:
         self.params = params
 
     def generate(self, requests: Iterable[Request]) -> list[list[list[Token]]]:
-        """The answers of each request, a list of tokens per sample; what else is queued goes on beside, its tokens are lost."""
+        """The answers of each request, a list of tokens per sample; what else is queued goes on beside, its tokens are lost.
+
+        Raises:
+          RuntimeError: a watcher or a constraint raised; the requests are dropped.
+        """
         requests = list(requests)
         ids = [self.submit(request) for request in requests]
         answers = {
@@ -476,6 +500,10 @@ class Engine:
         while unfinished:
             for token in self.step():
                 if token.request in answers:
+                    if token.error is not None:
+                        for request_id in ids:
+                            self.abort(request_id)
+                        raise RuntimeError("a request's watcher or constraint failed") from token.error
                     answers[token.request][token.sample].append(token)
                     unfinished -= token.finish_reason is not None
         return [list(samples.values()) for samples in answers.values()]
@@ -600,9 +628,10 @@ class Engine:
         return self._own_page(seq, index)
 
     def _own_page(self, seq: Ongoing, index: int) -> bool:
-        """Makes a page one that nobody else holds, by copying if need be; False if there is none left."""
+        """Makes the page written to next one that nobody else holds, by copying if need be; False if there is none left."""
         shared = seq.pages[index]
         if self._pool.holders(shared) == 1:
+            self._pool.forget_beyond(shared, seq.num_cached - index * self.config.page_size)
             return True
         page = self._pool.take()
         if page is None:
@@ -640,10 +669,16 @@ class Engine:
     def _token(self, seq: Ongoing, draws: Draws, row: int, turn: int) -> Token:
         token = int(draws.token[row, turn])
         request = seq.request
-        if seq.constraint:
-            seq.constraint.advance(token)
-        stops = (seq.watcher is not None and seq.watcher(token)) or token in request.stop_ids
+        stops = token in request.stop_ids
+        try:
+            if seq.constraint:
+                seq.constraint.advance(token)
+            stops |= seq.watcher is not None and seq.watcher(token)
+        except Exception as error:
+            seq.error = seq.error or error
         finish_reason: FinishReason | None = "stop" if stops else "length" if len(seq.tokens) + 1 == seq.max_len else None
+        if seq.error is not None:
+            finish_reason = "error"
 
         def best(tokens: jax.Array, logprobs: jax.Array) -> Alternatives | None:
             if not request.top_logprobs:
@@ -660,6 +695,7 @@ class Engine:
             best(draws.top_tokens, draws.top_logprobs),
             best(draws.raw_top_tokens, draws.raw_top_logprobs),
             finish_reason,
+            seq.error,
         )
 
     def _guesses(self, rows: list[Ongoing]) -> list[list[int]]:
@@ -691,11 +727,7 @@ class Engine:
             count = 1 + len(guessed)
             tokens[i, :count] = seq.tokens[-1], *guessed
             positions[i, :count] = np.arange(seq.num_cached, seq.num_cached + count)
-            if seq.constraint:
-                allowed[i] &= seq.constraint.allowed()
-            if seq.num_drawn < seq.request.min_tokens:
-                for token in seq.request.stop_ids:
-                    allowed[i, token // 32] &= ~np.uint32(1 << (token % 32))
+            allowed[i] &= self._allowed(seq)
         # Rows without a sequence name a slot that does not exist, and what they add to it is dropped.
         none = dataclasses.asdict(Sampling()) | {"temperature": 0.0, "slot": self.config.max_batch}
         none |= dict.fromkeys(("reads_history", "seed", "sample", "num_drawn", "top_logprobs"), 0)
@@ -720,6 +752,21 @@ class Engine:
         self._pages, logits = _decode(self.params, self.model, self._placement, self._pages, table, tokens, positions)
         draws, self._history = _draw(self._history, self._placement, logits, tokens, positions, Rows(**columns), allowed)
         return jax.device_get(draws)
+
+    def _allowed(self, seq: Ongoing) -> np.ndarray:
+        """uint32 [words], as `Constraint.allowed`; what raises, or allows nothing, is an error of the sequence."""
+        allowed = self._in_vocabulary.copy()
+        try:
+            if seq.constraint:
+                allowed &= seq.constraint.allowed()
+            if seq.num_drawn < seq.request.min_tokens:
+                for token in seq.request.stop_ids:
+                    allowed[token // 32] &= ~np.uint32(1 << (token % 32))
+            check(bool(allowed.any()), "no token is allowed here, by the constraint, or min_tokens and stop_ids")
+        except Exception as error:
+            seq.error = error
+            return self._in_vocabulary
+        return allowed
 
     def _table(self, rows: Sequence[Ongoing], size: int) -> np.ndarray:
         table = np.zeros((size, self._table_width), np.int32)

@@ -51,7 +51,7 @@ class Grammars:
         encode: Callable[[str], list[int]],
         vocab_size: int | None = None,
     ):
-        self._size = vocab_size or len(token_bytes)
+        self._size, self._stop_id = vocab_size or len(token_bytes), stop_id
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(token_bytes, stop_id, encode))
         self._tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=self._size)
 
@@ -80,14 +80,14 @@ class Grammars:
             raise ValueError(f"the {kind} cannot be read: {error}") from None
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         check(not matcher.is_error(), f"the {kind} cannot be satisfied or is not supported: {matcher.get_error()}")
-        return lambda: LlguidanceConstraint(matcher.deep_copy(), self._size)
+        return lambda: LlguidanceConstraint(matcher.deep_copy(), self._size, self._stop_id)
 
 
 class LlguidanceConstraint:
     """See `inference.engine.Constraint`."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int):
-        self._matcher = matcher
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, stop_id: int):
+        self._matcher, self.stop_id = matcher, stop_id
         self._mask = llguidance.numpy.allocate_token_bitmask(1, vocab_size)
 
     def allowed(self) -> np.ndarray:

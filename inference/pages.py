@@ -3,7 +3,7 @@
 A page that holds the keys and values of a full run of tokens is known by its tokens and the page before it, so a sequence that
 begins with the same tokens takes it instead of computing it again. A page that nobody holds stays known until its room is
 needed; the one that was let go of first goes first. The last, partly filled page of a prompt is known too: whoever takes it
-copies it before writing, if somebody else holds it.
+copies it before writing, if somebody else holds it, and otherwise makes the pool forget what it writes over.
 """
 
 from __future__ import annotations
@@ -99,8 +99,18 @@ class PagePool:
                 state = self._pages[page]
                 state.keys.append(key)
                 if state.serial == _ROOT:
-                    state.serial, self._next_serial = self._next_serial, self._next_serial + 1
+                    state.serial = self._new_serial()
             serial = self._pages[known].serial
+
+    def forget_beyond(self, page: int, num_tokens: int) -> None:
+        """`page` is about to be written to after its first `num_tokens`: longer runs that it was known to hold are gone."""
+        state = self._pages[page]
+        gone = [key for key in state.keys if len(key[1]) > num_tokens]
+        for key in gone:
+            del self._known[key]
+            state.keys.remove(key)
+        if gone:  # What came after them does not come after what will stand here.
+            state.serial = self._new_serial()
 
     def forget_all(self) -> None:
         """No page is known any more: the weights that filled them have changed."""
@@ -111,6 +121,10 @@ class PagePool:
         for state in self._pages:
             state.keys.clear()
             state.serial = _ROOT
+
+    def _new_serial(self) -> int:
+        self._next_serial += 1
+        return self._next_serial
 
     def _hold(self, page: int) -> None:
         self._unheld.pop(page, None)

@@ -13,7 +13,8 @@ from typing import TypeVar
 from inference.engine import Engine, Request, Token
 
 T = TypeVar("T")
-# What a listener is told: its tokens one by one, or the error that ended the engine.
+# What a listener is told: its tokens one by one, or the error that ended the engine. One that raises is told nothing more, and
+# its request is dropped.
 Listener = Callable[[Token | BaseException], None]
 
 
@@ -93,19 +94,22 @@ class Service:
         """`stream`, for asyncio."""
         loop = asyncio.get_running_loop()
         tokens: asyncio.Queue[Token | BaseException] = asyncio.Queue()
+        request_id, unfinished, has_left = None, request.num_samples, False
 
         def listen(token: Token | BaseException) -> None:
+            if has_left:  # before it knew the request's number, perhaps
+                raise ConnectionAbortedError("nobody listens any more")
             loop.call_soon_threadsafe(tokens.put_nowait, token)
 
-        request_id = await asyncio.to_thread(self.submit, request, listen)
-        unfinished = request.num_samples
         try:
+            request_id = await asyncio.to_thread(self.submit, request, listen)
             while unfinished:
                 token = _raised(await tokens.get())
                 unfinished -= token.finish_reason is not None
                 yield token
         finally:
-            if unfinished:
+            has_left = True
+            if unfinished and request_id is not None:
                 self.abort(request_id)
 
     def close(self) -> None:
@@ -130,19 +134,32 @@ class Service:
         finally:
             ended = self._error or RuntimeError("the engine was closed")
             for listener, _ in self._listeners.values():
-                listener(ended)
+                with contextlib.suppress(Exception):
+                    listener(ended)
 
     def _tell(self, token: Token) -> None:
+        if token.request not in self._listeners:  # submitted by `call`
+            return
         listener, unfinished = self._listeners[token.request]
         unfinished -= token.finish_reason is not None
         if unfinished:
             self._listeners[token.request] = listener, unfinished
         else:
             del self._listeners[token.request]
-        listener(token)
+        try:
+            listener(token)
+        except Exception:  # a loop that is closed, for one
+            self._engine.abort(token.request)
+            self._listeners.pop(token.request, None)
 
 
 def _raised(token: Token | BaseException) -> Token:
+    """
+    Raises:
+      RuntimeError: the engine has ended, or what the request brought along raised.
+    """
     if isinstance(token, BaseException):
         raise RuntimeError("the engine ended before the answer did") from token
+    if token.error is not None:
+        raise RuntimeError("the request's watcher or constraint failed") from token.error
     return token

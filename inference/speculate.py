@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from inference.engine import Engine, Ongoing, Request
+from model.config import ModelConfig, check
 
 
 def prompt_lookup(ongoing: Sequence[Ongoing], counts: Sequence[int], longest: int = 3) -> list[list[int]]:
@@ -30,7 +31,13 @@ def _lookup(tokens: Sequence[int], count: int, longest: int) -> list[int]:
 class DraftModel:
     """A smaller model of the same tokenizer, in an engine of its own, which keeps what it has seen of every sequence."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, target: ModelConfig):
+        """
+        Raises:
+          ValueError: its vocabulary is not that of the `target` model.
+        """
+        ours, theirs = engine.model.vocab_size, target.vocab_size
+        check(ours == theirs, f"the draft model has {ours} tokens and the model {theirs}: take two of one tokenizer and size")
         self._engine = engine
 
     def __call__(self, ongoing: Sequence[Ongoing], counts: Sequence[int]) -> list[list[int]]:

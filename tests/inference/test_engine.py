@@ -84,9 +84,9 @@ def redraw(request, sample, logits, prompt, answer):
 
 def check_answer(request, sample, answer, params=PARAMS, model=MODEL):
     """Every token and log-probability of an answer is that of recomputation, and it ends where it should."""
-    prompt, tokens = list(request.prompt), [token.token for token in answer]
+    prompt, tokens = list(request.prompt), [*request.answer, *(token.token for token in answer)]
     logits = logits_after(prompt + tokens, params, model)
-    for i, token in enumerate(answer):
+    for i, token in enumerate(answer, start=len(request.answer)):
         at = logits[len(prompt) + i - 1]
         if request.sampling.temperature == 0 and not request.sampling.reads_history:
             assert at[token.token] >= np.max(at) - 1e-5
@@ -110,7 +110,7 @@ INT8_TOLERANCE = 0.05
 
 def errors_of_int8(request, answer, params=PARAMS, model=MODEL, cache_dtype="int8"):
     """How far each token's log-probability is from recomputation with rounded keys and values."""
-    prompt, tokens = list(request.prompt), [token.token for token in answer]
+    prompt, tokens = [*request.prompt, *request.answer], [token.token for token in answer]
     logits = logits_after(prompt + tokens, params, model, cache_dtype).astype(np.float64)[len(prompt) - 1 : -1]
     expected = logits[np.arange(len(tokens)), tokens] - np.log(np.sum(np.exp(logits), axis=1))
     return np.abs(expected - [token.raw_logprob for token in answer])
@@ -166,6 +166,30 @@ class Traces(RuleBasedStateMachine):
         request = Request(prompt, sampling, num_samples, max_tokens, stop_ids=stop_ids, seed=seed)
         self.requests[self.engine.submit(request)] = request
 
+    @rule(data=st.data(), own=st.lists(st.sampled_from([1, 2]), max_size=3), max_tokens=st.integers(1, 8))
+    def go_on(self, data, own, max_tokens):
+        """The conversation goes on after an answer, or is taken back to the middle of it."""
+        if request := self._broken_off(data):
+            prompt = [*request.prompt, *request.answer, *own][: CONTEXT - max_tokens]
+            again = dataclasses.replace(request, prompt=prompt, answer=(), num_samples=1, max_tokens=max_tokens)
+            self.requests[self.engine.submit(again)] = again
+
+    @rule(data=st.data())
+    def resume(self, data):
+        """An answer that was broken off goes on."""
+        if request := self._broken_off(data):
+            self.requests[self.engine.submit(request)] = request
+
+    def _broken_off(self, data):
+        """A request for what is left of some sample's answer after a beginning of it; None if nothing was drawn yet."""
+        known = sorted(key for key, answer in self.answers.items() if len(answer) > 1)
+        if not known:
+            return None
+        request_id, sample = data.draw(st.sampled_from(known))
+        request, answer = self.requests[request_id], [token.token for token in self.answers[request_id, sample]]
+        kept = (*request.answer, *answer[: data.draw(st.integers(1, len(answer) - 1))])
+        return dataclasses.replace(request, answer=kept, first_sample=sample, num_samples=1)
+
     @rule(steps=st.integers(1, 6))
     def step(self, steps):
         for _ in range(steps):
@@ -204,7 +228,7 @@ class Traces(RuleBasedStateMachine):
         assert self.engine.num_pages_held == 0
         assert len(self.engine._slots) == self.engine.config.max_batch
         for request_id, request in self.requests.items():
-            for sample in range(request.num_samples):
+            for sample in range(request.first_sample, request.first_sample + request.num_samples):
                 answer = self.answers[request_id, sample]
                 if request_id not in self.dropped or (answer and answer[-1].finish_reason):
                     if self.engine.config.cache_dtype == "int8":
@@ -234,6 +258,67 @@ TestManyTraces.settings = TestMoreTraces.settings = settings(max_examples=1000, 
 # --- What sharing, batching and weights promise -----------------------------------------------------------------------
 
 ROOMY = EngineConfig(max_batch=8, cache_tokens=512, page_size=4, prefill_chunk=8)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 5], ids=["from_the_end", "in_a_page", "across_pages"])
+def test_a_conversation_goes_on_after_an_answer_that_another_one_replaced(kept):
+    """The other answer was written over the page that the first one had ended in."""
+    engine, first = Engine(PARAMS, MODEL, ROOMY), Request(CHAIN[:10], max_tokens=8, seed=0)
+    (answer,) = engine.generate([first])[0]
+    engine.generate([dataclasses.replace(first, seed=1)])
+    tokens = [token.token for token in answer]
+    goes_on = Request([*CHAIN[:10], *tokens, 3], max_tokens=6, seed=5)
+    if kept:
+        goes_on = dataclasses.replace(first, answer=tuple(tokens[:kept]))
+    (rest,) = engine.generate([goes_on])[0]
+    check_answer(goes_on, 0, rest)
+
+
+def test_what_a_request_brings_along_harms_no_other_request():
+    """A watcher that raises, a constraint that does, or one that allows nothing, ends its own request with its error."""
+
+    class Constrained:
+        stop_id = 0
+
+        def __init__(self, allowed):
+            self.allowed = allowed
+
+        def advance(self, token):
+            raise AssertionError("after an error nothing is advanced")
+
+    def forbids_everything():
+        return np.zeros(-(-MODEL.vocab_size // 32), np.uint32)
+
+    engine, ends = Engine(PARAMS, MODEL, ROOMY), {"max_tokens": 6, "stop_ids": frozenset({0})}
+    good = [engine.submit(Request(CHAIN[:5], max_tokens=6, seed=i)) for i in range(2)]
+    bad = {
+        engine.submit(Request(CHAIN[:4], watch=lambda sample: lambda token: 1 // 0, **ends)): ZeroDivisionError,
+        engine.submit(Request(CHAIN[:4], constraint=lambda: Constrained(lambda: 1 // 0), **ends)): ZeroDivisionError,
+        engine.submit(Request(CHAIN[:4], constraint=lambda: Constrained(forbids_everything), **ends)): ValueError,
+        engine.submit(Request(CHAIN[:4], min_tokens=1, max_tokens=6, stop_ids=frozenset(range(MODEL.vocab_size)))): ValueError,
+    }
+    answers = run_to_end(engine)
+    for i, request_id in enumerate(good):
+        check_answer(Request(CHAIN[:5], max_tokens=6, seed=i), 0, answers[request_id, 0])
+    for request_id, error in bad.items():
+        (token,) = answers[request_id, 0]
+        assert (token.finish_reason, type(token.error)) == ("error", error)
+    assert engine.num_pages_held == 0
+    with pytest.raises(RuntimeError, match="watcher or constraint failed"):
+        engine.generate([Request(CHAIN[:4], num_samples=2, watch=lambda sample: lambda token: 1 // sample, max_tokens=6)])
+    assert not engine.has_work
+
+    def refuses_the_second(made=[]):  # noqa: B006
+        made.append(1)
+        return Constrained(lambda: None) if len(made) < 2 else 1 // 0
+
+    with pytest.raises(ZeroDivisionError):
+        engine.submit(Request(CHAIN[:4], num_samples=3, constraint=refuses_the_second, **ends))
+    assert not engine.has_work
+    with pytest.raises(ValueError, match="not among stop_ids: add it"):
+        engine.submit(Request(CHAIN[:4], constraint=lambda: Constrained(lambda: None)))
+    with pytest.raises(ValueError, match=r"num_samples=1000000000 must lie in \[1, 16384\]"):
+        Request(CHAIN[:4], num_samples=10**9)
 
 
 def small_pairs(answer):

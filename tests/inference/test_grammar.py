@@ -118,7 +118,15 @@ def test_samples_and_neighbours_are_constrained_each_by_its_own():
 def test_the_distribution_is_that_of_what_is_allowed():
     """Log-probabilities are those of the model's distribution over the allowed tokens alone."""
     (answer,) = ENGINE.generate(
-        [Request([65], max_tokens=1, top_logprobs=3, constraint=GRAMMARS.constraint("regex", "[abc]x"))]
+        [
+            Request(
+                [65],
+                max_tokens=1,
+                top_logprobs=3,
+                stop_ids=frozenset({STOP}),
+                constraint=GRAMMARS.constraint("regex", "[abc]x"),
+            )
+        ]
     )[0]
     token = answer[0]
     assert token.top is not None

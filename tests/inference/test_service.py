@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import threading
 
 import pytest
 
@@ -73,14 +74,69 @@ def test_a_request_that_is_refused_is_an_error_of_its_caller_alone(service):
     check_tokens(REQUESTS[0], list(service.stream(REQUESTS[0])))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_fails_tells_everyone():
-    def watch(_sample):
-        return lambda token: 1 // 0
+def test_a_watcher_that_raises_is_an_error_of_its_caller_alone(service):
+    stream = service.stream(Request(CHAIN[:3], watch=lambda _sample: lambda token: 1 // 0))
+    with pytest.raises(RuntimeError, match="watcher or constraint failed"):
+        list(stream)
+    check_tokens(REQUESTS[0], list(service.stream(REQUESTS[0])))
+    assert service.call(lambda engine: engine.num_pages_held) == 0
 
-    service = Service(Engine(PARAMS, MODEL, ROOMY))
+
+def test_a_loop_that_is_closed_and_a_request_without_a_listener_stop_nobody(service, monkeypatch):
+    """The client leaves while a step runs, and what the step tells him finds his loop closed."""
+    step, in_step, go_on = service._engine.step, threading.Event(), threading.Event()
+
+    def slowly():
+        in_step.set()
+        assert go_on.wait(60)
+        return step()
+
+    async def leave_at_once():
+        task = asyncio.create_task(anext(service.astream(Request(CHAIN[:5]))))
+        await asyncio.to_thread(in_step.wait, 60)
+        task.cancel()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service._engine, "step", slowly)
+        asyncio.run(leave_at_once())
+        go_on.set()
+        service.call(lambda engine: engine.submit(REQUESTS[2]))
+        check_tokens(REQUESTS[0], list(service.stream(REQUESTS[0])))
+    for _ in service.stream(REQUESTS[6]):
+        pass
+    assert service.call(lambda engine: engine.num_pages_held) == 0
+
+
+def test_who_is_cancelled_before_his_request_has_a_number_leaves_nothing(service):
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold(_engine):
+        entered.set()
+        assert go_on.wait(60)
+
+    async def cancelled():
+        holder = asyncio.create_task(asyncio.to_thread(service.call, hold))
+        await asyncio.to_thread(entered.wait, 60)
+        task = asyncio.create_task(anext(service.astream(Request(CHAIN[:5]))))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        go_on.set()
+        await holder
+        # The other request takes longer, and by its end the first is gone.
+        return [token async for token in service.astream(REQUESTS[7])]
+
+    check_tokens(REQUESTS[7], asyncio.run(cancelled()))
+    assert service.call(lambda engine: (engine.num_pages_held, engine.has_work)) == (0, False)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_fails_tells_everyone(monkeypatch):
+    engine = Engine(PARAMS, MODEL, ROOMY)
+    service = Service(engine)
+    monkeypatch.setattr(engine, "_find_room", lambda: 1 // 0)
     with pytest.raises(RuntimeError, match="ended before the answer did"):
-        list(service.stream(Request(CHAIN[:3], watch=watch)))
+        list(service.stream(Request(CHAIN[:3])))
     with pytest.raises(RuntimeError, match="thread has ended"):
         service.call(lambda engine: engine.has_work)
 

@@ -57,7 +57,7 @@ def near(params):
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.3), SAMPLINGS[3]], ids=["greedy", "sampled", "penalties"])
 def test_a_draft_model_changes_no_answer_and_is_mostly_right(sampling):
-    draft = DraftModel(Engine(near(PARAMS), MODEL, ROOMY))
+    draft = DraftModel(Engine(near(PARAMS), MODEL, ROOMY), MODEL)
     guessing = Engine(PARAMS, MODEL, dataclasses.replace(ROOMY, num_guesses=3), guess=draft)
     request = Request(CHAIN[:9], sampling, 4, 14, seed=4)
     (plain,) = Engine(PARAMS, MODEL, ROOMY).generate([request])
@@ -67,6 +67,12 @@ def test_a_draft_model_changes_no_answer_and_is_mostly_right(sampling):
         assert [token.token for token in answer] == [token.token for token in same]
     # Both draw with the same random numbers, so that they agree wherever their distributions are close.
     assert guessing.stats.guessed_right > 0.6 * guessing.stats.guessed
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused():
+    target = dataclasses.replace(MODEL, vocab_size=MODEL.vocab_size + 1)
+    with pytest.raises(ValueError, match="the draft model has .* tokens and the model"):
+        DraftModel(Engine(PARAMS, MODEL, ROOMY), target)
 
 
 def test_an_answer_goes_on_where_it_was_broken_off():
