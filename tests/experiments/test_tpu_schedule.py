@@ -132,7 +132,7 @@ def test_a_compiled_kernel_has_the_cycles_of_its_tiles(tmp_path, monkeypatch):
     overrides = ["--config.data.seq_len=2048", "--config.model.max_seq_len=2048", "--config.model.window_pattern=(0,)"]
     config = load_train_config(str(write_tiny_job(tmp_path)), overrides)
     for kernel in kernels:
-        report = kernel_report(kernel, kernel.name, config, topology_of("v5e:2x2"), 1, dump)
+        report = kernel_report(kernel, kernel.name, config, topology_of("v5e:2x2"), {"context": 1}, dump)
         # Rows, heads; tiles of 1,024 x 1,024: two on the diagonal, each of three parts of 512 x 512, and one below. The MXUs do
         # 131,072 FLOPs in a cycle.
         products = 2 if "flash_forward" in kernel.name else 5

@@ -5,8 +5,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -179,6 +181,20 @@ def test_a_hub_that_cannot_be_reached_is_told():
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True).stdout
     assert "owner/name could not be had from the Hugging Face hub" in out
     assert "Offline, give the path" in out
+
+
+def test_one_gguf_file_of_a_repository_is_taken_by_its_name(gguf_file, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repository, revision, allow_patterns, local_dir):
+        asked.update(repository=repository, revision=revision, patterns=allow_patterns)
+        shutil.copyfile(gguf_file, Path(local_dir) / allow_patterns[0])
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    assert store.pull("owner/tiny-GGUF:tiny.Q4_1.gguf@v2").name == "tiny.Q4_1"
+    assert asked == {"repository": "owner/tiny-GGUF", "revision": "v2", "patterns": ["tiny.Q4_1.gguf"]}
+    with pytest.raises(ValueError, match="there is no 'owner/name:file.bin'"):
+        store.pull("owner/name:file.bin")
 
 
 def test_what_cannot_be_opened_does_not_enter_the_store(gguf_file, directory, home):

@@ -29,8 +29,9 @@ def test_in_float32_they_agree_on_the_whole_vocabulary(name):
 def test_in_bfloat16_they_differ_by_rounding():
     model = dataclasses.replace(MODEL, dtype="bfloat16", param_dtype="bfloat16")
     found = parity(Engine(random_params(model), model, ROOMY), ROWS, 6)
-    assert found.largest < 0.3
-    assert found.mean < 0.03
+    # 0.038 and 0.0045 here; a thousandth more in one layer's weights is lost in that, a hundredth is not.
+    assert found.largest < 0.08
+    assert found.mean < 0.01
 
 
 def test_a_difference_would_be_seen():
