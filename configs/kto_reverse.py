@@ -1,0 +1,22 @@
+"""KTO teaches the tiny model that has seen strings reversed with single answers, each marked right or wrong.
+
+Command:   loam run --config=configs/kto_reverse.py
+Hardware:  2 CPU cores
+Expected:  TODO
+
+Needs a finished run of `configs/pretrain_reverse.py` (runs/pretrain_reverse). Half of the answers, which are made here, have a
+slip: one letter left out, doubled, exchanged or moved.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import dpo_reverse
+
+
+def get_config() -> ConfigDict:
+    config = dpo_reverse.get_config()
+    config.objective = {"kto": {"beta": 0.1}}
+    config.data = dataclasses.replace(config.data, content="labels")
+    return config
