@@ -370,15 +370,15 @@ def make_trainer_of(
     )
     if by_replica:
         sums = over_replicas(sums, mesh)
-    prepare_update = prepare_rows = None
+    prepare_update: Prepare | None = None
+    prepare_rows = None
     if prepare:
-        add_constants = functools.partial(prepare, model=network, layout=of_step)
-
-        def prepare_update(params: Params, frozen: Params, batch: Batch) -> Batch:
-            return add_constants(whole(params, frozen), frozen, batch, accumulation=config.accumulation)
-
+        add = functools.partial(prepare, model=network, layout=of_step)
+        prepare_update = lambda params, frozen, batch: add(  # noqa: E731
+            whole(params, frozen), frozen, batch, accumulation=config.accumulation
+        )
         in_shardings = (whole(of_params, of_frozen), of_frozen, rows)
-        prepare_rows = jax.jit(functools.partial(add_constants, accumulation=1), in_shardings=in_shardings, out_shardings=rows)
+        prepare_rows = jax.jit(functools.partial(add, accumulation=1), in_shardings=in_shardings, out_shardings=rows)
     step = functools.partial(
         train_step, config=config, sums=sums, optimizer=optimizer, schedule=schedule, prepare=prepare_update
     )
