@@ -212,7 +212,7 @@ OBJECTIVES = {
     "cpo": ObjectiveConfig(cpo=CPOConfig()),
     "outcome": ObjectiveConfig(outcome_model=OutcomeModelConfig()),
 }
-QUICK = ("dpo", "kto", "reward_model")
+QUICK = ("kto", "reward_model")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OBJECTIVES])
@@ -322,6 +322,7 @@ def final_params(config):
     return found[0]["params"]
 
 
+@pytest.mark.slow
 def test_dpo_begins_at_log_2_learns_and_continues_to_the_same_bits(begun, monkeypatch):
     config = job(begun, DPO, run_dir=str(begun / "dpo"), steps=8, checkpoint=CheckpointConfig(every=4))
     assert train(config, log=lambda _: None) == 0
@@ -372,7 +373,8 @@ def test_another_reference_is_refused_when_a_run_continues(tmp_path):
         compare_initial(tmp_path, "initial_weights", "here", other, begun=True)
 
 
-@pytest.mark.parametrize("bits", [0, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [0, 8])
 def test_the_reference_of_adapters_is_what_they_adapt(examples, alone, bits):
     config = job(examples, DPO, lora=LoraConfig(rank=2, base_bits=bits), batch_size=2)
     batch = batch_of(config)
@@ -424,6 +426,7 @@ def test_held_out_scores_are_per_pair_whatever_the_batches(examples):
 # --- Reward models --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_a_rule_and_scores_samples_as_it_scored_answers(begun):
     directory = begun / "scorer"
     objective = ObjectiveConfig(reward_model=RewardModelConfig())
