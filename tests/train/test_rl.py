@@ -271,12 +271,9 @@ def test_a_reward_model_judges_with_the_task_and_without(warm_start, scorer, tmp
 
 @pytest.mark.slow
 def test_a_reward_model_that_read_other_prompts_is_refused(warm_start, scorer, tmp_path):
+    other = scorer("other", BARE.replace("bos_token + m", "bos_token + 'a' + m"))
     with pytest.raises(ValueError, match="was trained with another tokenizer or chat template"):
-        run(
-            job(
-                warm_start, tmp_path / "run", reward_model=scorer("other", BARE.replace("bos_token + m", "bos_token + 'a' + m"))
-            )
-        )
+        run(job(warm_start, tmp_path / "run", reward_model=other))
     with pytest.raises(ValueError, match="is not the directory of a run"):
         run(job(warm_start, tmp_path / "run", reward_model=str(tmp_path)))
 
