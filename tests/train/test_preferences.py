@@ -461,6 +461,22 @@ def test_a_reward_model_learns_a_rule_and_scores_samples_as_it_scored_answers(be
     assert np.std(expected) > 0.1
 
 
+@pytest.mark.slow
+def test_an_outcome_model_of_all_tokens_judges_after_each_that_is_written(examples):
+    objective = ObjectiveConfig(outcome_model=OutcomeModelConfig(all_tokens=True))
+    config = job(examples, objective, batch_size=2)
+    batch, params = batch_of(config), random_params(1, head=True)
+    _, sums = preference_objective(objective, LossConfig())(params, MODEL, batch, None)
+    tokens, learned, _, labels = answers_alone(batch)
+    places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    hidden = forward(params, MODEL, tokens, places, np.ones_like(tokens))[0]
+    logits = np.asarray(hidden @ params[REWARD_HEAD], np.float64)[:, 1:, 0]  # after each token but the first
+    losses = np.log1p(np.exp(np.where(labels[:, None] == 1, -logits, logits)))
+    of_answers = (losses * learned).sum(1) / learned.sum(1)
+    assert float(sums["loss"]) == pytest.approx(of_answers[::2].sum(), rel=1e-5)
+    assert float(sums["weight"]) == len(labels) / 2
+
+
 # --- What does not go together --------------------------------------------------------------------------------------------
 
 
