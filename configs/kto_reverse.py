@@ -13,10 +13,12 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from configs import dpo_reverse
+from data.config import DataConfig
 
 
 def get_config() -> ConfigDict:
     config = dpo_reverse.get_config()
     config.objective = {"kto": {"beta": 0.1}}
-    config.data = dataclasses.replace(config.data, content="labels")
+    data: DataConfig = config["data"]  # pyright: ignore[reportAssignmentType]
+    config.data = dataclasses.replace(data, content="labels")
     return config
