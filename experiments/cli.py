@@ -255,10 +255,11 @@ def summary(run_dir: str, report_path: Any) -> str:
     ]
     if "baseline_xz_bits_per_byte" in result:
         lines.append(f"`xz -9e` needs {result['baseline_xz_bits_per_byte']:.4f} bits a byte for the same documents.")
-    lines += [
-        f"Report: {report_path}",
-        f'Next:   loam sample {run_dir} (add --prompt="..." for one of your own)',
-    ]
+    lines.append(f"Report: {report_path}")
+    with open(f"{run_dir}/config.json") as file:
+        objective = json.load(file).get("objective") or {}
+    if not (objective.get("reward_model") or objective.get("outcome_model")):  # which write nothing
+        lines.append(f'Next:   loam sample {run_dir} (add --prompt="..." for one of your own)')
     return "\n".join(lines)
 
 

@@ -258,6 +258,14 @@ def test_gradients_through_packed_rows_are_those_of_answers_alone(examples, alon
     if name == "kto":
         assert float(metrics["kl"]) / number == pytest.approx(z0, rel=1e-5)
         assert z0 > 0
+        gained, good = 0.1 * (np.asarray(sums, np.float64) - of_reference)[::2], labels[::2] == 1
+        assert 0 < good.sum() < len(good)
+        rewards = {"reward_chosen": gained[good].mean(), "reward_rejected": gained[~good].mean()}
+        rewards["reward_margin"] = rewards["reward_chosen"] - rewards["reward_rejected"]
+        assert {name: float(metrics[name]) / number for name in rewards} == pytest.approx(
+            {key: float(value) for key, value in rewards.items()}, rel=1e-4
+        )
+        assert float(metrics["accuracy"]) == ((gained > 0.1 * z0) == good).sum()
     flat = ravel_pytree({**{k: jnp.zeros_like(params[k]) for k in head}, **jax.tree.map(lambda g: g / number, found)})[0]
     np.testing.assert_allclose(flat, gradient, rtol=1e-4, atol=2e-6 * np.abs(gradient).max())
 

@@ -226,7 +226,7 @@ def scorer(warm_start):
     """Makes a reward model that begins with the warm start and was shown a chat template."""
 
     def make(name, template):
-        source = SourceConfig("reverse", "task", task=TASK, num_examples=200, held_out_fraction=0.1)
+        source = SourceConfig("reverse", "task", task=TASK, num_examples=200, held_out_fraction=0.4)
         cache = str(warm_start.parent / "cache")
         data = DataConfig((source,), seq_len=16, cache_dir=cache, content="pairs", chat_template=template)
         config = TrainConfig(
@@ -248,10 +248,9 @@ def scorer(warm_start):
 
 
 @pytest.mark.slow
-def test_a_reward_model_judges_with_the_task_and_without(warm_start, scorer, tmp_path, monkeypatch):
+def test_a_reward_model_judges_with_the_task_and_without(warm_start, scorer, tmp_path):
     model = scorer("scorer", BARE)
-    alone = job(warm_start, tmp_path / "alone", reward_model=model, task_weight=0.0)
-    metrics = run(alone)
+    metrics = run(job(warm_start, tmp_path / "alone", reward_model=model, task_weight=0.0, steps=2))
     for record in metrics:
         assert record["reward/total"] == pytest.approx(record["reward/learned"], abs=1e-6)
         assert 0 <= record["reward/right"] <= 1
@@ -262,11 +261,6 @@ def test_a_reward_model_judges_with_the_task_and_without(warm_start, scorer, tmp
     assert together[0]["reward/total"] == pytest.approx(
         together[0]["reward/right"] + 0.5 * together[0]["reward/learned"], abs=1e-6
     )
-    stopped = dataclasses.replace(alone, run_dir=str(tmp_path / "stopped"))
-    with monkeypatch.context() as patch:
-        patch.setattr(rl, "stop_on_signal", lambda: StopAfter(1, iter(range(100))))
-        assert rl.train_with_rewards(stopped, log=lambda _: None) == 42
-    assert run(stopped) == metrics
 
 
 @pytest.mark.slow
