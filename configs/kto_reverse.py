@@ -2,8 +2,8 @@
 
 Command:   loam run --config=configs/kto_reverse.py
 Hardware:  1 CPU core, 2 minutes beside other work
-Expected:  val_accuracy 0.88, val_loss 0.361 (0.5 and 0.5 before); an answer is told right if its reward has the right sign beside
-           the reference point
+Expected:  val_accuracy 0.88, val_loss 0.361 (0.5 and 0.5 before); an answer is told right if its reward lies on the right side
+           of the reference point
 
 Needs a finished run of `configs/pretrain_reverse.py` (runs/pretrain_reverse). Half of the answers, which are made here, have a
 slip: one letter left out, doubled, exchanged or moved.

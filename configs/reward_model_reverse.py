@@ -2,7 +2,7 @@
 
 Command:   loam run --config=configs/reward_model_reverse.py
 Hardware:  1 CPU core, 1 minute beside other work
-Expected:  val_accuracy 0.774, val_loss 0.347 (0.5 and 0.693 before): it learns to tell lengths, and not yet letters
+Expected:  val_accuracy 0.774, val_loss 0.347 (0.5 and 0.693 before)
 
 Needs a finished run of `configs/pretrain_reverse.py` (runs/pretrain_reverse). The pairs are those of `configs/dpo_reverse.py`.
 Reinforcement learning takes the run as a reward: --config.reward_model=runs/reward_model_reverse of `configs/grpo_reverse.py`.

@@ -280,11 +280,7 @@ def after_a_step(config, devices, batch):
     return jax.device_get(state.params), {name: float(value) for name, value in metrics.items()}
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["kto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpo", "orpo", "reward_model", "outcome"))],
-)
-def test_micro_batches_and_devices_change_nothing(examples, name, request):
+def compare_with_one_batch(examples, name, others):
     """Rows hold different numbers of pairs, so that a mean of means would be another number."""
     config = job(examples, OBJECTIVES[name], optimizer=SGD, model=dataclasses.replace(MODEL, num_heads=4))
     batch = batch_of(config)
@@ -293,13 +289,22 @@ def test_micro_batches_and_devices_change_nothing(examples, name, request):
     one = after_a_step(config, jax.devices()[:1], batch)
     assert one[1].get("kl", 1) > 0
     assert one[1]["grad_norm"] > 0.1
-    others = [(dataclasses.replace(config, accumulation=4), jax.devices()[:1])]
-    if request.node.get_closest_marker("slow"):
-        others += [(config, jax.devices()), (dataclasses.replace(config, mesh=MeshConfig(1, 4, 2)), jax.devices())]
-    for other, devices in others:
-        params, metrics = after_a_step(other, devices, batch)
+    for changes, devices in others:
+        params, metrics = after_a_step(dataclasses.replace(config, **changes), devices, batch)
         assert metrics == pytest.approx(one[1], rel=2e-5, abs=2e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6), params, one[0])
+
+
+@pytest.mark.parametrize("name", ["kto", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dpo", "orpo", "outcome"))])
+def test_micro_batches_change_nothing(examples, name):
+    compare_with_one_batch(examples, name, [({"accumulation": 4}, jax.devices()[:1])])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kto", "dpo", "orpo", "reward_model", "outcome"])
+def test_eight_devices_do_what_one_does(examples, name):
+    meshes = [MeshConfig(8), MeshConfig(1, 4, 2)]
+    compare_with_one_batch(examples, name, [({"mesh": mesh}, jax.devices()) for mesh in meshes])
 
 
 # --- Runs -----------------------------------------------------------------------------------------------------------------
