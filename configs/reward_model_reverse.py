@@ -17,6 +17,10 @@ from configs import dpo_reverse
 def get_config() -> ConfigDict:
     config = dpo_reverse.get_config()
     config.objective = {"reward_model": {"centring": 0.01}}
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer = {
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "schedule": {"name": "linear", "warmup": "5 %"},
+    }
     config.steps = 100
     return config
