@@ -102,12 +102,18 @@ def _sequences(example: Conversation | Pair, encoder: ChatEncoder) -> Sequences:
     answers = encoder.encode_answers(example.prompt, [example.chosen, example.rejected], example.tools)
     if np.array_equal(answers[0].ids, answers[1].ids):
         raise BadExample("identical pair", "the chat template writes chosen and rejected alike")
-    return Sequences(answers, [example.margin] * 2)
+    return Sequences(_read_to_the_end(answers), [example.margin] * 2)
 
 
 def _labelled(example: Labelled, other: Sequence[Message], encoder: ChatEncoder) -> Sequences:
     answers = encoder.encode_answers(example.prompt, [example.completion, other], example.tools)
-    return Sequences(answers, [float(example.label)] * 2)
+    return Sequences(_read_to_the_end(answers), [float(example.label)] * 2)
+
+
+def _read_to_the_end(answers: Sequence[Encoded]) -> list[Encoded]:
+    """The answers with their last token once more, which nobody learns to write: in a row all tokens but the last are read, and
+    a reward model judges what it has read, the stop token too."""
+    return [Encoded(np.append(one.ids, one.ids[-1]), np.append(one.trained, False)) for one in answers]
 
 
 def _other_completion(examples: Sequence[Labelled], number: int) -> Sequence[Message]:

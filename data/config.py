@@ -52,7 +52,8 @@ class SourceConfig:
       text_field: the column that holds the text (jsonl, parquet, huggingface).
       hub_config, hub_split, hub_revision: which part of a hub data set, pinned by revision.
       max_bytes: stop after this many bytes of text, taken in a seeded random order of documents; 0 is all.
-      task, num_examples: `task`: so many training prompts of it with their solutions.
+      task, num_examples: `task`: so many training prompts of it with their solutions; for `pairs` with a wrong answer each,
+        for `labels` with a right or a wrong one.
       held_out_split: `hash` holds whole documents out, chosen by the hash of their content; `position` holds out the last
         part of every document (nanoGPT's split of one long text).
       held_out_fraction: expected share of documents (`hash`) or exact share of characters (`position`).

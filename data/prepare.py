@@ -38,7 +38,7 @@ from data.sources import Document, RowText, check_source, identity, read_documen
 from data.storage import GROUPED, PackedRows, Split, write_documents, write_index
 from data.tokenizer import Tokenizer, load_tokenizer, split_text, train_tokenizer
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 _MAX_ENCODE_CHARACTERS = 1 << 20
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
@@ -262,7 +262,7 @@ def _write_texts(directory: Path, source: SourceConfig, content: Content, seed: 
         open(directory / "held_out.jsonl", "w", encoding="utf-8") as held_out,
     ):
         files = {"train": train, "held_out": held_out}
-        for document in _progress_bar(read_documents(source, seed, _examples(content, refused)), source.name):
+        for document in _progress_bar(read_documents(source, seed, _examples(content, refused), content), source.name):
             if not document.text.strip():
                 skipped += 1
                 continue

@@ -5,7 +5,8 @@
   files        local .txt and .md (one document a file), .jsonl and .parquet (one a row), plain or .gz or .zst; a file, a
                directory (searched recursively) or a glob.
   huggingface  a data set of the Hugging Face hub, streamed.
-  task         prompts of a verifiable task of `data/tasks/`, each followed by its solution.
+  task         prompts of a verifiable task of `data/tasks/`, each followed by its solution; with wrong answers beside or in
+               place of it where the content wants them.
 
 A row's document is the text of one of its fields, or whatever the caller makes of the row. The order of documents is the same
 on every run.
@@ -21,6 +22,7 @@ import importlib
 import inspect
 import io
 import json
+import random
 import sys
 import sysconfig
 import tokenize
@@ -31,7 +33,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from data.config import SourceConfig
+from data.config import Content, SourceConfig
+from data.tasks.mistakes import mistaken
 
 _TEXT_SUFFIXES = (".txt", ".md")
 _FORMATS = (*_TEXT_SUFFIXES, ".jsonl", ".parquet")
@@ -55,12 +58,16 @@ class Document:
     licence: str
 
 
-def read_documents(config: SourceConfig, seed: int = 0, row_text: RowText | None = None) -> Iterator[Document]:
+def read_documents(
+    config: SourceConfig, seed: int = 0, row_text: RowText | None = None, content: Content = "text"
+) -> Iterator[Document]:
     """Documents of one source, in a fixed order. Rows whose text is null are empty documents.
 
     Args:
       seed: of the draw that `config.max_bytes` asks for.
       row_text: makes the text of a row, and then files must have rows; None takes the field `config.text_field`.
+      content: what the rows of a task are to hold: `pairs` of its solution and a wrong answer, or answers with `labels`, half
+        of which are wrong.
 
     With `config.max_bytes`, local sources are read twice: once to draw documents in an order that depends on their text and
     `seed` alone, once to yield those drawn.  A hub stream is shuffled by its own buffer and read until the limit.  Either
@@ -74,7 +81,7 @@ def read_documents(config: SourceConfig, seed: int = 0, row_text: RowText | None
     """
     check_source(config)
     if not config.max_bytes:
-        documents = _texts(config, seed, row_text)
+        documents = _texts(config, seed, row_text, content)
     elif config.kind == "huggingface":
         documents = _first_bytes(_texts(config, seed, row_text), config.max_bytes)
     else:
@@ -100,14 +107,16 @@ def identity(config: SourceConfig) -> list[Any]:
     return []  # The hub's is the revision in the config.
 
 
-def _texts(config: SourceConfig, seed: int, row_text: RowText | None) -> Iterator[tuple[str, str, str]]:
+def _texts(
+    config: SourceConfig, seed: int, row_text: RowText | None, content: Content = "text"
+) -> Iterator[tuple[str, str, str]]:
     """(id, text, licence or "") of all documents."""
     if config.kind == "stdlib":
         documents = ((id, text, "PSF-2.0") for id, text in _stdlib_texts())
     elif config.kind == "files":
         documents = ((id, text, "") for name, path in _files(config) for id, text in _file_texts(config, name, path, row_text))
     elif config.kind == "task":
-        documents = ((id, text, "generated") for id, text in _task_texts(config, seed, row_text))
+        documents = ((id, text, "generated") for id, text in _task_texts(config, seed, row_text, content))
     else:
         documents = _hub_texts(config, seed, row_text)
     for id, text, licence in documents:
@@ -115,12 +124,18 @@ def _texts(config: SourceConfig, seed: int, row_text: RowText | None) -> Iterato
         yield id, text.encode("utf-8", "replace").decode(), licence
 
 
-def _task_texts(config: SourceConfig, seed: int, row_text: RowText | None) -> Iterator[tuple[str, str]]:
+def _task_texts(config: SourceConfig, seed: int, row_text: RowText | None, content: Content) -> Iterator[tuple[str, str]]:
     assert config.task is not None
     task = config.task.make()
     for index in range(config.num_examples):
         example = task.example(index, seed, "train")
-        row = {"prompt": example.prompt, "completion": task.solution(example)}
+        row: dict[str, Any] = {"prompt": example.prompt, "completion": task.solution(example)}
+        rng = random.Random(f"mistake/{seed}/{index}")
+        if content == "pairs":
+            row = {"prompt": example.prompt, "chosen": row["completion"], "rejected": mistaken(task, example, rng)}
+        elif content == "labels":
+            row["label"] = rng.random() < 0.5
+            row["completion"] = row["completion"] if row["label"] else mistaken(task, example, rng)
         where = f"{config.task.name} {index}"
         yield where, row_text(row, where) if row_text else row["prompt"] + row["completion"]
 

@@ -149,7 +149,7 @@ class PackedRows:
 
         Pairs and labelled answers have `sequence_ids` int32 (the document a token is of) and `labels` float32 (what is known of
         it) too. Segments 2 k - 1 and 2 k are then two answers to one prompt: chosen and rejected, with the margin as the label;
-        or the prompt's answer, labelled 1 or 0, and the answer to another prompt.
+        or the prompt's answer, labelled 1 or 0, and the answer to another prompt. Their stop tokens are among the tokens.
 
         Raises:
           ValueError: a record is damaged.

@@ -249,14 +249,17 @@ def summary(run_dir: str, report_path: Any) -> str:
     lines = [
         f"Trained {result['parameters']:,} parameters on {result['tokens']:,} tokens "
         f"in {result['train_seconds'] / 60:.1f} minutes.",
-        f"On held-out text: loss {result['val_loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits a byte.",
+        f"On held-out text: loss {result['val_loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits a byte."
+        if "bits_per_byte" in result
+        else f"On held-out preferences: accuracy {result['val_accuracy']:.4f}, loss {result['val_loss']:.4f}.",
     ]
     if "baseline_xz_bits_per_byte" in result:
         lines.append(f"`xz -9e` needs {result['baseline_xz_bits_per_byte']:.4f} bits a byte for the same documents.")
-    lines += [
-        f"Report: {report_path}",
-        f'Next:   loam sample {run_dir} (add --prompt="..." for one of your own)',
-    ]
+    lines.append(f"Report: {report_path}")
+    with open(f"{run_dir}/config.json") as file:
+        objective = json.load(file).get("objective") or {}
+    if not (objective.get("reward_model") or objective.get("outcome_model")):  # which write nothing
+        lines.append(f'Next:   loam sample {run_dir} (add --prompt="..." for one of your own)')
     return "\n".join(lines)
 
 

@@ -28,6 +28,8 @@ def describe(config: TrainConfig) -> str:
     lines += ["", f"memory per device, mesh {mesh}"]
     for name, tree in (("parameters", state.params), ("optimizer state", state.opt_state), ("moving average", state.ema)):
         lines.append(f"  {name:<28}{_device_bytes(tree) / 2**20:>14,.1f} MiB")
+    if state.frozen is not None:
+        lines.append(f"  {'frozen':<28}{_device_bytes(state.frozen) / 2**20:>14,.1f} MiB")
     lines.append(f"  {'gradients':<28}{_device_bytes(state.params) / 2**20:>14,.1f} MiB")
     return "\n".join([*lines, *_flops_lines(config)])
 

@@ -324,6 +324,21 @@ def charts(run: Run) -> str:
             *complete("all held-out text", against("val_loss"), against("final_val_loss")),
         ]
 
+    def line(label: str, name: str, style: Style = "main") -> Series:
+        points = against_tokens(run.metrics, name)
+        return Series(label, smooth(points) if style == "main" else points, style)
+
+    def chosen_and_rejected(name: str) -> list[Series]:
+        return [line("chosen", f"{name}_chosen"), line("rejected", f"{name}_rejected", "marked")]
+
+    told_right = [line("training, smoothed", "accuracy"), line("held out", "val_accuracy", "marked")]
+    of_preferences = [
+        chart("Preferences told right", "tokens", told_right, show=percent),
+        chart("Rewards", "tokens", chosen_and_rejected("reward")),
+        chart("Log-probabilities", "tokens", chosen_and_rejected("logprob")),
+        chart("KL from the reference", "tokens", [line("nats an answer", "kl")], from_zero=True),
+    ]
+
     def with_median(records: dict[int, dict[str, Any]], name: str) -> list[Series]:
         points = against_tokens(records, name)
         return [Series("each step", points, "raw"), Series("median of 15 steps", running_median(points))]
@@ -334,6 +349,7 @@ def charts(run: Run) -> str:
     drawn = [
         chart("Loss by tokens", "tokens", losses(lambda name: against_tokens(run.metrics, name)), log=True),
         chart("Loss by time", unit, losses(against_time), log=True),
+        *(of_preferences if told_right[1].points else []),
         chart(
             "Bits per byte on held-out data",
             "tokens",
@@ -401,7 +417,9 @@ def header(run: Run) -> str:
             ("bits per byte", f"{numbers['bits_per_byte']:.4f}", f"xz -9e: {baseline:.3f}" if baseline else "held out")
         )
     if "val_loss" in numbers:
-        tiles.append(("held-out loss", f"{numbers['val_loss']:.4f}", "nats per token"))
+        tiles.append(("held-out loss", f"{numbers['val_loss']:.4f}", "" if "val_accuracy" in numbers else "nats per token"))
+    if "val_accuracy" in numbers:
+        tiles.append(("held-out accuracy", f"{numbers['val_accuracy']:.3f}", "preferences told right"))
     if "eval/pass@1" in numbers:
         before = numbers.get("initial_eval/pass@1")
         tiles.append(("pass@1", f"{numbers['eval/pass@1']:.3f}", "held out" if before is None else f"{before:.3f} before"))

@@ -23,11 +23,11 @@ from inference.sampling import Sampling
 from model.attention import runs_on
 from model.convert import gguf, huggingface
 from model.convert.gguf_file import read_gguf
-from model.lora import adapt, adapter_specs, frozen_base, merge
+from model.lora import adapter_specs
 from model.params import Params, abstract_params, param_specs
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check
-from train.initial import open_initial
+from train.initial import merged_weights
 
 
 def open_run(run_dir: Path, step: int) -> tuple[TrainConfig, Tokenizer, Params]:
@@ -65,8 +65,7 @@ def _merged(adapters: Params, config: TrainConfig) -> Params:
     assert config.lora is not None
     weights, here = param_specs(config.model), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_params(weights))
-    base = open_initial(config.initial_weights, config.model).load(abstract)
-    return merge(adapt(frozen_base(base, config.model, config.lora)[0], adapters, config.lora), weights)
+    return merged_weights(config.model, config.lora, config.initial_weights, adapters, abstract)
 
 
 def _is_run(source: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from data.config import DataConfig
 from model.config import LoraConfig, ModelConfig, check, check_choices
+from train.objectives.config import ObjectiveConfig
 
 OptimizerName = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
 ScheduleName = Literal["cosine", "wsd", "linear", "constant"]
@@ -249,7 +250,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A run that learns to write texts, or the answers in conversations: `steps` optimizer updates of `batch_size` rows.
+    """A run that learns to write texts, or the answers in conversations, or from preferences between answers: `steps` optimizer
+    updates of `batch_size` rows.
 
     Attributes:
       name: the config file's; the run lives in `runs/<name>` unless `run_dir` says otherwise.
@@ -261,6 +263,8 @@ class TrainConfig:
         of a Hugging Face checkpoint, a .gguf file, or a name of `loam models`. Its tokenizer and chat template come along,
         unless `data` names its own. Empty draws new weights.
       lora: trains adapters of the initial weights instead of the weights; None is off.
+      objective: what is learned of pairs or of labelled answers; None learns to write what is read. The reference of DPO and
+        KTO is the initial weights, with `lora` what the adapters adapt.
       xz_baseline: also report what `xz -9e` needs for each held-out document (`baseline_xz_bits_per_byte`).
     """
 
@@ -272,6 +276,7 @@ class TrainConfig:
     accumulation: int = 1
     initial_weights: str = ""
     lora: LoraConfig | None = None
+    objective: ObjectiveConfig | None = None
     seed: int = 0
     run_dir: str = ""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -322,10 +327,14 @@ class TrainConfig:
         )
         if self.lora is not None:
             self._check_lora(self.lora)
-        check(
-            self.data.content in ("text", "conversations"),
-            f"data.content={self.data.content!r} is not something to write: 'text' and 'conversations' are",
-        )
+        if self.objective is not None:
+            self._check_objective(self.objective)
+        else:
+            check(
+                self.data.content in ("text", "conversations"),
+                f"data.content={self.data.content!r} is not something to write: 'text' and 'conversations' are; to learn from "
+                "'pairs' or 'labels', set objective",
+            )
         check(
             self.data.content == "text" or not self.xz_baseline,
             "xz_baseline compares texts, and data.content is not 'text': leave it out",
@@ -343,6 +352,28 @@ class TrainConfig:
         check(
             not lora.base_bits or (sizes == (1, 1, 1, 1) and not self.model.scan_layers),
             "lora.base_bits goes with model.scan_layers=False and a mesh of `data` alone: rounded weights are not split",
+        )
+
+    def _check_objective(self, objective: ObjectiveConfig) -> None:
+        name = f"objective.{objective.name}"
+        check(
+            self.data.content == objective.content,
+            f"{name} learns from data.content={objective.content!r}, and it is {self.data.content!r}: set it so",
+        )
+        check(
+            bool(self.initial_weights) or not objective.needs_reference,
+            f"{name} compares with the model it begins with: set initial_weights",
+        )
+        check(
+            self.lora is None or not objective.has_head,
+            f"{name} needs a head that lora does not adapt: leave lora out",
+        )
+        check(self.model.moe is None, f"{name} does not balance experts (model.moe): take a dense model")
+        check(self.mesh.context == 1, f"{name} does not split rows: set mesh.context to 1")
+        check(not self.loss.z_loss, f"{name} has no z-loss: set loss.z_loss to 0")
+        check(
+            not (objective.has_head and self.eval.sample_prompts),
+            f"{name} judges answers and writes none: leave eval.sample_prompts out",
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,14 @@ import jax
 from data.prepare import load_chat_template
 from data.tokenizer import Tokenizer, load_tokenizer
 from inference.models import describe_model
-from model.config import ModelConfig, check
+from model.config import LoraConfig, ModelConfig, check
 from model.convert.config_json import differences
-from model.params import Params
-from train.checkpoint import Checkpoints
+from model.lora import adapt, adapter_specs, frozen_base, merge
+from model.params import Params, abstract_params, init_params, param_specs
+from train.checkpoint import Checkpoints, digests, flatten
+from train.distributed import ALONE, Group
+from train.files import write_json_atomic
+from train.step import Trainer
 
 # Fields of a model that say how it is computed, not what: they may differ from those of the run that is continued from.
 _FREE_FIELDS = ("dtype", "param_dtype", "remat", "attention_backend", "max_seq_len", "init_std")
@@ -69,7 +74,6 @@ def _open_run(directory: Path, config: ModelConfig) -> InitialModel:
         if name not in _FREE_FIELDS and here[name] != there["model"].get(name)
     ]
     check(not different, f"initial_weights={str(directory)!r} is another network than the config: {', '.join(different)}")
-    check(not there.get("lora"), f"initial_weights={str(directory)!r} has adapters: `loam convert` it, and begin with that")
     name = "ema" if there["optimizer"]["ema_decay"] else "params"
 
     def load(abstract: Params) -> Params:
@@ -78,5 +82,59 @@ def _open_run(directory: Path, config: ModelConfig) -> InitialModel:
             raise FileNotFoundError(f"initial_weights={str(directory)!r} has no checkpoint yet: let that run make one")
         return restored[0][name]
 
+    def load_merged(abstract: Params) -> Params:
+        assert lora is not None
+        adapters = load(_anywhere(abstract_params(adapter_specs(config, lora)), abstract))
+        return merged_weights(config, lora, there["initial_weights"], adapters, abstract)
+
+    lora = LoraConfig(**there["lora"] | {"targets": tuple(there["lora"]["targets"])}) if there.get("lora") else None
     tokenizer = directory / "tokenizer"
-    return InitialModel(load_tokenizer(tokenizer), load_chat_template(tokenizer), load)
+    return InitialModel(load_tokenizer(tokenizer), load_chat_template(tokenizer), load_merged if lora else load)
+
+
+def merged_weights(model: ModelConfig, lora: LoraConfig, source: str, adapters: Params, abstract: Params) -> Params:
+    """The weights of `source`, that such adapters were trained on, with these in them; they live where `abstract` says."""
+    base = open_initial(source, model).load(abstract)
+    specs = param_specs(model)
+    of_weights = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    whole = jax.jit(
+        lambda base, adapters: merge(adapt(frozen_base(base, model, lora)[0], adapters, lora), specs), out_shardings=of_weights
+    )
+    return whole(base, adapters)
+
+
+def _anywhere(abstract: Params, beside: Params) -> Params:
+    """`abstract` on all of the devices that `beside` is on."""
+    sharding = jax.tree.leaves(beside)[0].sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+
+
+def load_initial(initial: InitialModel, trainer: Trainer) -> Params:
+    """What `trainer.begin` takes: the weights of the network, and heads as they are before any training."""
+    network = param_specs(trainer.config.model)
+    heads = {name: spec for name, spec in trainer.specs.items() if name not in network}
+    weights = initial.load({name: trainer.abstract_weights[name] for name in network})
+    of_heads = {name: trainer.abstract_weights[name].sharding for name in heads}
+    return weights | (init_params(heads, jax.random.key(0), of_heads) if heads else {})
+
+
+def compare_initial(run_dir: Path, name: str, source: str, weights: Params, begun: bool, group: Group = ALONE) -> None:
+    """Keeps the digest of weights that a run does not save in `<name>.json`.
+
+    Args:
+      begun: the run has a checkpoint, and goes on with the weights it began with.
+
+    Raises:
+      ValueError: these are others.
+    """
+    found = hashlib.sha256(json.dumps(digests(flatten(weights)[0]), sort_keys=True).encode()).hexdigest()
+    path = run_dir / f"{name}.json"
+    said = group.from_first(name, lambda: json.loads(path.read_text())["digest"] if begun and path.exists() else found)
+    check(
+        said == found,
+        f"{source} no longer holds the weights that {run_dir} began with: bring them back, or choose another --config.run_dir",
+    )
+    if group.is_first:
+        write_json_atomic(path, {"source": source, "digest": found})

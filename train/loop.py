@@ -40,7 +40,7 @@ from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, ch
 from train.config import PREEMPTED, TrainConfig, check
 from train.distributed import ALONE, Group, global_batch, local_rows
 from train.files import only_process_in, write_atomic, write_json_atomic
-from train.initial import InitialModel, open_initial
+from train.initial import InitialModel, compare_initial, load_initial, open_initial
 from train.metrics import JsonlWriter, NoWriter, Writer, check_writers, make_writers, read_jsonl, truncate_jsonl
 from train.peak import peak_flops
 from train.progress import Progress, rate
@@ -340,16 +340,21 @@ class Loop:
         if self.initial is None:
             return self.trainer.init(jax.random.key(self.config.seed))
         self.log(f"beginning with the weights of {self.config.initial_weights}")
-        weights = self.initial.load(self.trainer.abstract_weights)
-        return self.trainer.begin(weights, jax.random.key(self.config.seed))
+        return self.trainer.begin(self._initial_weights(begun=False), jax.random.key(self.config.seed))
+
+    def _initial_weights(self, begun: bool) -> Any:
+        assert self.initial is not None
+        weights = load_initial(self.initial, self.trainer)
+        if self.trainer.abstract_state.frozen is not None:
+            compare_initial(self.run_dir, "initial_weights", self.config.initial_weights, weights, begun, self.group)
+        return weights
 
     def _frozen(self) -> Any:
-        """What the adapters of LoRA adapt, which is in no checkpoint; kept over a rollback."""
-        if self.config.lora is None:
+        """What the adapters of LoRA adapt, or the reference, which is in no checkpoint; kept over a rollback."""
+        if self.trainer.abstract_state.frozen is None:
             return None
         if self.state is None:
-            assert self.initial is not None
-            return self.trainer.freeze(self.initial.load(self.trainer.abstract_weights))
+            return self.trainer.freeze(self._initial_weights(begun=True))
         return self.state.frozen
 
     def _open_writers(self) -> tuple[Writer | NoWriter, JsonlWriter | NoWriter]:
@@ -536,11 +541,11 @@ class Loop:
         """On the same held-out rows at every step, so that the scores are a curve; after the last step on all of them too."""
         with self.timed("eval"):
             limit = self.config.eval.max_batches
-            scores = evaluate(self.trainer, self._eval_params(), self.data, limit, self.group)
+            scores = evaluate(self.trainer, self._eval_params(), self.data, limit, self.group, self.state.frozen)
             if last:
                 final = scores
                 if self._leaves_rows_out():
-                    final = evaluate(self.trainer, self._eval_params(), self.data, group=self.group)
+                    final = evaluate(self.trainer, self._eval_params(), self.data, 0, self.group, self.state.frozen)
                 scores |= {f"final_{name}": value for name, value in final.items()}
             for name, value in scores.items():
                 if not math.isfinite(value):
@@ -620,41 +625,54 @@ def facts(config: TrainConfig, data: PreparedData, program: str) -> dict[str, st
     }
 
 
-def evaluate(trainer: Trainer, params: Any, data: PreparedData, max_batches: int = 0, group: Group = ALONE) -> dict[str, float]:
-    """Loss per token (nats) and bits per byte on held-out data, over all sources and for each where there are several.
+def evaluate(
+    trainer: Trainer, params: Any, data: PreparedData, max_batches: int = 0, group: Group = ALONE, frozen: Any = None
+) -> dict[str, float]:
+    """Scores on held-out data, over all sources and for each where there are several: loss per token (nats) and bits per byte,
+    or loss and accuracy per pair or labelled answer.
 
     The bytes are those of the predicted tokens; a document's first token is context only. Over all sources, each weighs by all
-    of its held-out tokens, however many of its batches were taken.
+    of its held-out tokens or answers, however many of its batches were taken. KTO's reference point is that of a batch.
 
     Args:
       max_batches: of each source; 0 is all.
+      frozen: of the state.
     """
     config = trainer.config
     batch_size = config.batch_size // config.accumulation
     rows = local_rows(trainer.batch_sharding, (batch_size, config.data.seq_len))
+    summed = ("loss", "accuracy") if config.objective else ("loss",)
     totals: dict[str, list[float]] = {}
     for source in data.held_out:
         sums = []
-        counts = np.zeros((2, rows.size))  # predicted tokens, and their bytes, of each row of a batch
+        counts = np.zeros((2, rows.size))  # of each row of a batch: predicted tokens and their bytes, or pairs
         for batch in held_out_batches(data, config.data, source, batch_size, max_batches, rows=rows):
-            counts += [(lengths * batch["weights"]).sum(1) for lengths in (1, data.tokenizer.byte_lengths[batch["targets"]])]
+            if config.objective:
+                counts[0] += batch["segment_ids"].max(1) // 2
+            else:
+                counts += [(n * batch["weights"]).sum(1) for n in (1, data.tokenizer.byte_lengths[batch["targets"]])]
             on_devices = global_batch(batch, rows, trainer.batch_sharding, batch_size)
             if sums:  # One at a time: see `train.checkpoint.digests`.
                 jax.block_until_ready(sums[-1])
+            if trainer.prepare:
+                on_devices = jax.block_until_ready(trainer.prepare(params, frozen, on_devices))
             sums.append(trainer.evaluate(params, on_devices))
         # Several processes may hold the same row.
         by_row: dict[str, list[float]] = {}
         for told in group.gather("held-out counts", json.dumps(dict(zip(rows.tolist(), counts.T.tolist(), strict=True)))):
             by_row |= json.loads(told)
-        loss = sum(float(jax.device_get(metrics["loss"])) for metrics in sums)
-        totals[source] = [loss, *(sum(column) for column in zip(*by_row.values(), strict=True))]
+        counted = [sum(column) for column in zip(*by_row.values(), strict=True)]
+        totals[source] = [*counted, *(sum(float(jax.device_get(metrics[name])) for metrics in sums) for name in summed)]
 
     def scores(sums: list[float], suffix: str) -> dict[str, float]:
-        loss, tokens, num_bytes = sums
-        return {f"val_loss{suffix}": loss / tokens, f"bits_per_byte{suffix}": loss / math.log(2) / num_bytes}
+        number, num_bytes, loss, *accuracy = sums
+        if accuracy:
+            return {f"val_loss{suffix}": loss / number, f"val_accuracy{suffix}": accuracy[0] / number}
+        return {f"val_loss{suffix}": loss / number, f"bits_per_byte{suffix}": loss / math.log(2) / num_bytes}
 
-    targets = {source: data.manifest["sources"][source]["held_out"]["targets"] for source in totals}
-    weighted = [[targets[source] / sums[1] * x for x in sums] for source, sums in totals.items()]
+    held_out = {source: data.manifest["sources"][source]["held_out"] for source in totals}
+    all_of = {source: split["sequences"] // 2 if config.objective else split["targets"] for source, split in held_out.items()}
+    weighted = [[all_of[source] / sums[0] * x for x in sums] for source, sums in totals.items()]
     result = scores([sum(column) for column in zip(*weighted, strict=True)], "")
     if len(totals) > 1:
         for source, sums in totals.items():

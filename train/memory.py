@@ -39,6 +39,7 @@ def plan_memory(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
         "optimizer state": opt_state,
         "moving average": parameters if config.optimizer.ema_decay else 0,
         "gradients": parameters * (2 if config.accumulation > 1 else 1),
+        "reference": parameters if config.objective and config.objective.needs_reference and not config.lora else 0,
     }
     return plan | _activations(config, mesh)
 

@@ -32,13 +32,14 @@ from data.tasks.task import Example, Split
 from inference.engine import Engine, EngineConfig
 from model.config import check
 from model.lora import merge
-from model.params import Params, init_params, param_shardings, param_specs
+from model.params import Params, param_shardings, param_specs
 from model.sharding import DECODE_RULES, TRAIN_RULES, Layout
-from train.checkpoint import Checkpoints, check_room, digests, flatten
+from train.checkpoint import Checkpoints, check_room
 from train.config import PREEMPTED
 from train.distributed import Group
 from train.files import only_process_in, write_atomic, write_json_atomic
-from train.initial import InitialModel, open_initial
+from train.initial import InitialModel, compare_initial, load_initial, open_initial
+from train.learned_reward import LearnedReward
 from train.loop import Log, differences, stop_on_signal
 from train.metrics import JsonlWriter, check_writers, make_writers, read_jsonl, truncate_jsonl
 from train.objectives.grpo import group_statistics, select_groups
@@ -52,8 +53,9 @@ from train.progress import Progress, rate
 from train.provenance import provenance
 from train.rewards import Part, Rewards, Verifiers, compose
 from train.rl_config import RLConfig
-from train.rl_step import Scores, policy_objective, score, value_head_spec
+from train.rl_step import Scores, policy_objective, score
 from train.rollouts import Array, Samples, draw
+from train.scalar_head import scalar_head_spec
 from train.step import TrainState, make_trainer_of
 
 # Fields that may differ when a run is continued: none of them changes an update by more than rounding.
@@ -140,7 +142,7 @@ class Policy:
         )
         self.config = config
         self.specs = param_specs(config.model)
-        weights = self.specs | ({"value_head": value_head_spec(config.model)} if config.policy.value else {})
+        weights = self.specs | ({"value_head": scalar_head_spec(config.model)} if config.policy.value else {})
         self.trainer = make_trainer_of(config, functools.partial(policy_objective, config=config), weights)
         mesh = self.trainer.mesh
         layout = None if mesh.size == 1 else Layout.of(mesh, TRAIN_RULES)
@@ -202,13 +204,15 @@ class RLLoop:
             bool(self.stop_ids),
             f"the tokenizer of {config.initial_weights} has no token that ends an answer: train one with document_boundaries",
         )
+        self.learned = self._open_reward_model() if config.reward_model else None
         for split in ("train", "eval"):  # Prompts that are too long, or a task without any, are told before the work.
             for example in self._examples(split, 0, 8):
                 self._prompt(example)
         self._write_description(initial)
         self.state, self.step, self.reference, self.ahead_metrics = self._restore(initial)
         self.engine: Engine | None = None
-        self.verifiers = Verifiers(self._parts(), config.rollouts.verifiers, config.rollouts.verifier_seconds)
+        judges = (Part("right", self.task.score),)
+        self.verifiers = Verifiers(judges, config.rollouts.verifiers, config.rollouts.verifier_seconds)
         self.metrics = make_writers(config.writers, self.run_dir, config.name, first_step=self.step + 1)
         self.samples = JsonlWriter(self.run_dir / "samples.jsonl")
         self.progress = Progress(config.steps, self.step, log)
@@ -218,7 +222,25 @@ class RLLoop:
     # --- Setting up -----------------------------------------------------------------------------------------------
 
     def _parts(self) -> tuple[Part, ...]:
-        return (Part("right", self.task.score),)
+        """What the reward is made of."""
+        config = self.config
+        by_task = (Part("right", self.task.score, config.task_weight),) if config.task_weight else ()
+        return (*by_task, Part("learned", weight=config.reward_model_weight)) if config.reward_model else by_task
+
+    def _open_reward_model(self) -> LearnedReward:
+        """Raises ValueError where it was shown other prompts than are drawn for, or other weights than the run began with."""
+        config, source = self.config, self.config.reward_model
+        learned = LearnedReward(source, config.model, self.policy.trainer.mesh, config.rollouts.max_batch)
+        example = self._examples("train", 0, 1)[0]
+        theirs = learned.chat.encode_prompt([{"role": "user", "content": example.prompt}]).tolist()
+        check(
+            theirs == self._prompt(example) and learned.chat.stop_ids == self.stop_ids,
+            f"reward_model={source!r} was trained with another tokenizer or chat template: it reads the prompt "
+            f"{example.prompt!r} as {theirs}, the policy as {self._prompt(example)}; take one that began with the same model",
+        )
+        begun = bool(self.checkpoints.steps())
+        compare_initial(self.run_dir, "reward_model", source, learned.params, begun)
+        return learned
 
     def _write_description(self, initial: InitialModel) -> None:
         config = self.config
@@ -233,44 +255,30 @@ class RLLoop:
     def _restore(self, initial: InitialModel) -> tuple[RLState, int, Params | None, dict[str, float]]:
         """The newest sound checkpoint, or the initial state; the reference, if there is one; what is known of samples ahead."""
         config, trainer = self.config, self.policy.trainer
-        weights = initial.load({name: trainer.abstract_weights[name] for name in self.policy.specs})
-        self._compare_initial(weights)
-        if config.policy.value:
-            specs = {"value_head": value_head_spec(config.model)}
-            weights |= init_params(specs, jax.random.key(0), param_shardings(specs, Layout.of(trainer.mesh, TRAIN_RULES)))
-        begun = trainer.begin(weights, jax.random.key(config.seed))
+        weights = load_initial(initial, trainer)
+        begun = bool(self.checkpoints.steps())
+        compare_initial(self.run_dir, "initial_weights", config.initial_weights, weights, begun)
+        fresh = trainer.begin(weights, jax.random.key(config.seed))
         reference = None
         if config.policy.kl.needs_reference:
-            reference = jax.tree.map(jnp.copy, trainer.whole(begun.params, begun.frozen))
+            reference = jax.tree.map(jnp.copy, trainer.whole(fresh.params, fresh.frozen))
         more = (
             jnp.zeros(()),
             jnp.float32(config.policy.kl.reward_coefficient),
             self._no_samples() if config.rollouts.ahead else None,
         )
-        state = RLState(begun, *jax.device_put(more, Layout.of(trainer.mesh, TRAIN_RULES).sharding()))
+        state = RLState(fresh, *jax.device_put(more, Layout.of(trainer.mesh, TRAIN_RULES).sharding()))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._saved(state))
         restored = self.checkpoints.restore_newest(abstract, self.log)
         step, ahead_metrics = 0, {}
         if restored is not None:
             saved, metadata, step = restored
             ahead_metrics = metadata["ahead_metrics"]
-            state = dataclasses.replace(saved, train=dataclasses.replace(saved.train, frozen=begun.frozen))
+            state = dataclasses.replace(saved, train=dataclasses.replace(saved.train, frozen=fresh.frozen))
             self.log(f"continuing from the checkpoint of step {step}")
         for name in ("metrics", "samples"):
             truncate_jsonl(self.run_dir / f"{name}.jsonl", step + 1 if step else 0)
         return state, step, reference, ahead_metrics
-
-    def _compare_initial(self, weights: Params) -> None:
-        """Raises ValueError where a run would go on from other initial weights, hence with another reference."""
-        found = hashlib.sha256(json.dumps(digests(flatten(weights)[0]), sort_keys=True).encode()).hexdigest()
-        path = self.run_dir / "initial_weights.json"
-        if path.exists() and self.checkpoints.steps():
-            check(
-                json.loads(path.read_text())["digest"] == found,
-                f"{self.config.initial_weights} no longer holds the weights that {self.run_dir} began with: bring them back, "
-                "or choose another --config.run_dir",
-            )
-        write_json_atomic(path, {"source": self.config.initial_weights, "digest": found})
 
     def _no_samples(self) -> Judged:
         rows, tokens = self.config.num_rows, self.config.row_tokens
@@ -315,14 +323,19 @@ class RLLoop:
         )
         return ids
 
-    def _judge(self, samples: Samples, examples: list[Example]) -> tuple[Rewards, dict[str, float]]:
+    def _judge(self, samples: Samples, examples: list[Example]) -> tuple[Rewards, np.ndarray, dict[str, float]]:
+        """Rewards; whether each answer is right, by the task's own verdict; what is reported."""
         texts = [self._text(answer) for answer in samples.answers()]
         asked = [examples[i] for i in samples.group]
         verdicts = self.verifiers(texts, asked)
         for failure in verdicts.failures[:3]:
             self.progress.say(f"verifier {failure.part!r} {failure.kind}: {failure.message}")
-        rewards = compose(self._parts(), verdicts.values)
-        return rewards, {**rewards.metrics, **verdicts.metrics}
+        values = dict(verdicts.values)
+        if self.learned:
+            values["learned"] = self.learned(samples)
+        right = np.nan_to_num(values["right"])
+        rewards = compose(self._parts(), {part.name: values[part.name] for part in self._parts()})
+        return rewards, right == 1, {"reward/right": float(right.mean()), **rewards.metrics, **verdicts.metrics}
 
     def _text(self, answer: list[int]) -> str:
         """What the verifiers read. Tokens that the tokenizer does not know are drawn like any others, or the trainer would
@@ -375,10 +388,9 @@ class RLLoop:
             with self.phase("rollout"):
                 samples = self._draw([self._prompt(example) for example in examples], size, step, number * wanted)
             with self.phase("reward"):
-                rewards, judged = self._judge(samples, examples)
+                rewards, right, judged = self._judge(samples, examples)
             metrics = metrics or judged  # Of the first round: what prompts of the task get, not those that were chosen.
             samples = dataclasses.replace(samples, group=samples.group + number * wanted)
-            right = np.nan_to_num(rewards.parts["right"]) == 1
             found.append(Judged(samples, rewards.total.astype(np.float32), rewards.valid, right))
             together = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
             if not resample:
@@ -553,9 +565,8 @@ class RLLoop:
         self._load_engine()
         examples = self._examples("eval", 0, config.prompts)
         samples = self._draw([self._prompt(example) for example in examples], config.samples, EVAL_STEP)
-        rewards, _ = self._judge(samples, examples)
-        right = (np.nan_to_num(rewards.parts["right"]) == 1).reshape(config.prompts, config.samples)
-        counts = right.sum(1)
+        rewards, right, _ = self._judge(samples, examples)
+        counts = right.reshape(config.prompts, config.samples).sum(1)
         scores = {
             "eval/pass@1": float(pass_at_k(config.samples, counts, 1).mean()),
             f"eval/pass@{config.samples}": float(pass_at_k(config.samples, counts, config.samples).mean()),

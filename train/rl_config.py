@@ -68,6 +68,10 @@ class RLConfig:
     Attributes:
       initial_weights: the policy to begin with, and the reference of a KL penalty: see `TrainConfig.initial_weights`.
       chat: prompts are a user's message in the model's chat template; otherwise bare text.
+      reward_model: directory of a run of `objective.reward_model` or `objective.outcome_model`, of the same network, tokenizer
+        and prompts: its score is a part of the reward (`reward/learned`). Empty is none.
+      task_weight, reward_model_weight: of the task's own verdict in the reward, and of the learned score. Without weight the
+        verdict is still reported (`reward/right`): the true reward beside the learned one.
       policy: the objective (`train/objectives/config.py` has the well-known ones).
       minibatches: equal parts of a step's rows, each of which makes an update; `policy.updates_per_batch` passes over all rows.
       accumulation: micro-batches of an update; nothing but memory depends on it.
@@ -81,6 +85,9 @@ class RLConfig:
     task: TaskConfig
     steps: int
     chat: bool = False
+    reward_model: str = ""
+    task_weight: float = 1.0
+    reward_model_weight: float = 1.0
     policy: PolicyConfig = PolicyConfig()
     rollouts: RolloutConfig = RolloutConfig()
     minibatches: int = 1
@@ -130,6 +137,15 @@ class RLConfig:
         check(
             self.policy.advantage != "greedy",
             "policy.advantage='greedy' needs a greedy answer to each prompt, which the pipeline does not draw: take 'rloo'",
+        )
+        check(
+            self.task_weight >= 0 and (self.task_weight > 0 or bool(self.reward_model)),
+            f"task_weight={self.task_weight} must be >= 0, and above 0 unless a reward_model judges",
+        )
+        check(self.reward_model_weight > 0, f"reward_model_weight={self.reward_model_weight} must be positive")
+        check(
+            not self.reward_model or self.policy.advantage != "maxrl",
+            "policy.advantage='maxrl' divides by the mean reward, and learned scores may be negative: leave reward_model out",
         )
         check(self.mesh.context == 1, "mesh.context: reinforcement learning does not split rows; set it to 1")
         check(self.model.moe is None, "reinforcement learning does not balance experts (model.moe): take a dense model")

@@ -13,15 +13,15 @@ import dataclasses
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 from model.config import ModelConfig
 from model.logprobs import token_logprobs
-from model.params import Params, ParamSpec
+from model.params import Params
 from model.sharding import Layout
 from model.transformer import forward
 from train.objectives.policy_gradient import PolicyBatch, policy_sums
 from train.rl_config import RLConfig
+from train.scalar_head import scalar_head
 from train.step import Batch, Metrics
 
 POLICY_FIELDS = tuple(field.name for field in dataclasses.fields(PolicyBatch))
@@ -37,20 +37,13 @@ class Scores:
     values: jax.Array | None
 
 
-def value_head_spec(model: ModelConfig) -> ParamSpec:
-    """Zero at first, so that every value is 0 and explains none of the variance, rather than adding to it."""
-    return ParamSpec((model.d_model, 1), ("embed", None), "zeros", dtype=model.param_dtype)
-
-
 def score(
     params: Params, model: ModelConfig, rows: Batch, temperature: float, chunk_tokens: int = 0, layout: Layout | None = None
 ) -> Scores:
     """What the policy thinks of `rows`, at the temperature at which they were drawn."""
     hidden, _, _ = forward(params, model, rows["tokens"], rows["positions"], rows["segment_ids"], layout=layout)
     out = token_logprobs(params, model, hidden / temperature, rows["targets"], chunk_tokens, layout)
-    values = None
-    if "value_head" in params:
-        values = (hidden.astype(jnp.float32) @ params["value_head"].astype(jnp.float32))[..., 0]
+    values = scalar_head(params["value_head"], hidden) if "value_head" in params else None
     return Scores(out.logprobs, out.entropy, values)
 
 

@@ -24,10 +24,13 @@ from model.ring_attention import zigzag
 from model.sharding import TRAIN_RULES, Layout, check_mesh, constrain, make_mesh, resolve_sizes
 from model.transformer import activations, forward
 from train.config import DEFAULT_RULES, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from train.micro_batches import split_rows
 from train.optimizer import make_optimizer, make_schedule
+from train.preferences import constants_of_update, head_specs, preference_objective
 
 Batch = dict[str, jax.Array]  # all [rows, seq_len]
 BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "segment_ids": "int32", "positions": "int32", "weights": "float32"}
+PREFERENCE_DTYPES = {"sequence_ids": "int32", "labels": "float32"}
 Metrics = dict[str, jax.Array]  # float32 scalars; among sums `expert_load` too, see model.moe.Routing
 
 
@@ -35,8 +38,8 @@ Metrics = dict[str, jax.Array]  # float32 scalars; among sums `expert_load` too,
 class TrainState:
     """All that changes from step to step. `step` counts finished updates; `ema` is None when it is off.
 
-    With LoRA, `params` are the adapters, and `frozen` what they adapt: part of the state, because a step is a function of it,
-    but it never changes and is not saved.
+    With LoRA, `params` are the adapters, and `frozen` what they adapt; with an objective that compares with a reference,
+    `frozen` is that. It is part of the state, because a step is a function of it, but it never changes and is not saved.
     """
 
     params: Params
@@ -89,6 +92,11 @@ def loss_sums(
 Objective = Callable[[Params, ModelConfig, Batch, Layout | None], tuple[jax.Array, Metrics]]
 
 
+# Of (parameters of the network, reference, batch), and the network, micro-batches and layout: the whole batch with what is a
+# constant of its update.
+Prepare = Callable[..., Batch]
+
+
 def next_token_objective(loss: LossConfig) -> Objective:
     """That of pretraining and fine-tuning: a mean over the weighted tokens."""
 
@@ -122,17 +130,12 @@ def gradient_sums(
     if accumulation == 1:
         return gradient(params, batch)
 
-    def split(x: jax.Array) -> jax.Array:
-        # Row r goes to micro-batch r % accumulation: each device keeps its rows.
-        x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, layout, None, "batch", "sequence")
-
     def add(total: tuple[Params, Metrics], micro: Batch) -> tuple[tuple[Params, Metrics], None]:
         return jax.tree.map(jnp.add, total, gradient(params, micro)), None
 
     shapes = jax.eval_shape(gradient, params, batch)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
-    return jax.lax.scan(add, zeros, jax.tree.map(split, batch))[0]
+    return jax.lax.scan(add, zeros, split_rows(batch, accumulation, layout))[0]
 
 
 GradientSums = Callable[..., tuple[Params, Metrics]]  # of params, batch and, with LoRA, `frozen`
@@ -170,11 +173,14 @@ def train_step(
     sums: GradientSums,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    prepare: Prepare | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update. The metrics are those of the parameters before it; only `param_norm` is after it: were they left finite?
 
     `load_imbalance` is the busiest expert's load over the mean, in the most uneven layer.
     """
+    if prepare:
+        batch = prepare(state.params, state.frozen, batch)
     gradients, metrics = mean_gradients(functools.partial(sums, frozen=state.frozen), state.params, batch)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -218,7 +224,8 @@ def opt_state_shardings(
 
 def abstract_batch(config: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
     rows = (config.batch_size, config.data.seq_len)
-    return {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in BATCH_DTYPES.items()}
+    dtypes = BATCH_DTYPES | (PREFERENCE_DTYPES if config.objective else {})
+    return {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in dtypes.items()}
 
 
 class Job(Protocol):
@@ -251,9 +258,10 @@ class Trainer:
       specs: of what is trained.
       init: with new weights.
       begin: with these weights; the key draws the adapters of LoRA.
-      freeze: weights -> `TrainState.frozen`, for LoRA.
+      freeze: weights -> `TrainState.frozen`, where that is not None.
       whole: (params or their average, frozen) -> parameters of `model`.
       step: (state, batch) -> (state, metrics); consumes the state.
+      prepare: (parameters of `model`, `TrainState.frozen`, batch) -> what `evaluate` takes, where that is more than the batch.
       evaluate: (parameters of `model`, batch) -> sums.
       abstract_state, abstract_weights: ShapeDtypeStruct with shardings, of the state and of what `begin` takes.
     """
@@ -267,6 +275,7 @@ class Trainer:
     freeze: Callable[[Params], Params]
     whole: Callable[[Params, Params | None], Params]
     step: Any
+    prepare: Any
     evaluate: Any
     abstract_state: TrainState
     abstract_weights: Params
@@ -274,15 +283,26 @@ class Trainer:
 
 
 def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> Trainer:
-    """The trainer of a run that learns to write what it reads; see `make_trainer_of`."""
-    return make_trainer_of(config, next_token_objective(config.loss), param_specs(config.model), devices)
+    """The trainer of a run that learns to write what it reads, or from preferences; see `make_trainer_of`."""
+    weights = param_specs(config.model) | head_specs(config.objective, config.model)
+    if config.objective is None:
+        return make_trainer_of(config, next_token_objective(config.loss), weights, devices)
+    objective = preference_objective(config.objective, config.loss)
+    return make_trainer_of(config, objective, weights, devices, constants_of_update(config.objective, config.loss))
 
 
-def make_trainer_of(config: Job, objective: Objective, weights: Params, devices: Sequence[Any] | None = None) -> Trainer:
+def make_trainer_of(
+    config: Job,
+    objective: Objective,
+    weights: Params,
+    devices: Sequence[Any] | None = None,
+    prepare: Prepare | None = None,
+) -> Trainer:
     """Builds mesh, optimizer and compiled functions. Nothing is allocated.
 
     Args:
       weights: tree of ParamSpec: the parameters of `config.model`, and perhaps others that the objective reads.
+      prepare: adds to a batch what is a constant of its update; the initial weights are then kept, as its reference.
 
     Raises:
       ValueError: the mesh does not fit the devices, the batch or a parameter does not divide over it, or the attention backend
@@ -310,13 +330,13 @@ def make_trainer_of(config: Job, objective: Objective, weights: Params, devices:
         return TrainState(params, optimizer.init(params), ema, jnp.zeros((), jnp.int32), frozen)
 
     def freeze(base: Params) -> Params:
-        assert lora is not None
-        return frozen_base(base, model, lora)[0]
+        # A copy: the update takes the memory of the parameters.
+        return frozen_base(base, model, lora)[0] if lora else jax.tree.map(jnp.copy, base)
 
     abstract_frozen = of_frozen = None
-    if lora:
+    if lora or prepare:
         abstract_frozen = jax.eval_shape(freeze, abstract_params(weights))
-        of_frozen = jax.tree.map(lambda _: replicated, abstract_frozen) if lora.base_bits else of_weights
+        of_frozen = jax.tree.map(lambda _: replicated, abstract_frozen) if lora and lora.base_bits else of_weights
         freeze = jax.jit(freeze, out_shardings=of_frozen)
     network = dataclasses.replace(model, tie_embeddings=False) if lora and lora.base_bits else model
     abstract = jax.eval_shape(state_of, abstract_params(specs), abstract_frozen)
@@ -326,7 +346,8 @@ def make_trainer_of(config: Job, objective: Objective, weights: Params, devices:
     make_state = jax.jit(state_of, out_shardings=shardings)
 
     def begin(base: Params, key: jax.Array) -> TrainState:
-        return make_state(init_params(specs, key, of_params), freeze(base)) if lora else make_state(base, None)
+        frozen = freeze(base) if lora or prepare else None
+        return make_state(init_params(specs, key, of_params) if lora else base, frozen)
 
     def whole(params: Params, frozen: Params | None) -> Params:
         return adapt(frozen, params, lora) if lora else params
@@ -349,7 +370,18 @@ def make_trainer_of(config: Job, objective: Objective, weights: Params, devices:
     )
     if by_replica:
         sums = over_replicas(sums, mesh)
-    step = functools.partial(train_step, config=config, sums=sums, optimizer=optimizer, schedule=schedule)
+    prepare_update: Prepare | None = None
+    prepare_rows = None
+    if prepare:
+        add = functools.partial(prepare, model=network, layout=of_step)
+        prepare_update = lambda params, frozen, batch: add(  # noqa: E731
+            whole(params, frozen), frozen, batch, accumulation=config.accumulation
+        )
+        in_shardings = (whole(of_params, of_frozen), of_frozen, rows)
+        prepare_rows = jax.jit(functools.partial(add, accumulation=1), in_shardings=in_shardings, out_shardings=rows)
+    step = functools.partial(
+        train_step, config=config, sums=sums, optimizer=optimizer, schedule=schedule, prepare=prepare_update
+    )
     evaluate = functools.partial(eval_step, model=network, objective=objective, layout=of_step)
     return Trainer(
         config=config,
@@ -360,6 +392,7 @@ def make_trainer_of(config: Job, objective: Objective, weights: Params, devices:
         begin=begin,
         freeze=freeze,
         whole=whole,
+        prepare=prepare_rows,
         step=jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, replicated), donate_argnames="state"),
         evaluate=jax.jit(evaluate, in_shardings=(whole(of_params, of_frozen), rows), out_shardings=replicated),
         abstract_state=jax.tree.map(with_sharding, abstract, shardings),

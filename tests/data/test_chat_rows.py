@@ -73,7 +73,12 @@ def segments(batch):
             np.testing.assert_array_equal(row["positions"][here], np.arange(here.sum()))
             np.testing.assert_array_equal(row["tokens"][here][1:], row["targets"][here][:-1])
             ids = [*row["tokens"][here].tolist(), int(row["targets"][here][-1])]
-            found.append((r, ids, row["targets"][here][row["weights"][here] == 1].tolist(), here))
+            trained = row["targets"][here][row["weights"][here] == 1].tolist()
+            if "labels" in row:  # the last token once more, so that it is read too
+                assert ids[-2:] == [257, 257]
+                assert row["weights"][here][-1] == 0
+                ids = ids[:-1]
+            found.append((r, ids, trained, here))
     return found
 
 

@@ -55,6 +55,24 @@ def test_a_task_gives_its_training_prompts_with_their_solutions():
     ]
 
 
+def test_a_task_has_wrong_answers_for_preferences():
+    task = TaskConfig("reverse", (("min_length", 1), ("max_length", 4), ("alphabet", "abc")))
+    source, made = SourceConfig("r", "task", task=task, num_examples=200), task.make()
+    rows_of = lambda content: [  # noqa: E731
+        json.loads(document.text) for document in read_documents(source, 3, lambda row, where: json.dumps(row), content)
+    ]
+    rewards = lambda row, key: made.score(row[key], made.example(i, 3)).reward  # noqa: E731
+    pairs, labels = rows_of("pairs"), rows_of("labels")
+    for i, (pair, answer) in enumerate(zip(pairs, labels, strict=True)):
+        assert (rewards(pair, "chosen"), rewards(pair, "rejected")) == (1, 0)
+        assert pair["rejected"].strip()
+        assert rewards(answer, "completion") == answer["label"]
+        assert made.example(i, 3).prompt == pair["prompt"] == answer["prompt"]
+    assert 70 < sum(answer["label"] for answer in labels) < 130
+    assert len({pair["rejected"] for pair in pairs}) > 50
+    assert rows_of("pairs") == pairs
+
+
 def split_after(text, mark):
     at = text.index(mark) + len(mark)
     return text[:at], text[at:]

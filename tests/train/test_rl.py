@@ -22,7 +22,19 @@ from train import rl
 from train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from train.loop import train
 from train.metrics import read_jsonl
-from train.objectives.config import CISPO, GRPO, GSPO, PPO, REINFORCE, ImportanceConfig, KLConfig, PolicyConfig
+from train.objectives.config import (
+    CISPO,
+    GRPO,
+    GSPO,
+    MAXRL,
+    PPO,
+    REINFORCE,
+    ImportanceConfig,
+    KLConfig,
+    ObjectiveConfig,
+    PolicyConfig,
+    RewardModelConfig,
+)
 from train.rl_config import RLConfig, RLEvalConfig, RolloutConfig
 from train.rollouts import prompt_seed, to_rows
 from train.step import make_trainer_of
@@ -203,6 +215,63 @@ def test_eight_devices_do_what_one_does(warm_start, tmp_path, monkeypatch):
         assert many[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7)
 
 
+BARE = (
+    "{%- for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{- m.content + eos_token }}{% endgeneration %}"
+    "{%- else %}{{- bos_token + m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def scorer(warm_start):
+    """Makes a reward model that begins with the warm start and was shown a chat template."""
+
+    def make(name, template):
+        source = SourceConfig("reverse", "task", task=TASK, num_examples=200, held_out_fraction=0.4)
+        cache = str(warm_start.parent / "cache")
+        data = DataConfig((source,), seq_len=16, cache_dir=cache, content="pairs", chat_template=template)
+        config = TrainConfig(
+            name,
+            MODEL,
+            data,
+            steps=8,
+            batch_size=8,
+            initial_weights=str(warm_start),
+            objective=ObjectiveConfig(reward_model=RewardModelConfig()),
+            run_dir=str(warm_start.parent / name),
+            writers=(),
+            optimizer=OptimizerConfig(learning_rate=1e-2),
+        )
+        assert train(config, log=lambda _: None) == 0
+        return config.run_dir
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_reward_model_judges_with_the_task_and_without(warm_start, scorer, tmp_path):
+    model = scorer("scorer", BARE)
+    metrics = run(job(warm_start, tmp_path / "alone", reward_model=model, task_weight=0.0, steps=2))
+    for record in metrics:
+        assert record["reward/total"] == pytest.approx(record["reward/learned"], abs=1e-6)
+        assert 0 <= record["reward/right"] <= 1
+    assert any(abs(record["reward/learned"] - record["reward/right"]) > 0.01 for record in metrics)
+    assert 0 <= json.loads((tmp_path / "alone/result.json").read_text())["eval/pass@1"] <= 1
+    together = run(job(warm_start, tmp_path / "together", reward_model=model, reward_model_weight=0.5, steps=1))
+    assert together[0]["reward/right"] == metrics[0]["reward/right"]  # the same samples
+    assert together[0]["reward/total"] == pytest.approx(
+        together[0]["reward/right"] + 0.5 * together[0]["reward/learned"], abs=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_a_reward_model_that_read_other_prompts_is_refused(warm_start, scorer, tmp_path):
+    other = scorer("other", BARE.replace("bos_token + m", "bos_token + 'a' + m"))
+    with pytest.raises(ValueError, match="was trained with another tokenizer or chat template"):
+        run(job(warm_start, tmp_path / "run", reward_model=other))
+    with pytest.raises(ValueError, match="is not the directory of a run"):
+        run(job(warm_start, tmp_path / "run", reward_model=str(tmp_path)))
+
+
 @pytest.mark.slow
 def test_shuffled_rewards_are_the_same_rewards(warm_start, tmp_path):
     plain, shuffled = (
@@ -231,6 +300,9 @@ def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_pa
         ({"policy": dataclasses.replace(REINFORCE, advantage="greedy")}, "greedy"),
         ({"rollouts": RolloutConfig(4, 6, 6, ahead=True)}, r"set policy\.importance\.level"),
         ({"policy": dataclasses.replace(PPO, group_size=4), "lora": LoraConfig()}, r"policy\.value needs a head"),
+        ({"task_weight": 0.0}, "task_weight=0.0 must be >= 0, and above 0 unless a reward_model judges"),
+        ({"reward_model": "x", "policy": dataclasses.replace(MAXRL, group_size=4)}, "leave reward_model out"),
+        ({"reward_model": "x", "reward_model_weight": 0.0}, "reward_model_weight=0.0 must be positive"),
         ({"task": None}, None),
     ],
 )

@@ -194,6 +194,9 @@ def test_adapters_alone_are_trained_and_saved_and_resume_to_the_same_bits(runs, 
     expected = np.asarray(base.dequantized() if bits else base) + 16.0 / 2 * np.asarray(pair["a"]) @ np.asarray(pair["b"])
     np.testing.assert_allclose(merged["blocks"][0]["mlp"]["up"], expected, atol=1e-6)
     np.testing.assert_array_equal(merged["embedding"], begun["embedding"])
+    # Another run begins with both together.
+    abstract = make_trainer(second).abstract_weights
+    jax.tree.map(np.testing.assert_array_equal, open_initial(str(run_dir), MODEL).load(abstract), merged)
 
 
 @pytest.mark.parametrize(

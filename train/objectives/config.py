@@ -402,3 +402,56 @@ class RewardModelConfig:
 
     def __post_init__(self) -> None:
         check(self.centring >= 0, f"reward_model.centring={self.centring} must be >= 0 (0 is off)")
+
+
+@dataclasses.dataclass(frozen=True)
+class OutcomeModelConfig:
+    """`all_tokens`: every token of an answer foretells whether it is right, not the last alone (arXiv:2110.14168)."""
+
+    all_tokens: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learned from preferences: exactly one of these is set.
+
+    Attributes:
+      dpo, simpo, orpo, cpo, reward_model: of pairs (`data.content="pairs"`).
+      kto, outcome_model: of answers that are each desirable or not (`data.content="labels"`).
+    """
+
+    dpo: DPOConfig | None = None
+    simpo: SimPOConfig | None = None
+    orpo: ORPOConfig | None = None
+    cpo: CPOConfig | None = None
+    kto: KTOConfig | None = None
+    reward_model: RewardModelConfig | None = None
+    outcome_model: OutcomeModelConfig | None = None
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in dataclasses.fields(self)]
+        found = [name for name in names if getattr(self, name) is not None]
+        check(len(found) == 1, f"objective has {' and '.join(found) or 'nothing'}: set exactly one of {', '.join(names)}")
+
+    @property
+    def chosen(self) -> PairConfig | KTOConfig | RewardModelConfig | OutcomeModelConfig:
+        return next(value for field in dataclasses.fields(self) if (value := getattr(self, field.name)) is not None)
+
+    @property
+    def name(self) -> str:
+        return next(field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None)
+
+    @property
+    def content(self) -> Literal["pairs", "labels"]:
+        """What `data.content` must be."""
+        return "labels" if self.kto or self.outcome_model else "pairs"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the initial weights are kept, frozen, to compare with."""
+        return self.dpo is not None or self.kto is not None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether answers are scored, rather than written."""
+        return self.reward_model is not None or self.outcome_model is not None
