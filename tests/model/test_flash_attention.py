@@ -1,5 +1,6 @@
 """Flash attention against a float64 reference, in TPU interpret mode: memory starts as NaN, copies that race are told."""
 
+import collections
 import functools
 import itertools
 import textwrap
@@ -79,7 +80,7 @@ def reference(q, k, v, sinks, allowed, cap):
     return out, lse
 
 
-def check(ids, *, window, cap, heads, sinks, dtype, tolerance, sizes=SIZES, seed=1, detect_races=True):
+def check(ids, *, window, cap, heads, sinks, dtype, tolerance, sizes=SIZES, seed=1, detect_races=True, head_dim=32):
     """Output, log-sum-exp and all gradients, those of the log-sum-exp among them, of one or several sets of ids of one shape.
 
     Args:
@@ -87,7 +88,7 @@ def check(ids, *, window, cap, heads, sinks, dtype, tolerance, sizes=SIZES, seed
       sinks: of each head of queries, MASKED where there is none; None is an attention without.
     """
     several = ids if isinstance(ids, list) else [ids]
-    (B, T), S, (H, K), D = several[0][0].shape, several[0][2].shape[1], heads, 32
+    (B, T), S, (H, K), D = several[0][0].shape, several[0][2].shape[1], heads, head_dim
     rng = np.random.default_rng(seed)
     shapes = ((B, H, T, D), (B, K, S, D), (B, K, S, D), (B, H, T, D), (B, H, T))
     # Rounded first, so that only what is computed differs.
@@ -503,6 +504,46 @@ def test_the_kernels_compute_the_fewest_tiles_possible(lengths, devices, monkeyp
         jax.effects_barrier()
     assert of_forward == [block] * np.sum(some)
     assert computed == [block] * np.sum(some)
+
+
+def test_the_kernels_compute_of_masked_tiles_the_parts_with_an_allowed_pair(monkeypatch):
+    """Counted as they run: a tile that is wholly allowed at once, of any other its parts."""
+    monkeypatch.setattr(tiles, "PART", 128)
+    computed = collections.Counter()
+    logits = flash_attention_module._Logits.__call__
+
+    def counted(self, k, q):
+        jax.debug.callback(lambda: computed.update([(q.shape[0], k.shape[0])]))
+        return logits(self, k, q)
+
+    monkeypatch.setattr(flash_attention_module._Logits, "__call__", counted)
+    ids = same(tuple(x[None] for x in document_ids([5, 763], 768)))
+    _, full = brute_force(ids, 0, (256, 256))
+    parts = brute_force(ids, 0, (128, 128))[0].reshape(3, 2, 3, 2)
+    masked = int(np.sum(parts & ~full.reshape(3, 1, 3, 1)))
+    assert (full.sum(), masked) == (1, 17)  # and not the 20 of five tiles: of those on the diagonal three of four
+    expected = {(256, 256): 1, (128, 128): masked}
+    q = jnp.ones((1, 1, 768, 32))
+    plan = make_plan(*(jnp.asarray(x) for x in ids), 0, BlockSizes((256, 256), (256, 256)))
+    with interpret(detect_races=False):
+        lse = jax.block_until_ready(jax.jit(lambda q: flash_attention(q, q, q, plan, scale=SCALE))(q))[1]
+        jax.effects_barrier()
+        assert computed == expected
+        computed.clear()
+        jax.block_until_ready(jax.jit(lambda q: flash_gradients(q, q, q, plan, q, lse, lse, scale=SCALE))(q))
+        jax.effects_barrier()
+    assert computed == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [128, 192])
+def test_values_and_gradients_at_the_sizes_that_are_shipped(head_dim):
+    """Tiles of 1,024 in parts of 512, two strips, and heads as wide as models have them, for documents that end anywhere."""
+    ids = tuple(x[None] for x in document_ids([700, 1, 1027, 300], 2048))
+    check(
+        same(ids), window=0, cap=0.0, heads=MQA, sinks=None, dtype=jnp.float32, tolerance=1e-5, sizes=BlockSizes(),
+        head_dim=head_dim, detect_races=False,
+    )  # fmt: skip
 
 
 # --- The real compiler --------------------------------------------------------------------------------------------------------
