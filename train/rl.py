@@ -19,7 +19,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -29,10 +29,10 @@ import numpy as np
 
 from data.chat_encoder import ChatEncoder
 from data.tasks.task import Example, Split
-from inference.engine import Engine, EngineConfig
+from inference.engine import Engine
 from model.config import check
 from model.lora import merge
-from model.params import Params, param_shardings, param_specs
+from model.params import Params, param_shardings, param_specs, unstack_layers
 from model.sharding import DECODE_RULES, TRAIN_RULES, Layout
 from train.checkpoint import Checkpoints, check_room
 from train.config import PREEMPTED
@@ -54,7 +54,7 @@ from train.provenance import provenance
 from train.rewards import Part, Rewards, Verifiers, compose
 from train.rl_config import RLConfig
 from train.rl_step import Scores, policy_objective, score
-from train.rollouts import Array, Samples, draw
+from train.rollouts import Array, Samples, draw, engine_config
 from train.scalar_head import scalar_head_spec
 from train.step import TrainState, make_trainer_of
 
@@ -98,7 +98,12 @@ def train_with_rewards(config: RLConfig, log: Log = print, group: Group | None =
         check(group.count == 1, "reinforcement learning runs in one process: start it with one")
         check_writers(config.writers)
         initial = open_initial(config.initial_weights, config.model)
-        policy = Policy(config, initial)
+        check(
+            initial.tokenizer.vocab_size <= config.model.vocab_size,
+            f"the tokenizer of {config.initial_weights} has {initial.tokenizer.vocab_size} tokens, but model.vocab_size="
+            f"{config.model.vocab_size}",
+        )
+        policy = Policy(config)
         stack.enter_context(only_process_in(run_dir))
         checkpoints = Checkpoints(str(run_dir / "checkpoints"), config.checkpoint.keep, group)
         stack.enter_context(contextlib.closing(checkpoints))
@@ -128,35 +133,36 @@ def compare_config(run_dir: pathlib.Path, config: RLConfig) -> None:
 
 
 class Policy:
-    """The compiled functions of a run, on its mesh."""
+    """The compiled functions of a run, on its mesh.
 
-    def __init__(self, config: RLConfig, initial: InitialModel):
+    Attributes:
+      sampler: the network as it decodes: layer by layer.
+      hand_over: parameters of the trainer -> those of the sampler, in the layout of decoding.
+      score: (parameters of the trainer, rows) -> Scores.
+    """
+
+    def __init__(self, config: RLConfig, devices: Sequence[Any] | None = None):
         """
         Raises:
-          ValueError: the mesh does not fit the devices, or the tokenizer not the model.
+          ValueError: the mesh does not fit the devices.
         """
-        check(
-            initial.tokenizer.vocab_size <= config.model.vocab_size,
-            f"the tokenizer of {config.initial_weights} has {initial.tokenizer.vocab_size} tokens, but model.vocab_size="
-            f"{config.model.vocab_size}",
-        )
         self.config = config
         self.specs = param_specs(config.model)
         weights = self.specs | ({"value_head": scalar_head_spec(config.model)} if config.policy.value else {})
-        self.trainer = make_trainer_of(config, functools.partial(policy_objective, config=config), weights)
+        self.trainer = make_trainer_of(config, functools.partial(policy_objective, config=config), weights, devices)
         mesh = self.trainer.mesh
         layout = None if mesh.size == 1 else Layout.of(mesh, TRAIN_RULES)
-        in_decoding = param_shardings(self.specs, Layout.of(mesh, DECODE_RULES))
-        # Copies even where nothing moves: the update takes the memory of what it is given.
-        self.hand_over = jax.jit(lambda tree: jax.tree.map(jnp.copy, self._plain(tree)), out_shardings=in_decoding)
+        self.sampler = dataclasses.replace(config.model, scan_layers=False)
+        in_decoding = param_shardings(param_specs(self.sampler), Layout.of(mesh, DECODE_RULES))
+        self.hand_over = jax.jit(self._hand_over, out_shardings=in_decoding)
         self.score = jax.jit(functools.partial(self._score, layout=layout))
         self.prepare = jax.jit(functools.partial(prepare, config.policy))
 
-    def _plain(self, params: Params) -> Params:
-        """What decodes: adapters merged, no value head."""
-        if self.config.lora:
-            return merge(params, self.specs)
-        return {name: params[name] for name in self.specs}
+    def _hand_over(self, params: Params) -> Params:
+        """What decodes: adapters merged, no value head, layers unstacked."""
+        plain = merge(params, self.specs) if self.config.lora else {name: params[name] for name in self.specs}
+        # Copies even where nothing moves: the update takes the memory of what it is given.
+        return jax.tree.map(jnp.copy, unstack_layers(plain, self.config.model)[0])
 
     def _score(self, params: Params, rows: dict[str, jax.Array], layout: Layout | None) -> Scores:
         """By the micro-batches of the update, so that both compute the same."""
@@ -365,13 +371,9 @@ class RLLoop:
         with self.phase("hand_over"):
             params = jax.block_until_ready(self.policy.hand_over(self.policy.whole(self.state.train)))
         if self.engine is None:
-            most = max(config.num_rows, config.eval.prompts * config.eval.samples)
-            rows = min(config.rollouts.max_batch, most)
-            pages = -(-(config.row_tokens + 1) // 16) * rows + 1
-            settings = EngineConfig(max_batch=rows, cache_tokens=pages * 16, page_size=16, prefill_chunk=256)
-            self.engine = Engine(params, config.model, settings)
+            self.engine = Engine(params, self.policy.sampler, engine_config(config))
         else:
-            self.engine.load(params, config.model)
+            self.engine.load(params, self.policy.sampler)
 
     def _samples_of(self, step: int) -> tuple[Judged, dict[str, float]]:
         """Those of step number `step` (from 0), by the weights the engine has. With `resample`, groups whose rewards are all

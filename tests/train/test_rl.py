@@ -37,7 +37,6 @@ from train.objectives.config import (
 )
 from train.rl_config import RLConfig, RLEvalConfig, RolloutConfig
 from train.rollouts import prompt_seed, to_rows
-from train.step import make_trainer_of
 
 MODEL = ModelConfig(vocab_size=32, num_layers=1, d_model=32, num_heads=2, d_ff=64, max_seq_len=32)
 TASK = TaskConfig("reverse", (("min_length", 1), ("max_length", 2), ("alphabet", "ab"), ("template", "{text}=")))
@@ -47,7 +46,7 @@ ONE_DEVICE = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, schedule=Sche
 @pytest.fixture(autouse=True)
 def _one_device(request, monkeypatch):
     if "eight" not in request.node.name:
-        monkeypatch.setattr(rl, "make_trainer_of", functools.partial(make_trainer_of, devices=jax.devices()[:1]))
+        monkeypatch.setattr(rl, "Policy", functools.partial(rl.Policy, devices=jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +208,7 @@ def test_micro_batches_change_nothing_but_memory(warm_start, tmp_path):
 @pytest.mark.slow
 def test_eight_devices_do_what_one_does(warm_start, tmp_path, monkeypatch):
     many = run(job(warm_start, tmp_path / "many", steps=1))[0]
-    monkeypatch.setattr(rl, "make_trainer_of", functools.partial(make_trainer_of, devices=jax.devices()[:1]))
+    monkeypatch.setattr(rl, "Policy", functools.partial(rl.Policy, devices=jax.devices()[:1]))
     one = run(job(warm_start, tmp_path / "one", steps=1))[0]
     for name in ("reward_mean", "length_mean", "loss", "grad_norm", "entropy", "param_norm"):
         assert many[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7)
