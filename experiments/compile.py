@@ -273,7 +273,7 @@ def grouped_matmul_call_cycles(
 
 
 def worker(directory: Path) -> None:
-    """Reads task.json, which holds config, overrides, program and topology, and writes report.json: a report, or {"error": message}."""
+    """Reads task.json (config, overrides, program and topology) and writes report.json: a report, or {"error": message}."""
     from experiments.cli import load_run_config
 
     task = json.loads((directory / "task.json").read_text())

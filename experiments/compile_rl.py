@@ -160,7 +160,7 @@ def check_fits(report: Report) -> None:
     name = max(failing, key=lambda name: failing[name]["hbm_bytes_per_device"])
     raise DoesNotFit(
         f"{report['config']} needs {failing[name]['hbm_bytes_per_device'] / GIB:.2f} GiB of HBM on each device of "
-        f"{report['topology']} during `{name}`, {failing[name]['held_beside_bytes'] / GIB:.2f} of it for what stands beside it; "
+        f"{report['topology']} during `{name}`, {failing[name]['held_beside_bytes'] / GIB:.2f} of it beside the program; "
         f"there are {report['hbm_limit_bytes'] / GIB:.2f}. Try a larger mesh.tensor or rollouts.max_batch "
         "if the sampler is what is large, accumulation or model.remat if it is the update; or a larger slice"
     )
@@ -170,13 +170,13 @@ def describe(report: Report) -> str:
     """The report for people."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
     lines = [
-        f"{report['config']} on {report['topology']}: {report['devices']} devices, mesh {mesh}, {report['rows_per_step']:,} rows "
-        f"of {report['row_tokens']:,} tokens a step, {report['decoded_rows']:,} decoded at once, remat {report['remat']}",
+        f"{report['config']} on {report['topology']}: {report['devices']} devices, mesh {mesh}, {report['rows_per_step']:,} "
+        f"rows of {report['row_tokens']:,} tokens a step, {report['decoded_rows']:,} decoded at once, remat {report['remat']}",
         "",
         "held all the time, by plan, per device",
         *(f"  {name:<36}{report['planned_bytes_per_device'].get(name, 0) / GIB:>10.2f} GiB" for name in HELD),
         "",
-        f"  {'program':<12}{'GiB of HBM':>12}{'beside it':>12}{'seconds':>10}{'of these exposed':>18}   by the compiler's estimate",
+        f"  {'program':<12}{'GiB of HBM':>12}{'beside it':>12}{'seconds':>10}{'of these exposed':>18}   (estimates)",
     ]
     for name, one in report["programs"].items():
         total = one["hbm_bytes_per_device"]
@@ -191,8 +191,8 @@ def describe(report: Report) -> str:
         "",
         f"to the layout of decoding: {report['resharding_bytes_per_device'] / GIB:.2f} GiB arrive at each device, "
         f"{report['resharding_link_seconds']:.4f} s on the links",
-        f"a token for {report['decoded_rows']:,} rows: at least {report['least_decode_seconds']:.4f} s to read weights and full "
-        "pages",
+        f"a token for {report['decoded_rows']:,} rows: at least {report['least_decode_seconds']:.4f} s to read weights "
+        "and full pages",
         f"an update of {report['rows_per_update']:,} rows: MFU {100 * report['estimated_update_mfu']:.1f} %",
     ]
     return "\n".join(lines)

@@ -92,6 +92,13 @@ def train_with_rewards(config: RLConfig, log: Log = print, group: Group | None =
       RuntimeError: a loss that is not finite, or a sampler that disagrees with the trainer.
     """
     began = time.perf_counter() if began is None else began
+    with open_loop(config, log, group, began) as loop, stop_on_signal() as stop_requested:
+        return loop.run(stop_requested)
+
+
+@contextlib.contextmanager
+def open_loop(config: RLConfig, log: Log, group: Group | None, began: float) -> Iterator[RLLoop]:
+    """The job at its newest checkpoint, alone in its directory; raises as `train_with_rewards` does."""
     run_dir = pathlib.Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(group or Group(deadlines=config.deadlines))
@@ -111,8 +118,7 @@ def train_with_rewards(config: RLConfig, log: Log = print, group: Group | None =
         copies = min(config.checkpoint.keep, math.ceil(config.steps / config.checkpoint.every)) + 1
         check_room(str(run_dir), policy.trainer.abstract_state, copies - len(checkpoints.steps()))
         loop = RLLoop(config, initial, policy, checkpoints, log, began)
-        stack.enter_context(contextlib.closing(loop))
-        return loop.run(stack.enter_context(stop_on_signal()))
+        yield stack.enter_context(contextlib.closing(loop))
 
 
 def compare_config(run_dir: pathlib.Path, config: RLConfig) -> None:
@@ -427,7 +433,7 @@ class RLLoop:
         while self.step < config.steps:
             begin = time.perf_counter()
             self.phases = {}
-            metrics, tokens = self._advance()
+            metrics, tokens = self.advance()
             self.step += 1
             seconds = time.perf_counter() - begin
             for name in ("loss", "grad_norm", "param_norm"):
@@ -457,7 +463,7 @@ class RLLoop:
         self._write_result()
         return 0
 
-    def _advance(self) -> tuple[dict[str, float], int]:
+    def advance(self) -> tuple[dict[str, float], int]:
         """One step: metrics, and how many tokens its answers have."""
         config, step = self.config, self.step
         self._load_engine()
