@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.task = sft_quickstart.TASK
     config.steps = 100
     config.policy = {"scale": "none", "aggregation": "token_mean", "group_size": 8}
-    config.rollouts = {"prompts": 16, "max_prompt_tokens": 40, "max_tokens": 16}
+    config.rollouts = {"prompts": 16, "max_prompt_tokens": 24, "max_tokens": 12}
     config.optimizer = {
         "learning_rate": 3e-4,
         "weight_decay": 0.0,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
+from data.tokenizer import load_tokenizer
 from experiments.report import write_report
 from inference.engine import Token
 from model.config import LoraConfig, ModelConfig
+from model.params import init_params, param_specs, unstack_layers
 from train import rl
 from train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from train.loop import train
@@ -354,6 +357,61 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_same_bits(warm_start, tmp_
         last = max((tmp_path / name / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
         digests.append((last / "manifest/metadata").read_bytes())
     assert digests[0] == digests[1]
+
+
+# Of the characters of the task alone, which are all that the tokenizer has.
+TEMPLATE = (
+    "{% for message in messages %}{{ bos_token + ('a' if message.role == 'user' else 'b') + '=' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token + 'b=' }}{% endif %}"
+)
+
+
+def test_with_chat_a_prompt_is_the_users_message_and_the_end_of_the_turn_ends_an_answer(warm_start, tmp_path, monkeypatch):
+    chatty = tmp_path / "chatty"
+    shutil.copytree(warm_start, chatty)
+    (chatty / "tokenizer/chat_template.jinja").write_text(TEMPLATE)
+    config = job(chatty, tmp_path / "run", steps=1, chat=True, rollouts=RolloutConfig(4, 12, 6, max_batch=8, verifiers=1))
+    real, seen = rl.draw, []
+
+    def draw(engine, prompts, **options):
+        samples = real(engine, prompts, **options)
+        seen.append((prompts, options["stop_ids"], samples))
+        return samples
+
+    monkeypatch.setattr(rl, "draw", draw)
+    run(config)
+    tokenizer, task = load_tokenizer(warm_start / "tokenizer"), TASK.make()
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    for (prompts, stop_ids, samples), split, seed in zip(seen[:2], ("eval", "train"), (0, config.seed), strict=True):
+        for i, prompt in enumerate(prompts):
+            asked = tokenizer.encode("a=" + task.example(i, seed, split).prompt)
+            assert prompt == [bos, *asked, eos, bos, *tokenizer.encode("b=")]
+        assert stop_ids == {eos}
+        ends = [row[mask > 0][-1] for row, mask in zip(samples.targets, samples.mask, strict=True)]
+        np.testing.assert_array_equal(np.array(ends) == eos, ~samples.truncated)
+    # The next stage takes the template over with the tokenizer; a model without one is refused.
+    assert (tmp_path / "run/tokenizer/chat_template.jinja").read_text() == TEMPLATE
+    with pytest.raises(ValueError, match="chat=True needs a chat template, and .* has none: set it to False"):
+        rl.train_with_rewards(job(warm_start, tmp_path / "without", chat=True), log=lambda _: None)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_weights_are_handed_over_layer_by_layer(lora):
+    model = dataclasses.replace(MODEL, num_layers=2, scan_layers=True)
+    config = RLConfig("tiny", model, "nothing", TASK, steps=1, lora=lora, rollouts=RolloutConfig(4, 6, 6))
+    policy = rl.Policy(config)
+    weights = init_params(param_specs(model), jax.random.key(0))
+    state = policy.trainer.begin(weights, jax.random.key(1))
+    handed = policy.hand_over(policy.whole(state))
+    expected = unstack_layers(weights, model)[0]
+    jax.tree.map(np.testing.assert_array_equal, handed, expected)  # fresh adapters change nothing
+    assert policy.sampler == unstack_layers(weights, model)[1]
+    # They outlive the trainer's, whose memory the next update takes.
+    for leaf in jax.tree.leaves((state.params, state.frozen)):
+        leaf.delete()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(handed))
 
 
 def test_a_sampler_that_disagrees_ends_the_run(warm_start, tmp_path, monkeypatch):
