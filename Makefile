@@ -47,7 +47,7 @@ bench:
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/loss_memory.py
 	$(BIN)/python benchmarks/decode.py
-	$(BIN)/loam pull smollm2-135m-instruct
+	$(BIN)/loam models | grep -q smollm2-135m-instruct || $(BIN)/loam pull smollm2-135m-instruct
 	$(BIN)/python benchmarks/grpo_step.py
 
 pods:

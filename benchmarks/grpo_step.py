@@ -34,6 +34,7 @@ from model.xla import MALLOC_SETTINGS
 from train.rl_config import RLConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+MODEL = "smollm2-135m-instruct"
 PEERS = ("trl", "peft", "datasets", "torch")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -162,7 +163,7 @@ def measure(rounds: int, quick: bool, peer: str) -> dict[str, Any]:
         if quick:
             write_tiny_model(directory / "model", configuration(directory, quick))
         else:
-            command = ["convert", "smollm2-135m-instruct", str(directory / "model")]
+            command = ["convert", MODEL, str(directory / "model")]
             subprocess.run([sys.executable, "-m", "experiments.cli", *command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         job = directory / "job.json"
         config = configuration(directory, quick)
@@ -223,6 +224,10 @@ def main() -> None:
     missing = subprocess.run([arguments.peer, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     if missing:
         sys.exit(f"{arguments.peer} lacks {missing}, which this needs: `make bench` installs it, or give --peer")
+    from inference import store
+
+    if not arguments.quick and not any(entry.name == MODEL for entry in store.entries()):
+        sys.exit(f"`loam pull {MODEL}` takes the model into the store: do that first")
     rounds = 2 if arguments.quick else arguments.rounds
     result = measure(rounds, arguments.quick, arguments.peer)
     summary = {"benchmark": "grpo_step", "rounds": rounds, "quick": arguments.quick, **result}

@@ -41,6 +41,7 @@ from model.chips import Topology, topology_of
 from model.config import check
 from model.xla import TPU_FLAGS, with_flags
 from train.config import TrainConfig
+from train.rl_config import RLConfig
 
 if TYPE_CHECKING:
     from train.step import Job
@@ -61,7 +62,7 @@ class DoesNotFit(RuntimeError):
 # --- In a process of its own --------------------------------------------------------------------------------------------------
 
 
-def compile_program(config: Job, program: str, topology: Topology, dump: Path) -> Report:
+def compile_program(config: TrainConfig | RLConfig, program: str, topology: Topology, dump: Path) -> Report:
     """Compiles one program of the config. The report lacks what needs no compiler.
 
     Args:
@@ -72,8 +73,6 @@ def compile_program(config: Job, program: str, topology: Topology, dump: Path) -
     """
     import jax
     from jax.experimental import topologies
-
-    from train.rl_config import RLConfig
 
     # With megacore a v4 chip is one device, as it is on a TPU VM.
     options: dict[str, Any] = {"chip_config_name": topology.chip.configuration} if topology.chip.configuration else {}
@@ -600,7 +599,6 @@ def save(report: Report, run_dir: str) -> Path:
 def main(arguments: argparse.Namespace) -> int:
     """`loam compile`: the exit status."""
     from experiments.cli import load_run_config
-    from train.rl_config import RLConfig
 
     topology = topology_of(arguments.topology)
     config = load_run_config(arguments.config, arguments.overrides)

@@ -55,9 +55,9 @@ def lower(config: Any, program: str, devices: Sequence[Any]) -> tuple[Any, Any]:
     else:
         scores = jax.eval_shape(policy.score, params, rows(config.num_rows, names))
         per_token = scores.logprobs
-        per_row = jax.ShapeDtypeStruct(per_token.shape[:1], jnp.float32)
-        groups = jax.ShapeDtypeStruct(per_row.shape, jnp.int32)
-        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        per_row: Any = jax.ShapeDtypeStruct(per_token.shape[:1], jnp.float32)
+        groups: Any = jax.ShapeDtypeStruct(per_row.shape, jnp.int32)
+        scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
         rollouts = Rollouts(
             mask=per_token,
             sampler_logprobs=per_token,
