@@ -48,7 +48,12 @@ TINY = (
 
 
 def configuration(directory: Path, quick: bool) -> RLConfig:
-    words = [f"initial_weights={directory / 'model'}", f"run_dir={directory / 'run'}", "rollouts.max_mismatch=0"]
+    words = [
+        f"initial_weights={directory / 'model'}",
+        f"run_dir={directory / 'run'}",
+        "rollouts.max_mismatch=0",
+        "rollouts.score=False",
+    ]
     words += TINY if quick else ()
     return load_run_config(str(ROOT / "configs" / "grpo_smollm2.py"), [f"--config.{word}" for word in words])
 

@@ -45,15 +45,16 @@ def lower(config: Any, program: str, devices: Sequence[Any]) -> tuple[Any, Any]:
         return dict.fromkeys(names, jax.ShapeDtypeStruct((count, config.row_tokens), jnp.int32))
 
     names = ("tokens", "targets", "segment_ids", "positions")
+    to_score = rows(config.num_rows, names) | {"mask": jax.ShapeDtypeStruct((config.num_rows, config.row_tokens), jnp.float32)}
     if program == "hand_over":
         lowered = policy.hand_over.lower(params)
     elif program == "decode":
         weights = policy.hand_over.eval_shape(params)
         lowered = lower_decode(weights, policy.sampler, engine_config(config))
     elif program == "score":
-        lowered = policy.score.lower(params, rows(config.num_rows, names))
+        lowered = policy.score.lower(params, to_score)
     else:
-        scores = jax.eval_shape(policy.score, params, rows(config.num_rows, names))
+        scores = jax.eval_shape(policy.score, params, to_score)
         per_token = scores.logprobs
         per_row: Any = jax.ShapeDtypeStruct(per_token.shape[:1], jnp.float32)
         groups: Any = jax.ShapeDtypeStruct(per_row.shape, jnp.int32)

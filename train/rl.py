@@ -180,6 +180,7 @@ class Policy:
             params,
             self.trainer.model,
             temperature=config.rollouts.temperature,
+            max_tokens=config.rollouts.max_tokens,
             chunk_tokens=config.chunk_tokens,
             layout=layout,
         )
@@ -500,8 +501,10 @@ class RLLoop:
     def _constants(self, judged: Judged) -> tuple[PolicyBatch, dict[str, jax.Array]]:
         """Advantages and weights, of the whole batch."""
         config, samples = self.config, judged.samples
-        rows = self._rows(samples)
-        now = self.policy.score(self.policy.whole(self.state.train), rows)
+        rows = self._rows(samples) | {"mask": samples.mask}
+        now = Scores(samples.behavior_logprobs, None, None)
+        if config.rollouts.score:
+            now = self.policy.score(self.policy.whole(self.state.train), rows)
         reference = None if self.reference is None else self.policy.score(self.reference, rows).logprobs
         scored = ScoredRollouts(
             mask=samples.mask,
@@ -516,7 +519,10 @@ class RLLoop:
             entropies=now.entropies,
             baseline=self.state.baseline if config.policy.advantage == "ema" else None,
         )
-        return self.policy.prepare(scored, self.state.kl_coefficient)
+        constants, metrics = self.policy.prepare(scored, self.state.kl_coefficient)
+        if not config.rollouts.score:  # Nothing was compared.
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("mismatch")}
+        return constants, metrics
 
     def _update(self, samples: Samples, constants: PolicyBatch, step: int) -> list[dict[str, jax.Array]]:
         """All updates of a step. Of several minibatches each counts as much as the whole would."""

@@ -21,6 +21,8 @@ from experiments.report import write_report
 from inference.engine import Token
 from model.config import LoraConfig, ModelConfig
 from model.params import init_params, param_specs, unstack_layers
+from model.transformer import forward, unembed
+from tests.networks import random_params
 from train import rl
 from train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from train.loop import train
@@ -39,6 +41,7 @@ from train.objectives.config import (
     RewardModelConfig,
 )
 from train.rl_config import RLConfig, RLEvalConfig, RolloutConfig
+from train.rl_step import score
 from train.rollouts import prompt_seed, to_rows
 
 MODEL = ModelConfig(vocab_size=32, num_layers=1, d_model=32, num_heads=2, d_ff=64, max_seq_len=32)
@@ -305,6 +308,10 @@ def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_pa
         ({"task_weight": 0.0}, "task_weight=0.0 must be >= 0, and above 0 unless a reward_model judges"),
         ({"reward_model": "x", "policy": dataclasses.replace(MAXRL, group_size=4)}, "leave reward_model out"),
         ({"reward_model": "x", "reward_model_weight": 0.0}, "reward_model_weight=0.0 must be positive"),
+        (
+            {"rollouts": RolloutConfig(4, 6, 6, score=False, max_mismatch=0), "policy": PolicyConfig(kl=KLConfig(0.1))},
+            r"rollouts\.score=False leaves out what policy\.kl needs",
+        ),
         ({"task": None}, None),
     ],
 )
@@ -445,3 +452,34 @@ def test_tokens_beyond_the_tokenizer_spoil_an_answer(warm_start, tmp_path):
     finally:
         rl.RLLoop._judge = original
     assert texts == ["ab", "ab\ufffd"]
+
+
+def test_scores_of_answers_are_those_of_whole_rows():
+    """Wherever an answer begins, and for rows that hold none."""
+    params = random_params(MODEL)
+    rows = to_rows([[5, 6, 7], [8], [1, 2]], [[drawn([1, 2, 9])], [drawn([3] * 4, "length")], [drawn([4])]], row_tokens=6)
+    names = ("tokens", "targets", "positions", "segment_ids", "mask")
+    batch = {name: jax.numpy.asarray(getattr(rows, name)) for name in names}
+    batch["mask"] = batch["mask"].at[2].set(0)
+    found = score(params, MODEL, batch, temperature=0.7, max_tokens=4)
+    hidden = forward(params, MODEL, batch["tokens"], batch["positions"], batch["segment_ids"])[0]
+    logits = np.asarray(unembed(params, MODEL, hidden), np.float64) / 0.7
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = np.take_along_axis(logprobs, rows.targets[..., None], 2)[..., 0]
+    entropies = -(np.exp(logprobs) * logprobs).sum(-1)
+    mask = np.asarray(batch["mask"])
+    np.testing.assert_allclose(found.logprobs * mask, expected * mask, atol=1e-5)
+    np.testing.assert_allclose(found.entropies * mask, entropies * mask, atol=1e-5)
+    assert found.logprobs.shape == mask.shape
+    assert (np.count_nonzero(found.logprobs, axis=1) == 4).all()  # no more than an answer may have
+
+
+def test_without_scoring_the_sampler_speaks_for_the_trainer(warm_start, tmp_path):
+    """On policy they agree, so the updates are the same; and nothing is told of a comparison that was not made."""
+    spared = RolloutConfig(4, 6, 6, max_batch=8, verifiers=1, score=False, max_mismatch=0)
+    with_scores, without = run(job(warm_start, tmp_path / "a")), run(job(warm_start, tmp_path / "b", rollouts=spared))
+    for one, other in zip(with_scores, without, strict=True):
+        for name in ("reward_mean", "grad_norm", "param_norm", "entropy", "update_kl"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-8), name
+    assert any(record["grad_norm"] > 0 for record in without)
+    assert not any(name.startswith("mismatch") for record in without for name in record)
