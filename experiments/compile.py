@@ -82,9 +82,10 @@ def compile_program(config: TrainConfig | RLConfig, program: str, topology: Topo
     begin = time.perf_counter()
     if isinstance(config, RLConfig):
         from experiments.compile_rl import lower
+
+        lowered, on_mesh = lower(config, program, devices)
     else:
-        lower = lower_step
-    lowered, on_mesh = lower(config, program, devices)
+        lowered, on_mesh = lower_step(config, program, devices)
     if not dump.exists() and "tpu_custom_call" in lowered.as_text():
         dump.mkdir()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], compiler_environment(dump))

@@ -47,7 +47,7 @@ class RolloutConfig:
         )
         check(
             self.score or not self.max_mismatch,
-            f"rollouts.max_mismatch={self.max_mismatch} is looked at where answers are scored: set rollouts.score=True, or it to 0",
+            f"rollouts.max_mismatch={self.max_mismatch} needs answers that are scored: set rollouts.score=True, or it to 0",
         )
         check(self.verifier_seconds > 0, f"rollouts.verifier_seconds={self.verifier_seconds} must be positive")
 

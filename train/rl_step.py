@@ -29,8 +29,8 @@ POLICY_FIELDS = tuple(field.name for field in dataclasses.fields(PolicyBatch))
 
 @flax.struct.dataclass
 class Scores:
-    """float32 [B, T], of each target: its log-probability, the entropy it was drawn with (both 0 where no answer can be), and the
-    value of the state before it (None without a value function)."""
+    """float32 [B, T], of each target: its log-probability, the entropy it was drawn with (None where unknown), both 0 where no
+    answer can be, and the value of the state before it (None without a value function)."""
 
     logprobs: jax.Array
     entropies: jax.Array | None
