@@ -3,8 +3,8 @@
 `configs/grpo_smollm2.py`: LoRA on SmolLM2-135M-Instruct (`loam pull smollm2-135m-instruct` first). Both read one checkpoint in
 the format of Hugging Face, and have the same prompts, answers to each, projections, rank and learning rate, float32, no KL
 penalty, one update on policy, and a thread per core. All answers have the same length: here no token ends one, there the end is
-forbidden. A step is timed from the prompts to the updated adapters; neither side scores the answers beforehand, which TRL leaves
-out when it updates once a batch, and ours is told to (`rollouts.score=False`).
+forbidden. A step is timed from the prompts to the updated adapters. Neither side scores the answers beforehand: TRL leaves it
+out when it updates once a batch, and ours does with `rollouts.score=False`, as the config has it.
 
 Both live in processes of their own and take turns, so that the noise of the machine meets both. TRL's needs an interpreter with
 trl, peft, datasets and torch (--peer; by default this one).
@@ -36,7 +36,6 @@ from train.rl_config import RLConfig
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "smollm2-135m-instruct"
 PEERS = ("trl", "peft", "datasets", "torch")
-SETTINGS = ("rollouts.max_mismatch=0", "rollouts.score=False", "chunk_tokens=0")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}"
@@ -49,7 +48,7 @@ TINY = (
 
 
 def configuration(directory: Path, quick: bool) -> RLConfig:
-    words = [f"initial_weights={directory / 'model'}", f"run_dir={directory / 'run'}", *SETTINGS, *(TINY if quick else ())]
+    words = [f"initial_weights={directory / 'model'}", f"run_dir={directory / 'run'}", *(TINY if quick else ())]
     return load_run_config(str(ROOT / "configs" / "grpo_smollm2.py"), [f"--config.{word}" for word in words])
 
 

@@ -1,8 +1,8 @@
 """LoRA GRPO (arXiv:2402.03300) on SmolLM2-135M-Instruct: sums of two numbers, asked for in its own chat template.
 
 Command:   loam run --config=configs/grpo_smollm2.py
-Hardware:  1 CPU core, 10 to 20 s a step
-Expected:  TODO
+Hardware:  1 CPU core, 20 to 30 s a step (an estimate from a busy machine)
+Expected:  the share of right answers rises from eval/pass@1 0.08; no whole run has been kept yet
 
 Needs `loam pull smollm2-135m-instruct`.
 """
@@ -26,9 +26,9 @@ def get_config() -> ConfigDict:
     )
     config.steps = 60
     config.policy = {"scale": "none", "aggregation": "token_mean", "group_size": 8}
-    config.rollouts = {"prompts": 4, "max_prompt_tokens": 48, "max_tokens": 16}
+    # One update on policy, by which sampler and trainer agree: scoring the answers once more would take a third of the step.
+    config.rollouts = {"prompts": 4, "max_prompt_tokens": 48, "max_tokens": 16, "score": False, "max_mismatch": 0.0}
     config.lora = LoraConfig(rank=16, alpha=32.0)
-    config.chunk_tokens = 256
     config.optimizer = {
         "learning_rate": 1e-4,
         "weight_decay": 0.0,
