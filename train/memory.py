@@ -23,7 +23,7 @@ from model.lora import adapter_specs
 from model.params import Params, abstract_params, block_layout, param_shardings, param_specs, parameter_groups
 from model.sharding import DECODE_RULES, TRAIN_RULES, Layout, Rules
 from model.transformer import empty_pages, forward
-from train.config import OptimizerConfig
+from train.config import OptimizerConfig, TrainConfig
 from train.optimizer import make_optimizer
 from train.rl_config import RLConfig
 from train.rollouts import engine_config
@@ -36,14 +36,16 @@ def plan_memory(config: Job, mesh: Mapping[str, int]) -> dict[str, int]:
     Args:
       mesh: sizes of the axes, as `train.step.mesh_sizes` gives them.
     """
+    objective = config.objective if isinstance(config, TrainConfig) else None
     parameters, opt_state = _state_bytes(config.model, config.lora, config.optimizer, tuple(mesh.items()))
     plan = {
         "parameters": parameters,
         "optimizer state": opt_state,
         "moving average": parameters if config.optimizer.ema_decay else 0,
         "gradients": parameters * (2 if config.accumulation > 1 else 1),
-        "reference": parameters if config.objective and config.objective.needs_reference and not config.lora else 0,
     }
+    if objective and objective.needs_reference and not config.lora:
+        plan["reference"] = parameters
     if config.lora:
         plan["frozen weights"] = _weight_bytes(config.model, mesh, TRAIN_RULES)
     return plan | _activations(config, mesh)

@@ -13,6 +13,7 @@ import dataclasses
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from model.config import ModelConfig
 from model.logprobs import token_logprobs
