@@ -25,6 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: env
 	$(BIN)/loam run --config=configs/quickstart.py
+	$(BIN)/loam run --config=configs/sft_quickstart.py
+	$(BIN)/loam run --config=configs/grpo_quickstart.py
 
 test: env
 	$(BIN)/python -m pytest
@@ -45,6 +47,8 @@ bench:
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/loss_memory.py
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/loam models | grep -q smollm2-135m-instruct || $(BIN)/loam pull smollm2-135m-instruct
+	$(BIN)/python benchmarks/grpo_step.py
 
 pods:
 	$(MAKE) env EXTRAS=tpu

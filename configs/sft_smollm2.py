@@ -9,16 +9,21 @@ Needs `loam pull smollm2-135m-instruct`, and conversations in any layout of `dat
 
 from ml_collections import ConfigDict
 
-from configs import sft_quickstart
+from data.config import DataConfig, SourceConfig
 from model.presets import PRESETS
 
 
 def get_config() -> ConfigDict:
-    config = sft_quickstart.get_config()
+    config = ConfigDict()
     config.model = PRESETS["smollm2-135m"]
     config.initial_weights = "smollm2-135m-instruct"
+    config.data = DataConfig(
+        sources=(SourceConfig(name="chats", kind="files", path="chats.jsonl", held_out_fraction=0.05),),
+        content="conversations",
+        seq_len=256,
+    )
+    config.steps = 200
     config.batch_size = 4
-    config.cpu_devices = 1
     config.loss = {"chunk_tokens": 256}
     config.optimizer = {
         "name": "adamw",
@@ -26,4 +31,6 @@ def get_config() -> ConfigDict:
         "weight_decay": 0.0,
         "schedule": {"name": "cosine", "warmup": "5 %", "end_fraction": 0.0},
     }
+    config.checkpoint = {"every": 100}
+    config.eval = {"every": 50, "max_batches": 4}
     return config

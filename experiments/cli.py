@@ -63,7 +63,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         ("run", "run, or continue, the job of a config"),
         ("inspect", "parameters, memory and FLOPs of a config, without running it"),
         ("launch", "run the job of a config elsewhere, or in several processes here"),
-        ("compile", "compile a config's training step for a TPU slice, without a TPU: does it fit, how fast may it be"),
+        ("compile", "compile a config's programs for a TPU slice, without a TPU: do they fit, how fast may they be"),
     ):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
@@ -264,7 +264,7 @@ def summary(run_dir: str, report_path: Any) -> str:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    config = load_train_config(arguments.config, arguments.overrides)
+    config = load_run_config(arguments.config, arguments.overrides)
     if arguments.topology:
         from model.chips import topology_of
 

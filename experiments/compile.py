@@ -1,4 +1,6 @@
-"""`loam compile`: compiles the training step of a config for a TPU slice, on a machine that has none, and says what it takes.
+"""`loam compile`: compiles the programs of a config for a TPU slice, on a machine that has none, and says what they take.
+
+Pretraining and fine-tuning have one, the training step; those of reinforcement learning are in experiments/compile_rl.py.
 
 The compiler is libtpu's own, so what does not fit into HBM does not fit on the slice either. Seconds and MFU are the compiler's
 estimate: cycles of its operations over the clock, the bundles of Pallas kernels times the tiles of one document as long as a
@@ -24,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments import collectives, hlo
 from experiments.tpu_schedule import (
@@ -39,6 +41,10 @@ from model.chips import Topology, topology_of
 from model.config import check
 from model.xla import TPU_FLAGS, with_flags
 from train.config import TrainConfig
+from train.rl_config import RLConfig
+
+if TYPE_CHECKING:
+    from train.step import Job
 
 GIB = 2**30
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
@@ -56,16 +62,17 @@ class DoesNotFit(RuntimeError):
 # --- In a process of its own --------------------------------------------------------------------------------------------------
 
 
-def compile_step(config: TrainConfig, topology: Topology, dump: Path) -> Report:
-    """Compiles the training step. The report lacks what needs no compiler.
+def compile_program(config: TrainConfig | RLConfig, program: str, topology: Topology, dump: Path) -> Report:
+    """Compiles one program of the config. The report lacks what needs no compiler.
 
-    If the step has Pallas kernels, this process is replaced by one whose compiler leaves its schedules in `dump`: that takes a
+    Args:
+      program: `step`, or one of `experiments.compile_rl.PROGRAMS`.
+
+    If it has Pallas kernels, this process is replaced by one whose compiler leaves its schedules in `dump`: that takes a
     third longer.
     """
     import jax
     from jax.experimental import topologies
-
-    from train.step import abstract_batch, make_trainer
 
     # With megacore a v4 chip is one device, as it is on a TPU VM.
     options: dict[str, Any] = {"chip_config_name": topology.chip.configuration} if topology.chip.configuration else {}
@@ -73,13 +80,17 @@ def compile_step(config: TrainConfig, topology: Topology, dump: Path) -> Report:
         options["chips_per_host_bounds"] = (1, 1, 1)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     begin = time.perf_counter()
-    trainer = make_trainer(config, devices)
-    lowered = trainer.step.lower(trainer.abstract_state, abstract_batch(config))
+    if isinstance(config, RLConfig):
+        from experiments.compile_rl import lower
+
+        lowered, on_mesh = lower(config, program, devices)
+    else:
+        lowered, on_mesh = lower_step(config, program, devices)
     if not dump.exists() and "tpu_custom_call" in lowered.as_text():
         dump.mkdir()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], compiler_environment(dump))
     lowered_at = time.perf_counter()
-    mesh = {str(axis): size for axis, size in trainer.mesh.shape.items()}
+    mesh = {str(axis): size for axis, size in on_mesh.shape.items()}
     report: Report = {"mesh": mesh, "lower_seconds": lowered_at - begin, "jax": jax.__version__}
     try:
         compiled = lowered.compile()
@@ -96,12 +107,21 @@ def compile_step(config: TrainConfig, topology: Topology, dump: Path) -> Report:
         "temporaries": memory.temp_size_in_bytes,
         "generated_code": memory.generated_code_size_in_bytes,
     }
-    places = [device.coords for device in trainer.mesh.devices.flat]
+    places = [device.coords for device in on_mesh.devices.flat]
     return report | analyse(compiled.as_text(), config, topology, mesh, places, dump)
 
 
+def lower_step(config: TrainConfig, program: str, devices: Sequence[Any]) -> tuple[Any, Any]:
+    """The training step, lowered, and its mesh."""
+    from train.step import abstract_batch, make_trainer
+
+    assert program == "step"
+    trainer = make_trainer(config, devices)
+    return trainer.step.lower(trainer.abstract_state, abstract_batch(config)), trainer.mesh
+
+
 def analyse(
-    text: str, config: TrainConfig, topology: Topology, mesh: Mapping[str, int], places: Sequence[Sequence[int]], dump: Path
+    text: str, config: Job, topology: Topology, mesh: Mapping[str, int], places: Sequence[Sequence[int]], dump: Path
 ) -> Report:
     """What the text of the compiled program tells."""
     module = hlo.parse(text, chunks_of_experts(config, mesh["expert"]))
@@ -150,7 +170,7 @@ def exposed_as_gather(one: collectives.Collective) -> float:
     return one.exposed_cycles if one.kind == "all-gather" else 0.0
 
 
-def recomputed_share(config: TrainConfig, matmul_flops: float) -> float:
+def recomputed_share(config: Job, matmul_flops: float) -> float:
     """Of the FLOPs of a step's matmuls outside of Pallas kernels, the part that remat does over again.
 
     Args:
@@ -159,12 +179,15 @@ def recomputed_share(config: TrainConfig, matmul_flops: float) -> float:
     from model.flops import matrix_flops_per_token
 
     needed = (
-        3 * config.tokens_per_step * sum(f for kind, f in matrix_flops_per_token(config.model).items() if kind != "experts")
+        3
+        * config.update_rows
+        * config.row_tokens
+        * sum(f for kind, f in matrix_flops_per_token(config.model).items() if kind != "experts")
     )
     return 1 - needed / matmul_flops
 
 
-def chunks_of_experts(config: TrainConfig, devices: int) -> float:
+def chunks_of_experts(config: Job, devices: int) -> float:
     """How often the loops over a device's rows for experts run (`model/moe.py`) if the router is even; no other loop's length
     is open."""
     moe = config.model.moe
@@ -176,7 +199,7 @@ def has_schedule(dump: Path, instruction: str) -> bool:
 
 
 def kernel_report(
-    kernel: hlo.Kernel, schedule: str | None, config: TrainConfig, topology: Topology, mesh: Mapping[str, int], dump: Path
+    kernel: hlo.Kernel, schedule: str | None, config: Job, topology: Topology, mesh: Mapping[str, int], dump: Path
 ) -> Report:
     """Calls of a Pallas kernel, and cycles of all of them: of attention and experts from their schedules, of others from their
     FLOPs.
@@ -197,7 +220,7 @@ def kernel_report(
 
 
 def attention_call_cycles(
-    pass_: str, kernel: hlo.Kernel, schedule: str, config: TrainConfig, topology: Topology, context: int, dump: Path
+    pass_: str, kernel: hlo.Kernel, schedule: str, config: Job, topology: Topology, context: int, dump: Path
 ) -> float:
     """Cycles of one call for a document as long as a row: the mean over the layers' windows and over parts of the context."""
     from model.kernels.tiles import BlockSizes, part_sizes
@@ -211,7 +234,7 @@ def attention_call_cycles(
     block = getattr(sizes, pass_)
     block = (min(block[0], queries[2]), min(block[1], keys[2]))
     part = part_sizes(block)
-    length, of_keys = config.data.seq_len, pass_ == "backward"
+    length, of_keys = config.row_tokens, pass_ == "backward"
     layers = [config.model.window(layer) for layer in range(config.model.num_layers)]
     tiles = [causal_tiles(length, window, block, part, of_keys) for window in layers]
     mean = functools.reduce(operator.add, tiles) * (queries[0] * queries[1] / len(layers) / context**2)
@@ -225,7 +248,7 @@ def attention_call_cycles(
 
 
 def grouped_matmul_call_cycles(
-    kernel: hlo.Kernel, schedule: str, config: TrainConfig, topology: Topology, mesh: Mapping[str, int], dump: Path
+    kernel: hlo.Kernel, schedule: str, config: Job, topology: Topology, mesh: Mapping[str, int], dump: Path
 ) -> float:
     """Cycles of one call with all rows filled."""
     from model.kernels.grouped_matmul import tiling
@@ -250,13 +273,13 @@ def grouped_matmul_call_cycles(
 
 
 def worker(directory: Path) -> None:
-    """Reads task.json, which holds config, overrides and topology, and writes report.json: a report, or {"error": message}."""
-    from experiments.cli import load_train_config
+    """Reads task.json (config, overrides, program and topology) and writes report.json: a report, or {"error": message}."""
+    from experiments.cli import load_run_config
 
     task = json.loads((directory / "task.json").read_text())
     try:
-        config = load_train_config(task["config"], task["overrides"])
-        report = compile_step(config, topology_of(task["topology"]), directory / "schedules")
+        config = load_run_config(task["config"], task["overrides"])
+        report = compile_program(config, task["program"], topology_of(task["topology"]), directory / "schedules")
     except (ValueError, RuntimeError) as error:
         report = {"error": str(error)}
     (directory / "report.json").write_text(json.dumps(report))
@@ -274,8 +297,37 @@ def require_libtpu() -> None:
         )
 
 
+def run_compiler(path: str, overrides: Sequence[str], program: str, topology: Topology) -> Report:
+    """What `compile_program` says, in a process of its own, and the `flags` it had.
+
+    Raises:
+      ValueError: what the mesh or the network is refused for.
+      RuntimeError: the compiler failed.
+    """
+    environment = compiler_environment()
+    environment["LIBTPU_INIT_ARGS"] = with_flags(environment["LIBTPU_INIT_ARGS"], TPU_FLAGS)
+    with tempfile.TemporaryDirectory() as directory:
+        task = {"config": path, "overrides": list(overrides), "program": program, "topology": topology.name}
+        Path(directory, "task.json").write_text(json.dumps(task))
+        command = [sys.executable, "-m", "experiments.compile", directory]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        output = Path(directory, "report.json")
+        if not output.exists():
+            last = [line for line in ended.stderr.strip().splitlines() if line.strip()][-3:]
+            raise RuntimeError(f"the compiler for {topology.name} ended with status {ended.returncode}: {' / '.join(last)}")
+        compiled = json.loads(output.read_text())
+    if "error" in compiled:
+        raise ValueError(compiled["error"])
+    return {"flags": environment["LIBTPU_INIT_ARGS"].split(), **compiled}
+
+
+def live_bytes(memory: Mapping[str, int]) -> int:
+    """Of HBM, while a program runs."""
+    return memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"] + memory["generated_code"]
+
+
 def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> Report:
-    """The report of a config for a slice; `fits` says whether its HBM suffices.
+    """The report of a training config for a slice; `fits` says whether its HBM suffices.
 
     Raises:
       ValueError: what the config, the mesh or the attention backend is refused for.
@@ -290,20 +342,7 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
     config = load_train_config(path, list(overrides))
     check_backend(config.model.attention_backend, "tpu")
     plan = plan_memory(config, mesh_sizes(config, topology.num_devices))
-    environment = compiler_environment()
-    environment["LIBTPU_INIT_ARGS"] = with_flags(environment["LIBTPU_INIT_ARGS"], TPU_FLAGS)
-    with tempfile.TemporaryDirectory() as directory:
-        task = {"config": path, "overrides": list(overrides), "topology": topology.name}
-        Path(directory, "task.json").write_text(json.dumps(task))
-        command = [sys.executable, "-m", "experiments.compile", directory]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-        output = Path(directory, "report.json")
-        if not output.exists():
-            last = [line for line in ended.stderr.strip().splitlines() if line.strip()][-3:]
-            raise RuntimeError(f"the compiler for {topology.name} ended with status {ended.returncode}: {' / '.join(last)}")
-        compiled = json.loads(output.read_text())
-    if "error" in compiled:
-        raise ValueError(compiled["error"])
+    compiled = run_compiler(path, overrides, "step", topology)
     chip, tokens = topology.chip, config.tokens_per_step
     flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
     report: Report = {
@@ -318,7 +357,6 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
         "hbm_limit_bytes": chip.hbm_bytes,
         "model_flops_per_step": flops,
         "planned_bytes_per_device": plan,
-        "flags": environment["LIBTPU_INIT_ARGS"].split(),
         **compiled,
     }
     memory = compiled["memory"]
@@ -326,7 +364,7 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
         arguments = sum(plan[key] for key in ("parameters", "optimizer state", "moving average"))
         live = exhausted_bytes(compiled["refused"], arguments)
     else:
-        live = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"] + memory["generated_code"]
+        live = live_bytes(memory)
     seconds = report["estimated_step_seconds"]
     if memory is not None and config.model.attention_backend == "flash":
         done = compiled["matmul_flops_per_device"] * topology.num_devices
@@ -548,11 +586,11 @@ def ranking_table(ranking: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def save(report: Report, config: TrainConfig) -> Path:
+def save(report: Report, run_dir: str) -> Path:
     """Writes the report beside the run."""
     from train.files import write_json_atomic
 
-    directory = Path(config.run_dir)
+    directory = Path(run_dir)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"compile_{report['topology'].replace(':', '_')}.json"
     write_json_atomic(path, report)
@@ -561,12 +599,22 @@ def save(report: Report, config: TrainConfig) -> Path:
 
 def main(arguments: argparse.Namespace) -> int:
     """`loam compile`: the exit status."""
-    from experiments.cli import load_train_config
+    from experiments.cli import load_run_config
 
     topology = topology_of(arguments.topology)
-    config = load_train_config(arguments.config, arguments.overrides)
+    config = load_run_config(arguments.config, arguments.overrides)
+    by_reward = isinstance(config, RLConfig)
+    check(not (by_reward and arguments.search), "--search knows training steps alone, not reinforcement learning: leave it out")
     require_libtpu()
     os.environ["JAX_PLATFORMS"] = "cpu"  # Nothing is computed here; a plan needs no device.
+    if by_reward:
+        from experiments import compile_rl
+
+        report = compile_rl.compile_config(arguments.config, arguments.overrides, topology)
+        path = save(report, config.run_dir)
+        print(json.dumps(report) if arguments.json else f"{compile_rl.describe(report)}\n\n{path}")
+        compile_rl.check_fits(report)
+        return 0
     if arguments.search:
         log = (lambda line: print(line, file=sys.stderr)) if arguments.json else print
         ranked = search(arguments.config, arguments.overrides, topology, arguments.tries, log)
@@ -578,7 +626,7 @@ def main(arguments: argparse.Namespace) -> int:
         log(f"\n{ranking_table(report['ranking'])}\n")
     else:
         report = compile_config(arguments.config, arguments.overrides, topology)
-    path = save(report, config)
+    path = save(report, config.run_dir)
     print(json.dumps(report) if arguments.json else f"{describe(report)}\n\n{path}")
     check_fits(report, config, topology)
     return 0

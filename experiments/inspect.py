@@ -12,14 +12,16 @@ from model.chips import Topology
 from model.flops import forward_flops_per_token, train_flops_per_token
 from model.params import active_parameters, num_parameters, param_specs, parameter_groups
 from train.config import TrainConfig
-from train.memory import plan_memory
+from train.memory import plan_memory, plan_sampler
+from train.rl import Policy
+from train.rl_config import RLConfig
 from train.step import make_trainer, mesh_sizes
 
 
-def describe(config: TrainConfig) -> str:
+def describe(config: TrainConfig | RLConfig) -> str:
     """A table for people. Memory is what a device holds between steps; activations come on top of it."""
     specs = param_specs(config.model)
-    trainer = make_trainer(config)
+    trainer = Policy(config).trainer if isinstance(config, RLConfig) else make_trainer(config)
     total = num_parameters(specs)
     lines = [_title(config), ""]
     lines += [f"  {name:<28}{count:>16,}{100 * count / total:>7.1f} %" for name, count in parameter_groups(specs).items()]
@@ -31,10 +33,15 @@ def describe(config: TrainConfig) -> str:
     if state.frozen is not None:
         lines.append(f"  {'frozen':<28}{_device_bytes(state.frozen) / 2**20:>14,.1f} MiB")
     lines.append(f"  {'gradients':<28}{_device_bytes(state.params) / 2**20:>14,.1f} MiB")
+    if config.lora:
+        lines.append(f"  {'frozen weights':<28}{_device_bytes(state.frozen) / 2**20:>14,.1f} MiB")
+    if isinstance(config, RLConfig):
+        held = plan_sampler(config, trainer.mesh.shape)
+        lines += [f"  {name:<28}{size / 2**20:>14,.1f} MiB" for name, size in held.items()]
     return "\n".join([*lines, *_flops_lines(config)])
 
 
-def describe_plan(config: TrainConfig, topology: Topology) -> str:
+def describe_plan(config: TrainConfig | RLConfig, topology: Topology) -> str:
     """What each device of a slice will hold, by plan, against its HBM.
 
     Raises:
@@ -42,7 +49,7 @@ def describe_plan(config: TrainConfig, topology: Topology) -> str:
     """
     check_backend(config.model.attention_backend, "tpu")
     mesh = mesh_sizes(config, topology.num_devices)
-    plan = plan_memory(config, mesh)
+    plan = plan_memory(config, mesh) | (plan_sampler(config, mesh) if isinstance(config, RLConfig) else {})
     total, limit = sum(plan.values()), topology.chip.hbm_bytes
     names = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
     lines = [
@@ -57,21 +64,32 @@ def describe_plan(config: TrainConfig, topology: Topology) -> str:
     return "\n".join([*lines, *_flops_lines(config)])
 
 
-def _title(config: TrainConfig) -> str:
+def _title(config: TrainConfig | RLConfig) -> str:
     active = f", of which each token meets {sum(active_parameters(config.model).values()):,}" if config.model.moe else ""
     return f"{config.name}: {num_parameters(param_specs(config.model)):,} parameters{active}"
 
 
-def _flops_lines(config: TrainConfig) -> list[str]:
-    seq_len = config.data.seq_len
+def _flops_lines(config: TrainConfig | RLConfig) -> list[str]:
+    seq_len = config.row_tokens
+    per_token = train_flops_per_token(config.model, seq_len)
+    if isinstance(config, RLConfig):
+        tokens = config.num_rows * seq_len
+        run = (
+            f"run: {config.steps:,} steps x {config.num_rows:,} answers of at most {config.rollouts.max_tokens:,} tokens, in "
+            f"{config.num_updates:,} updates of {config.update_rows:,} rows; a pass over a step's rows is "
+            f"{tokens * per_token:.3g} FLOPs"
+        )
+    else:
+        tokens = config.steps * config.tokens_per_step
+        total = f"{tokens:,} tokens, {tokens * per_token:.3g} FLOPs"
+        run = f"run: {config.steps:,} steps x {config.tokens_per_step:,} tokens = {total}"
     return [
         "",
         f"FLOPs per token at {seq_len} tokens a row, attention counted causally",
         f"  {'forward':<28}{forward_flops_per_token(config.model, seq_len):>16,.0f}",
-        f"  {'forward and backward':<28}{train_flops_per_token(config.model, seq_len):>16,.0f}",
+        f"  {'forward and backward':<28}{per_token:>16,.0f}",
         "",
-        f"run: {config.steps:,} steps x {config.tokens_per_step:,} tokens = {config.steps * config.tokens_per_step:,} tokens, "
-        f"{config.steps * config.tokens_per_step * train_flops_per_token(config.model, seq_len):.3g} FLOPs",
+        run,
     ]
 
 

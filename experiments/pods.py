@@ -15,13 +15,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from experiments.cli import load_train_config
+from experiments import compile_rl
+from experiments.cli import load_run_config
 from experiments.collectives import GATHER_BY_ALL_REDUCE
 from experiments.compile import GIB, Report, compile_config, require_libtpu
 from model.chips import topology_of
 from model.xla import TPU_FLAGS
 from train.config import TrainConfig
 from train.files import write_atomic, write_json_atomic
+from train.rl_config import RLConfig
+from train.rollouts import engine_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs/pods").glob("*.py") if path.name != "__init__.py")
@@ -31,6 +34,16 @@ KEPT = (
     "planned_bytes_per_device", "model_flops_per_step", "matmul_flops_per_device", "recomputed_flops_share",
     "estimated_cycles", "kernels", "collectives", "exposed_all_gathers", "exposed_collective_seconds",
     "loops_of_unknown_length", "estimated_step_seconds", "estimated_mfu", "compile_seconds",
+)  # fmt: skip
+# Of reinforcement learning, which has several programs.
+KEPT_OF_RL = (
+    "topology", "devices", "mesh", "rows_per_step", "rows_per_update", "row_tokens", "decoded_rows", "remat",
+    "hbm_limit_bytes", "planned_bytes_per_device", "model_flops_per_update", "estimated_update_mfu", "least_decode_seconds",
+    "resharding_bytes_per_device", "resharding_link_seconds", "fits",
+)  # fmt: skip
+KEPT_OF_A_PROGRAM = (
+    "memory", "held_beside_bytes", "hbm_bytes_per_device", "fits", "estimated_cycles", "collectives",
+    "exposed_collective_seconds", "loops_of_unknown_length", "estimated_step_seconds", "compile_seconds",
 )  # fmt: skip
 MOST_COMPILE_SECONDS = 900
 # Of the estimated step, for gathers of weights that no work covers. Not 0: the first of a pass has nothing before it to hide
@@ -84,6 +97,26 @@ XLA has made all-reduces of shards padded with zeros count whole, whatever stand
 |---|---|---|---|---|---|---|---|---|
 """
 
+REINFORCEMENT = """
+## Reinforcement learning: training and decoding in one run
+
+Its programs share the devices, in two layouts: the trainer's (weights scattered over fsdp and tensor) and the sampler's (split
+over tensor alone, so that no token waits for a gather; copies along fsdp decode the same rows). HBM is what each program takes
+by the compiler, and what the run holds beside it by plan: the sampler keeps weights and pages while the trainer works, and the
+trainer its state while the sampler does. *Resharding* is `hand_over`, once a step: what arrives at each device, the estimated
+seconds of it on the links if nothing else used them, and those of the whole program. A decoded token is one for every row that
+is decoded at once, at the end of full rows: the compiler's estimate, or what it takes to read weights and pages once if that is
+more. All seconds are estimates.
+
+Most of the update's time are exposed gathers and scatters of activations over `tensor`, 18 of 27 s: the axis is as large as
+decoding wants it, and larger than the trainer does. A mesh of its own for the sampler would spare them; there is none yet.
+
+"""
+COLUMNS_OF_RL = (
+    "config", "slice", "mesh", "rows a step", "HBM a device: hand_over", "decode", "score", "update", "resharding",
+    "a decoded token", "score", "update", "MFU of the update", "compiled in",
+)  # fmt: skip
+
 
 def topology_in(path: Path) -> str:
     """The slice of a pod config: that of the command in its docstring."""
@@ -92,16 +125,23 @@ def topology_in(path: Path) -> str:
     return match[1]
 
 
-def made_of(config: TrainConfig) -> dict[str, Any]:
+def made_of(config: TrainConfig | RLConfig) -> dict[str, Any]:
     """What a report depends on beside our own code."""
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
     return {"config_sha256": config_hash(config), "flags": list(TPU_FLAGS), **versions}
 
 
-def config_hash(config: TrainConfig) -> str:
-    """SHA-256 of what the step is compiled from, as far as it differs from the defaults: a new option changes no hash."""
-    parts = {name: _chosen(getattr(config, name)) for name in ("model", "loss", "optimizer", "mesh")}
-    sizes = {"batch_size": config.batch_size, "accumulation": config.accumulation, "seq_len": config.data.seq_len}
+def config_hash(config: TrainConfig | RLConfig) -> str:
+    """SHA-256 of what the programs are compiled from, as far as it differs from the defaults: a new option changes no hash."""
+    if isinstance(config, RLConfig):
+        names = ("model", "policy", "lora", "optimizer", "mesh")
+        of_rows = ("num_rows", "update_rows", "accumulation", "row_tokens", "chunk_tokens")
+        sizes: dict[str, Any] = {name: getattr(config, name) for name in of_rows}
+        sizes |= {"temperature": config.rollouts.temperature, "engine": _chosen(engine_config(config))}
+    else:
+        names = ("model", "loss", "optimizer", "mesh")
+        sizes = {"batch_size": config.batch_size, "accumulation": config.accumulation, "seq_len": config.data.seq_len}
+    parts = {name: _chosen(getattr(config, name)) for name in names}
     return hashlib.sha256(json.dumps(parts | sizes, sort_keys=True).encode()).hexdigest()
 
 
@@ -142,6 +182,8 @@ def shares(report: Report) -> dict[str, float]:
 
 def page(reports: dict[str, Report]) -> str:
     """The text of docs/pods.md."""
+    of_rl = {name: report for name, report in reports.items() if "programs" in report}
+    reports = {name: report for name, report in reports.items() if name not in of_rl}
     lines = [
         "| config | slice | mesh | tokens a step | remat | HBM a device | planned | step | MFU | limited by | MaxText measured "
         "| compiled in |",
@@ -168,28 +210,77 @@ def page(reports: dict[str, Report]) -> str:
         reduced = sum(one["kind"] == GATHER_BY_ALL_REDUCE for one in gathers)
         told += f", {reduced} by all-reduce" if reduced else ""
         lines.append(f"| {name} | {' | '.join([matmuls, speed, again, *parts, told])} |")
-    return HEADER + "\n".join(lines) + "\n" + NOTES
+    of_rl_lines = [
+        f"| {' | '.join(COLUMNS_OF_RL)} |",
+        "|---" * len(COLUMNS_OF_RL) + "|",
+        *(rl_line(name, report) for name, report in sorted(of_rl.items())),
+    ]
+    return HEADER + "\n".join(lines) + "\n" + NOTES + REINFORCEMENT + "\n".join(of_rl_lines) + "\n"
+
+
+def rl_line(name: str, report: Report) -> str:
+    """A row of the table of reinforcement learning."""
+    programs, limit = report["programs"], report["hbm_limit_bytes"] / GIB
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
+    memory = [f"{programs[program]['hbm_bytes_per_device'] / GIB:.1f}" for program in compile_rl.PROGRAMS]
+    memory[0] = f"{memory[0]} of {limit:.1f} GiB"
+    hand_over = programs["hand_over"]["estimated_step_seconds"]
+    moved = f"{report['resharding_bytes_per_device'] / GIB:.2f} GiB, {1e3 * report['resharding_link_seconds']:.0f} ms on links"
+    cells = [
+        f"[{name}](../configs/pods/{name}.py)",
+        report["topology"],
+        mesh,
+        f"{report['rows_per_step']:,} of {report['row_tokens']:,} tokens",
+        *memory,
+        f"{moved}, {1e3 * hand_over:.0f} ms in all",
+        f"{1e3 * compile_rl.decode_seconds(report):.1f} ms for {report['decoded_rows']} rows",
+        f"{programs['score']['estimated_step_seconds']:.2f} s",
+        f"{programs['update']['estimated_step_seconds']:.2f} s",
+        f"{100 * report['estimated_update_mfu']:.1f} %",
+        f"{sum(one['compile_seconds'] for one in programs.values()):.0f} s",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def kept_of_rl(report: Report) -> Report:
+    programs = {name: {key: one[key] for key in KEPT_OF_A_PROGRAM} for name, one in report["programs"].items()}
+    return {key: report[key] for key in KEPT_OF_RL} | {"programs": programs}
+
+
+def compiled(name: str, path: Path) -> Report:
+    """What docs/pods.json keeps of a config.
+
+    Raises:
+      RuntimeError: it does not fit, or took too long to compile.
+    """
+    topology = topology_of(topology_in(path))
+    if isinstance(load_run_config(str(path), []), RLConfig):
+        report = compile_rl.compile_config(str(path), [], topology)
+        compile_rl.check_fits(report)
+        slowest = max(one["compile_seconds"] for one in report["programs"].values())
+        kept = kept_of_rl(report)
+    else:
+        report = compile_config(str(path), [], topology)
+        if not report["fits"]:
+            raise RuntimeError(f"{name} does not fit: {report['hbm_bytes_per_device']} of {report['hbm_limit_bytes']} bytes")
+        slowest, kept = report["compile_seconds"], {key: report[key] for key in KEPT}
+    if slowest > MOST_COMPILE_SECONDS:
+        raise RuntimeError(f"{name} compiled in {slowest:.0f} s, more than {MOST_COMPILE_SECONDS}")
+    return kept
 
 
 def main(names: list[str]) -> None:
     require_libtpu()
     reports: dict[str, Any] = json.loads(REPORTS.read_text()) if REPORTS.exists() else {}
     known = {path.stem: path for path in CONFIGS}
-    sources = {name: made_of(load_train_config(str(path), [])) for name, path in known.items()}
+    sources = {name: made_of(load_run_config(str(path), [])) for name, path in known.items()}
     for name in names or [name for name in known if reports.get(name, {}).get("made_of") != sources[name]]:
         print(f"compiling {name} for {topology_in(known[name])}", flush=True)
-        report = compile_config(str(known[name]), [], topology_of(topology_in(known[name])))
-        if not report["fits"]:
-            raise RuntimeError(f"{name} does not fit: {report['hbm_bytes_per_device']} of {report['hbm_limit_bytes']} bytes")
-        if report["compile_seconds"] > MOST_COMPILE_SECONDS:
-            raise RuntimeError(f"{name} compiled in {report['compile_seconds']:.0f} s, more than {MOST_COMPILE_SECONDS}")
-        reports[name] = {key: report[key] for key in KEPT} | {"made_of": sources[name]}
+        reports[name] = compiled(name, known[name]) | {"made_of": sources[name]}
         write_json_atomic(REPORTS, reports)
         write_atomic(PAGE, page(reports).encode())
-        print(
-            f"  {report['compile_seconds']:.0f} s, MFU {100 * report['estimated_mfu']:.1f} % (the compiler's estimate)",
-            flush=True,
-        )
+        mfu = reports[name].get("estimated_mfu") or reports[name]["estimated_update_mfu"]
+        print(f"  fits; MFU {100 * mfu:.1f} % (the compiler's estimate)", flush=True)
 
 
 if __name__ == "__main__":

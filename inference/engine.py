@@ -331,6 +331,35 @@ def _set_history(history: History, placement: Placement, slot: jax.Array, row: H
     return placement.everywhere(jax.tree.map(lambda leaf, new: leaf.at[slot].set(new), history, row))
 
 
+def abstract_pages(params: Params, model: ModelConfig, config: EngineConfig) -> tuple[LayerPages, ...]:
+    """ShapeDtypeStruct of an engine's pages, with shardings where (abstract) `params` have them."""
+    placement = _placement(params, model)
+    shapes = jax.eval_shape(functools.partial(empty_pages, model, config.num_pages, config.page_size, config.cache_dtype))
+    sharding = placement.mesh and NamedSharding(placement.mesh, PartitionSpec(None, placement.kv_heads or None))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def lower_decode(params: Params, model: ModelConfig, config: EngineConfig) -> jax.stages.Lowered:
+    """The program that decodes `max_batch` rows, one token each.
+
+    Args:
+      params: abstract, with shardings, of a network with a separate entry per layer.
+    """
+    rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    table, column = rows((config.max_batch, _table_width(model, config))), rows((config.max_batch, 1 + config.num_guesses))
+    pages = abstract_pages(params, model, config)
+    return _decode.lower(params, model, _placement(params, model), pages, table, column, column)
+
+
+def _placement(params: Params, model: ModelConfig) -> Placement:
+    return Placement.beside(params, model.num_heads, 1 if model.mla else model.num_kv_heads)
+
+
+def _table_width(model: ModelConfig, config: EngineConfig) -> int:
+    """Pages of the longest row."""
+    return min(-(-model.max_seq_len // config.page_size), config.num_pages)
+
+
 def _sizes(largest: int, smallest: int = 1) -> list[int]:
     """Powers of two below `largest`, and itself."""
     powers = itertools.takewhile(lambda size: size < largest, (smallest << i for i in itertools.count()))
@@ -382,9 +411,9 @@ class Engine:
         self.stats = Stats()
         self._guess = guess
         self._pool = PagePool(config.num_pages, config.page_size)
-        self._placement = Placement.beside(self.params, model.num_heads, 1 if model.mla else model.num_kv_heads)
+        self._placement = _placement(self.params, model)
         self._pages, self._history = _start(self.model, config, self._placement)
-        self._table_width = min(-(-self.model.max_seq_len // config.page_size), config.num_pages)
+        self._table_width = _table_width(self.model, config)
         self._row_sizes = _sizes(config.max_batch)
         self._chunk_sizes = _sizes(config.prefill_chunk, smallest=min(16, config.prefill_chunk))
         words = -(-model.vocab_size // 32)

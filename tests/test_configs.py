@@ -1,5 +1,6 @@
 """Every config builds, and every command that a document tells the reader to type exists."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -63,3 +64,16 @@ def test_a_command_that_a_document_shows_exists(document, command):
         # configs/NAME.py and --config.key=value stand for any.
         if arguments.command in ("run", "inspect", "launch") and "NAME" not in arguments.config:
             load_run_config(arguments.config, [word for word in arguments.overrides if word != "--config.key=value"])
+
+
+def test_each_stage_of_the_quickstart_begins_with_the_one_before():
+    recipe = re.search(r"^quickstart: env\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    stages = [load_run_config(path, []) for path in re.findall(r"loam run --config=(\S+)", recipe[1])]
+    assert [stage.name for stage in stages] == ["quickstart", "sft_quickstart", "grpo_quickstart"]
+    for before, stage in itertools.pairwise(stages):
+        assert stage.initial_weights == before.run_dir
+        assert stage.model == before.model
+    # What is rewarded is what was shown, and neither saw what is evaluated (tests/data has the task's split).
+    assert stages[2].task == stages[1].data.sources[0].task
+    assert stages[2].chat

@@ -393,3 +393,7 @@ class TrainConfig:
     @property
     def row_tokens(self) -> int:
         return self.data.seq_len
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.loss.chunk_tokens

@@ -1,4 +1,4 @@
-"""What a device will hold during a training step, planned from shapes before anything is compiled.
+"""What a device will hold in training, planned from shapes before anything is compiled.
 
 Nothing is allocated and no device is asked: parameters and optimizer state are counted under the rules of the mesh, and what
 the backward pass needs of the forward one is found by tracing one device's share of the model. It is a plan: the compiler
@@ -18,39 +18,73 @@ import jax.numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh
 
-from model.config import ModelConfig
+from model.config import LoraConfig, ModelConfig
+from model.lora import adapter_specs
 from model.params import Params, abstract_params, block_layout, param_shardings, param_specs, parameter_groups
-from model.sharding import TRAIN_RULES, Layout
-from model.transformer import forward
+from model.sharding import DECODE_RULES, TRAIN_RULES, Layout, Rules
+from model.transformer import empty_pages, forward
 from train.config import OptimizerConfig, TrainConfig
 from train.optimizer import make_optimizer
-from train.step import opt_state_shardings
+from train.rl_config import RLConfig
+from train.rollouts import engine_config
+from train.step import Job, adapter_settings, opt_state_shardings
 
 
-def plan_memory(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
-    """Bytes that each device holds at the fullest moment of a step, by what they are.
+def plan_memory(config: Job, mesh: Mapping[str, int]) -> dict[str, int]:
+    """Bytes that each device holds at the fullest moment of an update, by what they are.
 
     Args:
       mesh: sizes of the axes, as `train.step.mesh_sizes` gives them.
     """
-    parameters, opt_state = _state_bytes(config.model, config.optimizer, tuple(mesh.items()))
+    objective = config.objective if isinstance(config, TrainConfig) else None
+    parameters, opt_state = _state_bytes(config.model, config.lora, config.optimizer, tuple(mesh.items()))
     plan = {
         "parameters": parameters,
         "optimizer state": opt_state,
         "moving average": parameters if config.optimizer.ema_decay else 0,
         "gradients": parameters * (2 if config.accumulation > 1 else 1),
-        "reference": parameters if config.objective and config.objective.needs_reference and not config.lora else 0,
     }
+    if objective and objective.needs_reference and not config.lora:
+        plan["reference"] = parameters
+    if config.lora:
+        plan["frozen weights"] = _weight_bytes(config.model, mesh, TRAIN_RULES)
     return plan | _activations(config, mesh)
 
 
-@functools.cache
-def _state_bytes(model: ModelConfig, optimizer: OptimizerConfig, mesh: tuple[tuple[str, int], ...]) -> tuple[int, int]:
-    """Bytes per device of parameters and of optimizer state."""
+def plan_sampler(config: RLConfig, mesh: Mapping[str, int]) -> dict[str, int]:
+    """Bytes that each device holds all the time for drawing answers and, if there is one, for the reference of a KL penalty."""
+    model = dataclasses.replace(config.model, scan_layers=False)
+    engine = engine_config(config)
+    pages = jax.eval_shape(functools.partial(empty_pages, model, engine.num_pages, engine.page_size, engine.cache_dtype))
+    heads = 1 if model.mla else model.num_kv_heads
+    parts = 1 if heads % mesh["tensor"] else mesh["tensor"]
+    reference = _weight_bytes(config.model, mesh, TRAIN_RULES) if config.policy.kl.needs_reference else 0
+    return {
+        "reference": reference,
+        "weights of the sampler": _weight_bytes(model, mesh, DECODE_RULES),
+        "pages of the sampler": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)) // parts,
+    }
+
+
+def _abstract_layout(mesh: Mapping[str, int], rules: Rules) -> Layout:
+    abstract_mesh: Any = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    return Layout.of(abstract_mesh, rules)
+
+
+def _weight_bytes(model: ModelConfig, mesh: Mapping[str, int], rules: Rules) -> int:
     specs = param_specs(model)
-    abstract_mesh: Any = AbstractMesh(tuple(size for _, size in mesh), tuple(axis for axis, _ in mesh))
-    layout = Layout.of(abstract_mesh, TRAIN_RULES)
+    return _bytes(abstract_params(specs), param_shardings(specs, _abstract_layout(mesh, rules)))
+
+
+@functools.cache
+def _state_bytes(
+    model: ModelConfig, lora: LoraConfig | None, optimizer: OptimizerConfig, mesh: tuple[tuple[str, int], ...]
+) -> tuple[int, int]:
+    """Bytes per device of what is trained, and of optimizer state."""
+    specs = adapter_specs(model, lora) if lora else param_specs(model)
+    layout = _abstract_layout(dict(mesh), TRAIN_RULES)
     params = abstract_params(specs)
+    optimizer = adapter_settings(optimizer) if lora else optimizer
     of_params = param_shardings(specs, layout)
     opt_state = jax.eval_shape(make_optimizer(optimizer, specs, lambda _: 0.0).init, params)
     return _bytes(params, of_params), _bytes(opt_state, opt_state_shardings(opt_state, specs, of_params, layout.sharding()))
@@ -61,14 +95,14 @@ def _bytes(tree: object, shardings: object) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def _activations(config: TrainConfig, mesh: Mapping[str, int]) -> dict[str, int]:
+def _activations(config: Job, mesh: Mapping[str, int]) -> dict[str, int]:
     """What comes and goes within a micro-batch: what all layers keep, and the larger of what comes after it."""
     tensor = mesh["tensor"]
-    rows = config.batch_size // config.accumulation // math.prod(mesh[axis] for axis in TRAIN_RULES["batch"])
-    seq_len = config.data.seq_len // mesh["context"]
+    rows = config.update_rows // config.accumulation // math.prod(mesh[axis] for axis in TRAIN_RULES["batch"])
+    seq_len = config.row_tokens // mesh["context"]
     model = _share(config.model, tensor)
     width = jnp.dtype(model.dtype).itemsize
-    chunk = min(rows * seq_len, config.loss.chunk_tokens or rows * seq_len)
+    chunk = min(rows * seq_len, config.chunk_tokens or rows * seq_len)
     _, period, _ = block_layout(model)
     kept = rows * _period_bytes(model, seq_len, tensor, mesh["expert"])
     one = rows * _period_bytes(dataclasses.replace(model, remat="none"), seq_len, tensor, mesh["expert"])

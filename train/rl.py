@@ -19,7 +19,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -29,10 +29,10 @@ import numpy as np
 
 from data.chat_encoder import ChatEncoder
 from data.tasks.task import Example, Split
-from inference.engine import Engine, EngineConfig
+from inference.engine import Engine
 from model.config import check
 from model.lora import merge
-from model.params import Params, param_shardings, param_specs
+from model.params import Params, param_shardings, param_specs, unstack_layers
 from model.sharding import DECODE_RULES, TRAIN_RULES, Layout
 from train.checkpoint import Checkpoints, check_room
 from train.config import PREEMPTED
@@ -54,7 +54,7 @@ from train.provenance import provenance
 from train.rewards import Part, Rewards, Verifiers, compose
 from train.rl_config import RLConfig
 from train.rl_step import Scores, policy_objective, score
-from train.rollouts import Array, Samples, draw
+from train.rollouts import Array, Samples, draw, engine_config
 from train.scalar_head import scalar_head_spec
 from train.step import TrainState, make_trainer_of
 
@@ -92,13 +92,25 @@ def train_with_rewards(config: RLConfig, log: Log = print, group: Group | None =
       RuntimeError: a loss that is not finite, or a sampler that disagrees with the trainer.
     """
     began = time.perf_counter() if began is None else began
+    with open_loop(config, log, group, began) as loop, stop_on_signal() as stop_requested:
+        return loop.run(stop_requested)
+
+
+@contextlib.contextmanager
+def open_loop(config: RLConfig, log: Log, group: Group | None, began: float) -> Iterator[RLLoop]:
+    """The job at its newest checkpoint, alone in its directory; raises as `train_with_rewards` does."""
     run_dir = pathlib.Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(group or Group(deadlines=config.deadlines))
         check(group.count == 1, "reinforcement learning runs in one process: start it with one")
         check_writers(config.writers)
         initial = open_initial(config.initial_weights, config.model)
-        policy = Policy(config, initial)
+        check(
+            initial.tokenizer.vocab_size <= config.model.vocab_size,
+            f"the tokenizer of {config.initial_weights} has {initial.tokenizer.vocab_size} tokens, but model.vocab_size="
+            f"{config.model.vocab_size}",
+        )
+        policy = Policy(config)
         stack.enter_context(only_process_in(run_dir))
         checkpoints = Checkpoints(str(run_dir / "checkpoints"), config.checkpoint.keep, group)
         stack.enter_context(contextlib.closing(checkpoints))
@@ -106,8 +118,7 @@ def train_with_rewards(config: RLConfig, log: Log = print, group: Group | None =
         copies = min(config.checkpoint.keep, math.ceil(config.steps / config.checkpoint.every)) + 1
         check_room(str(run_dir), policy.trainer.abstract_state, copies - len(checkpoints.steps()))
         loop = RLLoop(config, initial, policy, checkpoints, log, began)
-        stack.enter_context(contextlib.closing(loop))
-        return loop.run(stack.enter_context(stop_on_signal()))
+        yield stack.enter_context(contextlib.closing(loop))
 
 
 def compare_config(run_dir: pathlib.Path, config: RLConfig) -> None:
@@ -128,35 +139,36 @@ def compare_config(run_dir: pathlib.Path, config: RLConfig) -> None:
 
 
 class Policy:
-    """The compiled functions of a run, on its mesh."""
+    """The compiled functions of a run, on its mesh.
 
-    def __init__(self, config: RLConfig, initial: InitialModel):
+    Attributes:
+      sampler: the network as it decodes: layer by layer.
+      hand_over: parameters of the trainer -> those of the sampler, in the layout of decoding.
+      score: (parameters of the trainer, rows) -> Scores.
+    """
+
+    def __init__(self, config: RLConfig, devices: Sequence[Any] | None = None):
         """
         Raises:
-          ValueError: the mesh does not fit the devices, or the tokenizer not the model.
+          ValueError: the mesh does not fit the devices.
         """
-        check(
-            initial.tokenizer.vocab_size <= config.model.vocab_size,
-            f"the tokenizer of {config.initial_weights} has {initial.tokenizer.vocab_size} tokens, but model.vocab_size="
-            f"{config.model.vocab_size}",
-        )
         self.config = config
         self.specs = param_specs(config.model)
         weights = self.specs | ({"value_head": scalar_head_spec(config.model)} if config.policy.value else {})
-        self.trainer = make_trainer_of(config, functools.partial(policy_objective, config=config), weights)
+        self.trainer = make_trainer_of(config, functools.partial(policy_objective, config=config), weights, devices)
         mesh = self.trainer.mesh
         layout = None if mesh.size == 1 else Layout.of(mesh, TRAIN_RULES)
-        in_decoding = param_shardings(self.specs, Layout.of(mesh, DECODE_RULES))
-        # Copies even where nothing moves: the update takes the memory of what it is given.
-        self.hand_over = jax.jit(lambda tree: jax.tree.map(jnp.copy, self._plain(tree)), out_shardings=in_decoding)
+        self.sampler = dataclasses.replace(config.model, scan_layers=False)
+        in_decoding = param_shardings(param_specs(self.sampler), Layout.of(mesh, DECODE_RULES))
+        self.hand_over = jax.jit(self._hand_over, out_shardings=in_decoding)
         self.score = jax.jit(functools.partial(self._score, layout=layout))
         self.prepare = jax.jit(functools.partial(prepare, config.policy))
 
-    def _plain(self, params: Params) -> Params:
-        """What decodes: adapters merged, no value head."""
-        if self.config.lora:
-            return merge(params, self.specs)
-        return {name: params[name] for name in self.specs}
+    def _hand_over(self, params: Params) -> Params:
+        """What decodes: adapters merged, no value head, layers unstacked."""
+        plain = merge(params, self.specs) if self.config.lora else {name: params[name] for name in self.specs}
+        # Copies even where nothing moves: the update takes the memory of what it is given.
+        return jax.tree.map(jnp.copy, unstack_layers(plain, self.config.model)[0])
 
     def _score(self, params: Params, rows: dict[str, jax.Array], layout: Layout | None) -> Scores:
         """By the micro-batches of the update, so that both compute the same."""
@@ -168,6 +180,7 @@ class Policy:
             params,
             self.trainer.model,
             temperature=config.rollouts.temperature,
+            max_tokens=config.rollouts.max_tokens,
             chunk_tokens=config.chunk_tokens,
             layout=layout,
         )
@@ -365,13 +378,9 @@ class RLLoop:
         with self.phase("hand_over"):
             params = jax.block_until_ready(self.policy.hand_over(self.policy.whole(self.state.train)))
         if self.engine is None:
-            most = max(config.num_rows, config.eval.prompts * config.eval.samples)
-            rows = min(config.rollouts.max_batch, most)
-            pages = -(-(config.row_tokens + 1) // 16) * rows + 1
-            settings = EngineConfig(max_batch=rows, cache_tokens=pages * 16, page_size=16, prefill_chunk=256)
-            self.engine = Engine(params, config.model, settings)
+            self.engine = Engine(params, self.policy.sampler, engine_config(config))
         else:
-            self.engine.load(params, config.model)
+            self.engine.load(params, self.policy.sampler)
 
     def _samples_of(self, step: int) -> tuple[Judged, dict[str, float]]:
         """Those of step number `step` (from 0), by the weights the engine has. With `resample`, groups whose rewards are all
@@ -425,7 +434,7 @@ class RLLoop:
         while self.step < config.steps:
             begin = time.perf_counter()
             self.phases = {}
-            metrics, tokens = self._advance()
+            metrics, tokens = self.advance()
             self.step += 1
             seconds = time.perf_counter() - begin
             for name in ("loss", "grad_norm", "param_norm"):
@@ -455,7 +464,7 @@ class RLLoop:
         self._write_result()
         return 0
 
-    def _advance(self) -> tuple[dict[str, float], int]:
+    def advance(self) -> tuple[dict[str, float], int]:
         """One step: metrics, and how many tokens its answers have."""
         config, step = self.config, self.step
         self._load_engine()
@@ -492,8 +501,10 @@ class RLLoop:
     def _constants(self, judged: Judged) -> tuple[PolicyBatch, dict[str, jax.Array]]:
         """Advantages and weights, of the whole batch."""
         config, samples = self.config, judged.samples
-        rows = self._rows(samples)
-        now = self.policy.score(self.policy.whole(self.state.train), rows)
+        rows = self._rows(samples) | {"mask": samples.mask}
+        now = Scores(samples.behavior_logprobs, None, None)
+        if config.rollouts.score:
+            now = self.policy.score(self.policy.whole(self.state.train), rows)
         reference = None if self.reference is None else self.policy.score(self.reference, rows).logprobs
         scored = ScoredRollouts(
             mask=samples.mask,
@@ -508,7 +519,10 @@ class RLLoop:
             entropies=now.entropies,
             baseline=self.state.baseline if config.policy.advantage == "ema" else None,
         )
-        return self.policy.prepare(scored, self.state.kl_coefficient)
+        constants, metrics = self.policy.prepare(scored, self.state.kl_coefficient)
+        if not config.rollouts.score:  # Nothing was compared.
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("mismatch")}
+        return constants, metrics
 
     def _update(self, samples: Samples, constants: PolicyBatch, step: int) -> list[dict[str, jax.Array]]:
         """All updates of a step. Of several minibatches each counts as much as the whole would."""

@@ -22,6 +22,8 @@ class RolloutConfig:
     max_batch: answers that are decoded at once.
     verifiers: processes that judge.
     verifier_seconds: of one judgement.
+    score: the trainer goes over the answers before it is updated, for their log-probabilities. False spares that pass: those of
+      the sampler stand for them, and `update_kl` of a first update is all that is told of how far the two are apart.
     max_mismatch: KL(sampler, trainer), in nats a token, above which the run ends: the two should agree; 0 does not look.
     """
 
@@ -34,6 +36,7 @@ class RolloutConfig:
     max_batch: int = 256
     verifiers: int = 2
     verifier_seconds: float = 60.0
+    score: bool = True
     max_mismatch: float = 0.01
 
     def __post_init__(self) -> None:
@@ -41,6 +44,10 @@ class RolloutConfig:
             check(getattr(self, field) > 0, f"rollouts.{field}={getattr(self, field)} must be positive")
         check(
             0 < self.temperature < float("inf"), f"rollouts.temperature={self.temperature} must be positive: answers are drawn"
+        )
+        check(
+            self.score or not self.max_mismatch,
+            f"rollouts.max_mismatch={self.max_mismatch} needs answers that are scored: set rollouts.score=True, or it to 0",
         )
         check(self.verifier_seconds > 0, f"rollouts.verifier_seconds={self.verifier_seconds} must be positive")
 
@@ -161,6 +168,16 @@ class RLConfig:
         check(
             self.policy.value is None or self.lora is None,
             "policy.value needs a head that lora does not adapt: leave lora out, or take another advantage than 'gae'",
+        )
+        needs = {
+            "policy.importance": self.policy.importance.level != "none" or self.policy.importance.reject != "none",
+            "policy.kl": self.policy.kl.needs_reference,
+            "policy.value": self.policy.value is not None,
+            "policy.entropy_fraction": self.policy.entropy_fraction < 1,
+        }
+        check(
+            self.rollouts.score or not any(needs.values()),
+            f"rollouts.score=False leaves out what {', '.join(name for name in needs if needs[name])} needs: set it to True",
         )
         check(
             not self.rollouts.ahead or self.policy.importance.level != "none",

@@ -15,8 +15,9 @@ from typing import Any
 import flax.struct
 import numpy as np
 
-from inference.engine import Engine, Request, Token
+from inference.engine import Engine, EngineConfig, Request, Token
 from inference.sampling import Sampling
+from train.rl_config import RLConfig
 
 Array = Any  # of the host, or in a checkpoint of the devices
 
@@ -50,6 +51,14 @@ class Samples:
             row[drawn > 0].tolist()[: -1 if stop else None]
             for row, drawn, stop in zip(self.targets, self.mask, stopped, strict=True)
         ]
+
+
+def engine_config(config: RLConfig) -> EngineConfig:
+    """With room for whole rows of all that is decoded at once."""
+    most = max(config.num_rows, config.eval.prompts * config.eval.samples)
+    rows = min(config.rollouts.max_batch, most)
+    pages = -(-(config.row_tokens + 1) // 16) * rows + 1
+    return EngineConfig(max_batch=rows, cache_tokens=pages * 16, page_size=16, prefill_chunk=256)
 
 
 def prompt_seed(seed: int, step: int, number: int) -> int:

@@ -207,6 +207,11 @@ def eval_step(params: Params, batch: Batch, model: ModelConfig, objective: Objec
     return {name: total for name, total in sums.items() if name != "weight"}
 
 
+def adapter_settings(settings: OptimizerConfig) -> OptimizerConfig:
+    """Without the default rule for norms and biases: adapters have none, and a rule that applies to nothing is refused."""
+    return dataclasses.replace(settings, rules=DEFAULT_RULES[-1:]) if settings.rules == DEFAULT_RULES else settings
+
+
 def opt_state_shardings(
     opt_state: optax.OptState, specs: Params, of_params: Params, replicated: NamedSharding
 ) -> optax.OptState:
@@ -247,6 +252,8 @@ class Job(Protocol):
     def update_rows(self) -> int: ...
     @property
     def row_tokens(self) -> int: ...
+    @property
+    def chunk_tokens(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,10 +325,7 @@ def make_trainer_of(
     rows = layout.sharding("batch")
     tokens = config.update_rows * config.row_tokens
     schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, config.num_updates, tokens)
-    # Adapters have no norms and biases, and a rule that applies to nothing is refused.
-    all_alike = lora and config.optimizer.rules == DEFAULT_RULES
-    settings = dataclasses.replace(config.optimizer, rules=DEFAULT_RULES[-1:]) if all_alike else config.optimizer
-    optimizer = make_optimizer(settings, specs, schedule)
+    optimizer = make_optimizer(adapter_settings(config.optimizer) if lora else config.optimizer, specs, schedule)
     replicated = layout.sharding()
     of_weights, of_params = param_shardings(weights, layout), param_shardings(specs, layout)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import quantization, train_step
+from benchmarks import grpo_step, quantization, train_step
 from data.tokenizer import ByteTokenizer
 from experiments import sampling
 from inference.models import LoadedModel
@@ -49,6 +49,22 @@ def test_train_step_says_how_to_get_torch(monkeypatch):
     monkeypatch.setattr(train_step.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="make bench"):
         train_step.main()
+
+
+@pytest.mark.slow
+def test_grpo_step():
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    result = last_line("grpo_step", "--quick")
+    assert_positive(result, "time_vs_trl", "rollout_tokens_per_second", "update_tokens_per_second")
+    assert result["time_vs_trl"] == pytest.approx(result["step_seconds"] / result["trl_step_seconds"], rel=1e-3)
+
+
+def test_grpo_step_says_what_the_peer_lacks(monkeypatch):
+    monkeypatch.setattr(grpo_step, "PEERS", ("json", "no_such_peer"))
+    monkeypatch.setattr(sys, "argv", ["grpo_step.py"])
+    with pytest.raises(SystemExit, match="lacks no_such_peer, which this needs: `make bench` installs it, or give --peer"):
+        grpo_step.main()
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ import pytest
 
 import experiments.compile as loam_compile
 import train.memory
-from experiments import collectives
-from experiments.cli import load_train_config, main
+from experiments import collectives, compile_rl
+from experiments.cli import load_run_config, load_train_config, main
 from experiments.compile import (
     GIB,
     as_overrides,
@@ -25,10 +25,10 @@ from experiments.compile import (
 )
 from experiments.hlo import Kernel
 from experiments.tpu_schedule import AttentionCode
-from model.chips import topology_of
+from model.chips import CHIPS, topology_of
 from model.ring_attention import zigzag
 from tests.libtpu import require_libtpu
-from train.memory import plan_memory
+from train.memory import plan_memory, plan_sampler
 from train.step import mesh_sizes
 
 CONFIG = """
@@ -256,6 +256,92 @@ def test_the_compilers_refusal_becomes_a_number(message, size):
 
 
 # --- Proposals and candidates ---------------------------------------------------------------------------------------
+
+
+RL_CONFIG = """
+from ml_collections import ConfigDict
+from data.config import TaskConfig
+from model.presets import preset
+
+def get_config():
+    config = ConfigDict()
+    config.model = preset("tiny-llama", scan_layers=True, remat="full", dtype="bfloat16", max_seq_len=64)
+    config.initial_weights = "not read"
+    config.task = TaskConfig("addition")
+    config.steps = 10
+    config.policy = {{"group_size": 4, "kl": {{"loss_coefficient": 0.1}}}}
+    config.rollouts = {{"prompts": 4, "max_prompt_tokens": 17, "max_tokens": 16}}
+    config.eval = {{"prompts": 2, "samples": 2}}
+    config.mesh = {{"data": 1, "fsdp": 2, "tensor": 2}}
+    config.run_dir = {run_dir!r}
+    return config
+"""
+
+
+@pytest.fixture
+def rl_config(tmp_path):
+    path = tmp_path / "by_reward.py"
+    path.write_text(RL_CONFIG.format(run_dir=str(tmp_path / "run")))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_the_programs_of_reinforcement_learning_compile(rl_config, capsys):
+    require_libtpu()
+    assert main(["compile", f"--config={rl_config}", "--topology=v5e:2x2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["fits"]
+    assert list(report["programs"]) == ["hand_over", "decode", "score", "update"]
+    # Whoever decodes has half of each weight, by tensor; a quarter of them was there before: float32, 4 bytes.
+    half = 4 * (2 * (2 * 64 * (64 + 32) + 3 * 64 * 96) + 2 * 64 * 512) // 2
+    assert half <= report["planned_bytes_per_device"]["weights of the sampler"] <= 1.02 * half  # norms are whole
+    assert report["resharding_bytes_per_device"] == pytest.approx(half / 2, rel=0.02)
+    assert {row["axes"] for row in report["programs"]["hand_over"]["collectives"]} == {"fsdp"}
+    # Decoding splits over heads and width, and gathers no weights.
+    decode = report["programs"]["decode"]
+    assert {row["axes"] for row in decode["collectives"]} == {"tensor"}
+    assert all(one["estimated_step_seconds"] > 0 for one in report["programs"].values())
+    text = compile_rl.describe(report)
+    assert f"MFU {100 * report['estimated_update_mfu']:.1f} %" in text
+
+
+def test_what_stands_beside_a_program_counts(rl_config, monkeypatch, capsys):
+    told = {"memory": dict.fromkeys(("arguments", "outputs", "temporaries", "generated_code"), 1000) | {"aliased": 500}}
+    told |= {"mesh": {"data": 1, "fsdp": 2, "expert": 1, "tensor": 2}, "estimated_step_seconds": 2.0, "collectives": []}
+    compiler = lambda command, **_: Path(command[-1], "report.json").write_text(json.dumps(told))  # noqa: E731
+    monkeypatch.setattr(loam_compile.subprocess, "run", compiler)
+    report = compile_rl.compile_config(rl_config, [], topology_of("v5e:2x2"))
+    plan = report["planned_bytes_per_device"]
+    # Each weight is scattered over all four devices but for the norms; two moments of Adam.
+    assert plan["weights of the sampler"] == pytest.approx(2 * plan["parameters"], rel=0.02)
+    assert plan["reference"] == plan["parameters"] == pytest.approx(plan["optimizer state"] / 2, rel=0.01)
+    # Rows of 32 tokens and one more are three pages of 16, and there is one page more; keys and values of two heads, halved.
+    assert plan["pages of the sampler"] == (16 * 3 + 1) * 16 * 2 * 2 * 2 * 16 * 2 // 2
+    sampler, state = plan["weights of the sampler"] + plan["pages of the sampler"], plan["parameters"] + plan["optimizer state"]
+    beside = {name: one["held_beside_bytes"] for name, one in report["programs"].items()}
+    assert beside["decode"] == state + plan["reference"]
+    assert beside["update"] == sampler + plan["reference"]
+    assert beside["score"] == beside["hand_over"] == sampler + plan["reference"] + plan["optimizer state"]
+    assert all(one["hbm_bytes_per_device"] == 3500 + one["held_beside_bytes"] for one in report["programs"].values())
+    compile_rl.check_fits(report)
+    small = dataclasses.replace(topology_of("v5e:2x2"), chip=dataclasses.replace(CHIPS["v5e"], hbm_bytes=beside["score"]))
+    refused = compile_rl.compile_config(rl_config, [], small)
+    assert not refused["programs"]["score"]["fits"]
+    with pytest.raises(loam_compile.DoesNotFit, match="by_reward needs .* during `(score|hand_over)`"):
+        compile_rl.check_fits(refused)
+    assert main(["compile", f"--config={rl_config}", "--topology=v5e:2x2", "--search"]) == 1
+    assert "--search knows training steps alone" in capsys.readouterr().err
+
+
+def test_inspect_plans_reinforcement_learning(rl_config, capsys):
+    assert main(["inspect", f"--config={rl_config}", "--topology=v5e:2x2"]) == 0
+    text = capsys.readouterr().out
+    config = load_run_config(rl_config, [])
+    mesh = mesh_sizes(config, 4)
+    plan = plan_memory(config, mesh) | plan_sampler(config, mesh)
+    assert f"{sum(plan.values()) / 2**20:,.1f} MiB" in text
+    assert all(name in text for name in ("weights of the sampler", "pages of the sampler", "reference"))
+    assert "16 answers of at most 16 tokens" in text
 
 
 def llama(tmp_path, **changes):

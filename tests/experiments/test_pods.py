@@ -5,15 +5,18 @@ import json
 
 import pytest
 
-from experiments import pods
-from experiments.cli import load_train_config
+from experiments import compile_rl, pods
+from experiments.cli import load_run_config, load_train_config
 from experiments.compile import compile_config
 from model.chips import topology_of
 from tests.libtpu import require_libtpu
-from train.memory import plan_memory
+from train.memory import plan_memory, plan_sampler
+from train.rl_config import RLConfig
 from train.step import mesh_sizes
 
-NAMES = [path.stem for path in pods.CONFIGS]
+LOADED = {path.stem: load_run_config(str(path), []) for path in pods.CONFIGS}
+NAMES = [name for name, config in LOADED.items() if not isinstance(config, RLConfig)]
+NAMES_OF_RL = [name for name in LOADED if name not in NAMES]
 REPORTS = json.loads(pods.REPORTS.read_text())
 
 
@@ -56,10 +59,11 @@ def test_a_step_is_limited_by_its_largest_part(cycles, exposed, limit):
 
 
 def test_a_config_is_known_by_what_its_step_is_compiled_from():
-    config = load_train_config(str(pods.CONFIGS[0]), [])
+    path = str(pods.ROOT / f"configs/pods/{NAMES[0]}.py")
+    config = load_train_config(path, [])
 
     def hash_with(*words):
-        return pods.config_hash(load_train_config(str(pods.CONFIGS[0]), [f"--config.{word}" for word in words]))
+        return pods.config_hash(load_train_config(path, [f"--config.{word}" for word in words]))
 
     known = pods.config_hash(config)
     changed = ["model.rope.theta=1", "mesh.data=2", "loss.z_loss=0", "optimizer.b2=0.9", "batch_size=3", "data.seq_len=4096"]
@@ -82,7 +86,7 @@ def test_a_config_is_known_by_what_its_step_is_compiled_from():
 
 
 def test_every_config_of_a_pod_has_a_report():
-    assert set(REPORTS) == set(NAMES)
+    assert set(REPORTS) == set(LOADED)
 
 
 def test_the_page_in_the_checkout_is_that_of_its_reports():
@@ -92,7 +96,7 @@ def test_the_page_in_the_checkout_is_that_of_its_reports():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_of_a_pod_was_compiled_as_it_stands(name):
     path = pods.ROOT / f"configs/pods/{name}.py"
-    config, compiled = load_train_config(str(path), []), REPORTS[name]
+    config, compiled = LOADED[name], REPORTS[name]
     topology = topology_of(pods.topology_in(path))
     assert compiled["topology"] == topology.name
     assert compiled["mesh"] == mesh_sizes(config, topology.num_devices)
@@ -113,6 +117,33 @@ def test_a_config_of_a_pod_was_compiled_as_it_stands(name):
         assert pods.exposed_gathers_share(compiled) < pods.MOST_EXPOSED_GATHERS
 
 
+@pytest.mark.parametrize("name", NAMES_OF_RL)
+def test_a_run_of_reinforcement_learning_was_compiled_in_both_layouts(name):
+    path, config, compiled = pods.ROOT / f"configs/pods/{name}.py", LOADED[name], REPORTS[name]
+    topology = topology_of(pods.topology_in(path))
+    assert compiled["topology"] == topology.name
+    assert compiled["mesh"] == mesh_sizes(config, topology.num_devices)
+    plan = plan_memory(config, compiled["mesh"]) | plan_sampler(config, compiled["mesh"])
+    assert compiled["planned_bytes_per_device"] == plan
+    assert compiled["made_of"]["config_sha256"] == pods.config_hash(config)
+    assert list(compiled["programs"]) == list(compile_rl.PROGRAMS)
+    for program, one in compiled["programs"].items():
+        memory, arguments = one["memory"], compile_rl.PROGRAMS[program]
+        beside = sum(plan.get(part, 0) for part in compile_rl.HELD if part not in arguments)
+        assert one["hbm_bytes_per_device"] == sum(memory.values()) - 2 * memory["aliased"] + beside
+        assert one["hbm_bytes_per_device"] <= compiled["hbm_limit_bytes"] == topology.chip.hbm_bytes
+        # What is planned for a program's arguments is what the compiler gives them, but for rows and padding.
+        planned = sum(plan.get(part, 0) for part in arguments)
+        assert planned == pytest.approx(memory["arguments"], rel=0.05)
+    # A device gathers over fsdp what tensor parallelism leaves it of the weights: all but the part that it has.
+    weights = plan["weights of the sampler"] * (1 - 1 / compiled["mesh"]["fsdp"])
+    assert compiled["resharding_bytes_per_device"] == pytest.approx(weights, rel=0.02)
+    assert compiled["resharding_link_seconds"] > weights / (4 * topology.chip.link_bandwidth)
+    most = max(one["hbm_bytes_per_device"] for one in compiled["programs"].values()) / 2**30
+    told = f"{most:.1f} of {topology.chip.hbm_bytes / 2**30:.4g} GiB a device"
+    assert told in path.read_text(), told
+
+
 # Wall time: it shared its core with other work, and has not been compiled on an idle machine since.
 TOO_SLOW = pytest.mark.xfail(reason="1,418 s beside other work: `python -m experiments.pods llama3_70b_tpu7x`", strict=True)
 
@@ -122,6 +153,25 @@ def test_a_config_of_a_pod_was_compiled_in_time(name):
     assert REPORTS[name]["compile_seconds"] < pods.MOST_COMPILE_SECONDS
 
 
+ON_A_THIRD_OF_A_CORE = pytest.mark.xfail(reason="the update took 1,557 s beside other work", strict=True)
+
+
+@pytest.mark.parametrize("name", [pytest.param("grpo_llama3_8b_v6e", marks=ON_A_THIRD_OF_A_CORE)])
+def test_a_run_of_reinforcement_learning_was_compiled_in_time(name):
+    assert all(one["compile_seconds"] < pods.MOST_COMPILE_SECONDS for one in REPORTS[name]["programs"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES_OF_RL)
+def test_a_run_of_reinforcement_learning_compiles_within_the_memory_of_its_slice(name):
+    require_libtpu()
+    path = pods.ROOT / f"configs/pods/{name}.py"
+    compiled = compile_rl.compile_config(str(path), [], topology_of(pods.topology_in(path)))
+    compile_rl.check_fits(compiled)
+    for program, one in compiled["programs"].items():
+        assert one["hbm_bytes_per_device"] == pytest.approx(REPORTS[name]["programs"][program]["hbm_bytes_per_device"], rel=0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_of_a_pod_compiles_within_the_memory_of_its_slice(name):
@@ -129,6 +179,6 @@ def test_a_config_of_a_pod_compiles_within_the_memory_of_its_slice(name):
     path = pods.ROOT / f"configs/pods/{name}.py"
     compiled = compile_config(str(path), [], topology_of(pods.topology_in(path)))
     assert compiled["fits"], compiled["memory"]
-    if not load_train_config(str(path), []).model.moe:
+    if not LOADED[name].model.moe:
         assert pods.exposed_gathers_share(compiled) < pods.MOST_EXPOSED_GATHERS
     assert compiled["hbm_bytes_per_device"] == pytest.approx(REPORTS[name]["hbm_bytes_per_device"], rel=0.1)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from inference.engine import Engine, EngineConfig, Request
+from inference.engine import Engine, EngineConfig, Request, _decode, lower_decode
 from inference.sampling import History, Rows, Sampling, draw
 from model import transformer
 from model.attention import attention
@@ -405,6 +405,16 @@ def test_stacked_layers_decode_like_separate_ones():
     engine = Engine(random_params(stacked), stacked, ROOMY)
     request = Request(CHAIN[:5], GREEDY, max_tokens=6)
     check_answer(request, 0, engine.generate([request])[0][0], engine.params, engine.model)
+
+
+@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
+def test_what_is_lowered_without_weights_is_what_decodes(cache_dtype):
+    config = EngineConfig(max_batch=4, cache_tokens=64, page_size=16, prefill_chunk=16, cache_dtype=cache_dtype)
+    running = Engine(PARAMS, MODEL, config)
+    table, column = running._table([], 4), np.zeros((4, 1), np.int32)
+    real = _decode.lower(PARAMS, MODEL, running._placement, running._pages, table, column, column)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
+    assert lower_decode(abstract, MODEL, config).as_text() == real.as_text()
 
 
 def test_a_minimum_of_tokens_keeps_stop_tokens_away():

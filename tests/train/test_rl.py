@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,13 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
+from data.tokenizer import load_tokenizer
 from experiments.report import write_report
 from inference.engine import Token
 from model.config import LoraConfig, ModelConfig
+from model.params import init_params, param_specs, unstack_layers
+from model.transformer import forward, unembed
+from tests.networks import random_params
 from train import rl
 from train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from train.loop import train
@@ -36,8 +41,8 @@ from train.objectives.config import (
     RewardModelConfig,
 )
 from train.rl_config import RLConfig, RLEvalConfig, RolloutConfig
+from train.rl_step import score
 from train.rollouts import prompt_seed, to_rows
-from train.step import make_trainer_of
 
 MODEL = ModelConfig(vocab_size=32, num_layers=1, d_model=32, num_heads=2, d_ff=64, max_seq_len=32)
 TASK = TaskConfig("reverse", (("min_length", 1), ("max_length", 2), ("alphabet", "ab"), ("template", "{text}=")))
@@ -47,7 +52,7 @@ ONE_DEVICE = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, schedule=Sche
 @pytest.fixture(autouse=True)
 def _one_device(request, monkeypatch):
     if "eight" not in request.node.name:
-        monkeypatch.setattr(rl, "make_trainer_of", functools.partial(make_trainer_of, devices=jax.devices()[:1]))
+        monkeypatch.setattr(rl, "Policy", functools.partial(rl.Policy, devices=jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +214,7 @@ def test_micro_batches_change_nothing_but_memory(warm_start, tmp_path):
 @pytest.mark.slow
 def test_eight_devices_do_what_one_does(warm_start, tmp_path, monkeypatch):
     many = run(job(warm_start, tmp_path / "many", steps=1))[0]
-    monkeypatch.setattr(rl, "make_trainer_of", functools.partial(make_trainer_of, devices=jax.devices()[:1]))
+    monkeypatch.setattr(rl, "Policy", functools.partial(rl.Policy, devices=jax.devices()[:1]))
     one = run(job(warm_start, tmp_path / "one", steps=1))[0]
     for name in ("reward_mean", "length_mean", "loss", "grad_norm", "entropy", "param_norm"):
         assert many[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7)
@@ -303,6 +308,10 @@ def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_pa
         ({"task_weight": 0.0}, "task_weight=0.0 must be >= 0, and above 0 unless a reward_model judges"),
         ({"reward_model": "x", "policy": dataclasses.replace(MAXRL, group_size=4)}, "leave reward_model out"),
         ({"reward_model": "x", "reward_model_weight": 0.0}, "reward_model_weight=0.0 must be positive"),
+        (
+            {"rollouts": RolloutConfig(4, 6, 6, score=False, max_mismatch=0), "policy": PolicyConfig(kl=KLConfig(0.1))},
+            r"rollouts\.score=False leaves out what policy\.kl needs",
+        ),
         ({"task": None}, None),
     ],
 )
@@ -357,6 +366,61 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_same_bits(warm_start, tmp_
     assert digests[0] == digests[1]
 
 
+# Of the characters of the task alone, which are all that the tokenizer has.
+TEMPLATE = (
+    "{% for message in messages %}{{ bos_token + ('a' if message.role == 'user' else 'b') + '=' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token + 'b=' }}{% endif %}"
+)
+
+
+def test_with_chat_a_prompt_is_the_users_message_and_the_end_of_the_turn_ends_an_answer(warm_start, tmp_path, monkeypatch):
+    chatty = tmp_path / "chatty"
+    shutil.copytree(warm_start, chatty)
+    (chatty / "tokenizer/chat_template.jinja").write_text(TEMPLATE)
+    config = job(chatty, tmp_path / "run", steps=1, chat=True, rollouts=RolloutConfig(4, 12, 6, max_batch=8, verifiers=1))
+    real, seen = rl.draw, []
+
+    def draw(engine, prompts, **options):
+        samples = real(engine, prompts, **options)
+        seen.append((prompts, options["stop_ids"], samples))
+        return samples
+
+    monkeypatch.setattr(rl, "draw", draw)
+    run(config)
+    tokenizer, task = load_tokenizer(warm_start / "tokenizer"), TASK.make()
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    for (prompts, stop_ids, samples), split, seed in zip(seen[:2], ("eval", "train"), (0, config.seed), strict=True):
+        for i, prompt in enumerate(prompts):
+            asked = tokenizer.encode("a=" + task.example(i, seed, split).prompt)
+            assert prompt == [bos, *asked, eos, bos, *tokenizer.encode("b=")]
+        assert stop_ids == {eos}
+        ends = [row[mask > 0][-1] for row, mask in zip(samples.targets, samples.mask, strict=True)]
+        np.testing.assert_array_equal(np.array(ends) == eos, ~samples.truncated)
+    # The next stage takes the template over with the tokenizer; a model without one is refused.
+    assert (tmp_path / "run/tokenizer/chat_template.jinja").read_text() == TEMPLATE
+    with pytest.raises(ValueError, match="chat=True needs a chat template, and .* has none: set it to False"):
+        rl.train_with_rewards(job(warm_start, tmp_path / "without", chat=True), log=lambda _: None)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_weights_are_handed_over_layer_by_layer(lora):
+    model = dataclasses.replace(MODEL, num_layers=2, scan_layers=True)
+    config = RLConfig("tiny", model, "nothing", TASK, steps=1, lora=lora, rollouts=RolloutConfig(4, 6, 6))
+    policy = rl.Policy(config)
+    weights = init_params(param_specs(model), jax.random.key(0))
+    state = policy.trainer.begin(weights, jax.random.key(1))
+    handed = policy.hand_over(policy.whole(state))
+    expected = unstack_layers(weights, model)[0]
+    jax.tree.map(np.testing.assert_array_equal, handed, expected)  # fresh adapters change nothing
+    assert policy.sampler == unstack_layers(weights, model)[1]
+    # They outlive the trainer's, whose memory the next update takes.
+    for leaf in jax.tree.leaves((state.params, state.frozen)):
+        leaf.delete()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(handed))
+
+
 def test_a_sampler_that_disagrees_ends_the_run(warm_start, tmp_path, monkeypatch):
     real = rl.draw
 
@@ -388,3 +452,34 @@ def test_tokens_beyond_the_tokenizer_spoil_an_answer(warm_start, tmp_path):
     finally:
         rl.RLLoop._judge = original
     assert texts == ["ab", "ab\ufffd"]
+
+
+def test_scores_of_answers_are_those_of_whole_rows():
+    """Wherever an answer begins, and for rows that hold none."""
+    params = random_params(MODEL)
+    rows = to_rows([[5, 6, 7], [8], [1, 2]], [[drawn([1, 2, 9])], [drawn([3] * 4, "length")], [drawn([4])]], row_tokens=6)
+    names = ("tokens", "targets", "positions", "segment_ids", "mask")
+    batch = {name: jax.numpy.asarray(getattr(rows, name)) for name in names}
+    batch["mask"] = batch["mask"].at[2].set(0)
+    found = score(params, MODEL, batch, temperature=0.7, max_tokens=4)
+    hidden = forward(params, MODEL, batch["tokens"], batch["positions"], batch["segment_ids"])[0]
+    logits = np.asarray(unembed(params, MODEL, hidden), np.float64) / 0.7
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = np.take_along_axis(logprobs, rows.targets[..., None], 2)[..., 0]
+    entropies = -(np.exp(logprobs) * logprobs).sum(-1)
+    mask = np.asarray(batch["mask"])
+    np.testing.assert_allclose(found.logprobs * mask, expected * mask, atol=1e-5)
+    np.testing.assert_allclose(found.entropies * mask, entropies * mask, atol=1e-5)
+    assert found.logprobs.shape == mask.shape
+    assert (np.count_nonzero(found.logprobs, axis=1) == 4).all()  # no more than an answer may have
+
+
+def test_without_scoring_the_sampler_speaks_for_the_trainer(warm_start, tmp_path):
+    """On policy they agree, so the updates are the same; and nothing is told of a comparison that was not made."""
+    spared = RolloutConfig(4, 6, 6, max_batch=8, verifiers=1, score=False, max_mismatch=0)
+    with_scores, without = run(job(warm_start, tmp_path / "a")), run(job(warm_start, tmp_path / "b", rollouts=spared))
+    for one, other in zip(with_scores, without, strict=True):
+        for name in ("reward_mean", "grad_norm", "param_norm", "entropy", "update_kl"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-8), name
+    assert any(record["grad_norm"] > 0 for record in without)
+    assert not any(name.startswith("mismatch") for record in without for name in record)
