@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import statistics
 import sys
 from typing import Any
 
 from experiments.study import Run, Study, by_name, curve, figure, main, mean_and_error, outcome
+from train.metrics import read_jsonl
 from train.objectives.config import PolicyConfig
 
 PASS = "eval/pass@1"
@@ -59,6 +61,12 @@ def runs(seeds: int, quick: bool) -> list[Run]:
     ]
 
 
+def minutes(run: Run, root: pathlib.Path) -> float:
+    """What the steps of a run take, each as long as their median: other work on the machine does not count, nor compiling."""
+    timing = [record for record in read_jsonl(run.directory(root) / "timing.jsonl") if "step_seconds" in record]
+    return len(timing) * statistics.median(record["step_seconds"] for record in timing) / 60
+
+
 def summarise(done: list[Run], root: pathlib.Path) -> dict[str, Any]:
     """Pass@1 on unseen prompts: before, after, and the way there."""
     summary, curves = {}, {}
@@ -70,11 +78,11 @@ def summarise(done: list[Run], root: pathlib.Path) -> dict[str, Any]:
         summary[name] = {"pass@1": mean_and_error([result[last] for result in results])}
         if name != "sft_evaluated":
             summary[name]["pass@1 before"] = mean_and_error([result[f"initial_{PASS}"] for result in results])
-            summary[name]["seconds"] = mean_and_error([result["train_seconds"] for result in results])
+            summary[name]["minutes"] = mean_and_error([minutes(run, root) for run in group])
             summary[name]["drawn_tokens"] = mean_and_error([result["drawn_tokens"] for result in results])
             curves[name] = [{"seed": run.seed, **curve(run, root, [PASS])} for run in group]
-    if seconds := [outcome(run, root)["train_seconds"] for run in done if run.name == "sft"]:
-        summary.setdefault("sft", {})["seconds"] = mean_and_error(seconds)
+    if supervised := [run for run in done if run.name == "sft"]:
+        summary["sft"] = {"minutes": mean_and_error([minutes(run, root) for run in supervised])}
     return {"summary": summary, "curves": curves}
 
 

@@ -58,6 +58,7 @@ class Run:
     overrides: tuple[str, ...] = ()
     after: Run | None = None
 
+    @functools.cache  # noqa: B019, a study has few runs and is asked for their keys after each of them
     def key(self) -> str:
         """Equal for runs that compute the same."""
         tree = dataclasses.asdict(load_run_config(self.config, self._words("unknown")))
@@ -213,7 +214,7 @@ class Study:
 
 
 def write(study: Study, runs: Sequence[Run], root: pathlib.Path, results: pathlib.Path) -> dict[str, Any]:
-    """`result.json` and the figures, of the runs that are finished."""
+    """Writes `result.json`, of the runs that are finished, and returns what it holds."""
     done = [run for run in runs if finished(run, root)]
     content = {
         "study": study.name,
@@ -235,7 +236,6 @@ def write(study: Study, runs: Sequence[Run], root: pathlib.Path, results: pathli
     }
     results.mkdir(parents=True, exist_ok=True)
     write_json_atomic(results / "result.json", content)
-    study.plot(content, results)
     return content
 
 
@@ -257,5 +257,6 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     if arguments.jobs:
         execute(wanted, root, arguments.jobs, after_each=functools.partial(write, study, runs, root, results))
     content = write(study, runs, root, results)
+    study.plot(content, results)
     print(f"{len(content['runs'])} runs, {len(content['missing'])} missing: {results / 'result.json'}")
     return 0
