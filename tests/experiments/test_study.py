@@ -111,16 +111,17 @@ def test_mean_and_error():
 @every_study
 def test_a_study_ends_with_its_numbers_and_its_figures(study, tmp_path, monkeypatch):
     """Finished runs only are in result.json; the rest is listed as missing."""
-    monkeypatch.setattr("experiments.study.loam", loam := FakeLoam())
-    monkeypatch.setattr(execute, "__kwdefaults__", {**execute.__kwdefaults__, "start": loam})
-    runs = with_inputs(study.runs(2, True))
+    monkeypatch.setattr(execute, "__kwdefaults__", {**execute.__kwdefaults__, "start": (loam := FakeLoam())})
+    monkeypatch.setattr(reward_frontier, "COEFFICIENTS", (0.1,))
+    seeds = 1 if study is reward_frontier.STUDY else 2
+    runs = with_inputs(study.runs(seeds, True))
     only = next(run.name for run in runs if run.after is not None and run.name != "sft")
-    assert main(study, ["--quick", "--seeds=2", f"--root={tmp_path}", "--jobs=1", f"--only={only}"]) == 0
+    assert main(study, ["--quick", f"--seeds={seeds}", f"--root={tmp_path}", "--jobs=1", f"--only={only}"]) == 0
     results = tmp_path / f"{study.name}_quick/results"
     content = json.loads((results / "result.json").read_text())
     assert {run["name"] for run in content["runs"]} == {only, "start"}
     assert len(content["missing"]) + len(content["runs"]) == len(runs)
-    assert main(study, ["--quick", "--seeds=2", f"--root={tmp_path}", "--jobs=2"]) == 0
+    assert main(study, ["--quick", f"--seeds={seeds}", f"--root={tmp_path}", "--jobs=2"]) == 0
     content = json.loads((results / "result.json").read_text())
     assert content["missing"] == []
     assert len(loam.asked) == len(runs) == len(content["runs"])
@@ -129,7 +130,7 @@ def test_a_study_ends_with_its_numbers_and_its_figures(study, tmp_path, monkeypa
     for path in figures:
         assert xml.etree.ElementTree.parse(path).getroot().tag.endswith("svg")
         before = path.read_bytes()
-    assert main(study, ["--quick", "--seeds=2", f"--root={tmp_path}", "--jobs=0"]) == 0
+    assert main(study, ["--quick", f"--seeds={seeds}", f"--root={tmp_path}", "--jobs=0"]) == 0
     assert path.read_bytes() == before
 
 
@@ -149,12 +150,12 @@ def test_the_learning_curves_are_those_of_the_runs(tmp_path, monkeypatch):
 
 @every_study
 def test_every_run_of_a_study_is_one_that_can_be_run_and_no_two_are_the_same(study):
-    runs = with_inputs(study.runs(study.seeds, False))
-    assert len({run.key() for run in runs}) == len(runs)
-    assert len({run.key() for run in study.runs(study.seeds, True)} & {run.key() for run in runs}) == 0
-    if study.seeds > 1:
-        groups = by_name(run for run in runs if run.name != "start")
-        assert {len(group) for group in groups.values()} == {study.seeds}
+    seeds = 1 if study is reward_frontier.STUDY else 2
+    runs, toys = with_inputs(study.runs(seeds, False)), with_inputs(study.runs(1, True))
+    keys = [run.key() for run in runs]
+    assert len(set(keys)) == len(keys)
+    assert not {toy.key() for toy in toys} & set(keys)
+    assert {len(group) for name, group in by_name(runs).items() if name != "start"} == {seeds}
 
 
 def test_the_exact_frontier_is_that_of_all_distributions_over_the_strings():
