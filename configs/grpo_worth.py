@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.model = pretrain_worth.get_config().model
     config.initial_weights = "runs/pretrain_worth"
     config.task = TaskConfig("worth", pretrain_worth.OPTIONS)
-    config.steps = 100
+    config.steps = 40
     config.policy = {"kl": {"loss_coefficient": 0.03}}
     config.rollouts = {"prompts": 8, "max_prompt_tokens": 8, "max_tokens": 12, "max_batch": 64, "verifiers": 1}
     config.optimizer = {
@@ -26,6 +26,6 @@ def get_config() -> ConfigDict:
         "weight_decay": 0.0,
         "schedule": {"name": "linear", "warmup": "5 %"},
     }
-    config.checkpoint = {"every": 100}
-    config.eval = {"every": 100, "prompts": 64, "samples": 4}
+    config.checkpoint = {"every": 40}
+    config.eval = {"every": 40, "prompts": 64, "samples": 4}
     return config

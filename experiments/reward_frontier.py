@@ -7,7 +7,7 @@ worth of the letters. Of all policies with that KL from uniform letters, the bes
 p(letter) ~ exp(worth / (length x coefficient)), and `exact_frontier` computes its reward and KL; no algorithm can be above the
 line but by noise, and by what the reference differs from uniform.
 
-Every run is `configs/grpo_worth.py` with another policy: 100 steps of 64 answers. Algorithms that clip a ratio make two updates
+Every run is `configs/grpo_worth.py` with another policy: 40 steps of 64 answers. Algorithms that clip a ratio make two updates
 of each batch; the others one. The penalty stands where each method's authors, or its gradient, want it: k1 in the reward of
 REINFORCE, RLOO and PPO, k3 in GRPO's loss, k2 in that of the others. Where advantages are divided by a standard deviation the
 same coefficient weighs less, so what is to be compared is the distance from the line and not points of one coefficient. KL and
@@ -33,7 +33,7 @@ from experiments.study import Run, Study, curve, figure, main, mean_and_error
 from train.objectives import config as objectives
 from train.objectives.config import KLConfig, PolicyConfig
 
-COEFFICIENTS = (0.01, 0.03, 0.1)
+COEFFICIENTS = (0.03, 0.01, 0.1)  # in the order in which they are run
 LENGTH, LETTERS = dict(OPTIONS)["length"], len(str(dict(OPTIONS)["alphabet"]))
 MAX_TOKENS = 12
 LAST = 10  # steps that are averaged
@@ -106,7 +106,7 @@ def summarise(done: list[Run], root: pathlib.Path) -> dict[str, Any]:
     summary = {
         name: {
             coefficient: {key: mean_and_error(values) for key, values in point.items()}
-            for coefficient, point in sorted(points.items())
+            for coefficient, point in sorted(points.items(), key=lambda item: float(item[0]))
         }
         for name, points in found.items()
     }

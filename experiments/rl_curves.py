@@ -1,10 +1,11 @@
 """Learning curves of GRPO on a task, from a model trained from scratch, with the controls that they need.
 
-    python -m experiments.rl_curves              reverse: three seeds of each, about half an hour of one core
+    python -m experiments.rl_curves                               three seeds of everything
+    python -m experiments.rl_curves --only=reverse_grpo           three seeds of one thing
 
-All begin with one checkpoint, which half knows the task, and are judged on the same 512 prompts that none of them has seen:
+Of each task (`reverse`, `countdown`), all begin with one checkpoint, which half knows the task, and are judged on the same 512 prompts that none of them has seen:
 
-- `grpo`: `configs/grpo_reverse.py`.
+- `grpo`: `configs/grpo_<task>.py`.
 - `shuffled`: the same with rewards dealt out at random within the batch; must not learn. Half as long.
 - `rejection`: keep the right answers, raise their likelihood, draw again. It is the same run with the loss -r log p, r in
   {0, 1}, and no baseline. One update is made of each batch, by the policy that drew it, so the gradient is exactly that of
@@ -22,6 +23,7 @@ import statistics
 import sys
 from typing import Any
 
+from experiments.cli import load_run_config
 from experiments.study import Run, Study, by_name, curve, figure, main, mean_and_error, outcome
 from train.metrics import read_jsonl
 from train.objectives.config import PolicyConfig
@@ -41,16 +43,21 @@ def policy(config: PolicyConfig) -> str:
 
 
 def runs(seeds: int, quick: bool) -> list[Run]:
+    return [run for task in ("reverse", "countdown") for run in runs_of(task, seeds, quick)]
+
+
+def runs_of(task: str, seeds: int, quick: bool) -> list[Run]:
     toy_start, toy_rl = (TOY_START, TOY_RL) if quick else ((), ())
-    start = Run("start", "configs/pretrain_reverse.py", overrides=toy_start)
+    before, grpo = f"configs/pretrain_{task}.py", f"configs/grpo_{task}.py"
+    start = Run(f"{task}_start", before, overrides=toy_start)
 
     def by_reward(name: str, seed: int, *overrides: str, after: Run = start) -> Run:
-        return Run(name, "configs/grpo_reverse.py", seed, (*overrides, *toy_rl), after)
+        return Run(f"{task}_{name}", grpo, seed, (*overrides, *toy_rl), after)
 
     def supervised(seed: int) -> Run:
-        lengths = "--config.data.sources.0.task.options=(('min_length', 5), ('max_length', 8), ('alphabet', 'abcdefgh'))"
-        longer = ("--config.steps=1400", "--config.optimizer.learning_rate=0.001", "--config.eval.every=1400", lengths)
-        return Run("sft", "configs/pretrain_reverse.py", seed, (*longer, *toy_start), start)
+        options = f"--config.data.sources.0.task.options={load_run_config(grpo, []).task.options}"  # The prompts of GRPO.
+        longer = ("--config.steps=1400", "--config.optimizer.learning_rate=0.001", "--config.eval.every=1400", options)
+        return Run(f"{task}_sft", before, seed, (*longer, *toy_start), start)
 
     every = range(seeds)
     return [
@@ -71,31 +78,38 @@ def summarise(done: list[Run], root: pathlib.Path) -> dict[str, Any]:
     """Pass@1 on unseen prompts: before, after, and the way there."""
     summary, curves = {}, {}
     for name, group in by_name(done).items():
-        if name in ("start", "sft"):
+        if name.endswith("_start"):
+            continue
+        summary[name] = {"minutes": mean_and_error([minutes(run, root) for run in group])}
+        if name.endswith("_sft"):
             continue
         results = [outcome(run, root) for run in group]
-        last = f"initial_{PASS}" if name == "sft_evaluated" else PASS
-        summary[name] = {"pass@1": mean_and_error([result[last] for result in results])}
-        if name != "sft_evaluated":
-            summary[name]["pass@1 before"] = mean_and_error([result[f"initial_{PASS}"] for result in results])
-            summary[name]["minutes"] = mean_and_error([minutes(run, root) for run in group])
-            summary[name]["drawn_tokens"] = mean_and_error([result["drawn_tokens"] for result in results])
-            curves[name] = [{"seed": run.seed, **curve(run, root, [PASS])} for run in group]
-    if supervised := [run for run in done if run.name == "sft"]:
-        summary["sft"] = {"minutes": mean_and_error([minutes(run, root) for run in supervised])}
+        if name.endswith("_sft_evaluated"):
+            summary[name] = {"pass@1": mean_and_error([result[f"initial_{PASS}"] for result in results])}
+            continue
+        summary[name]["pass@1"] = mean_and_error([result[PASS] for result in results])
+        summary[name]["pass@1 before"] = mean_and_error([result[f"initial_{PASS}"] for result in results])
+        summary[name]["drawn_tokens"] = mean_and_error([result["drawn_tokens"] for result in results])
+        curves[name] = [{"seed": run.seed, **curve(run, root, [PASS])} for run in group]
     return {"summary": summary, "curves": curves}
 
 
 def plot(content: dict[str, Any], directory: pathlib.Path) -> None:
-    with figure(directory / "pass_at_1.svg") as (axis,):
-        for number, (name, lines) in enumerate(sorted(content["curves"].items())):
-            for i, line in enumerate(lines):
-                axis.plot(line["step"], line[PASS], color=f"C{number}", alpha=0.8, label=name if i == 0 else None)
-        supervised = content["summary"].get("sft_evaluated")
-        if supervised:
-            axis.axhline(supervised["pass@1"]["mean"], color="0.5", linestyle="--", label="sft, at its end")
-        axis.set(xlabel="step", ylabel="pass@1 on unseen prompts", ylim=(0, 1))
-        if content["curves"] or supervised:
+    """A panel for each task, a line for each seed."""
+    tasks = sorted({name.split("_")[0] for name in (*content["curves"], *content["summary"])})
+    if not tasks:
+        return
+    with figure(directory / "pass_at_1.svg", panels=len(tasks)) as axes:
+        for axis, task in zip(axes, tasks, strict=True):
+            of_task = {
+                name.removeprefix(f"{task}_"): lines for name, lines in content["curves"].items() if name.startswith(task)
+            }
+            for number, (name, lines) in enumerate(of_task.items()):
+                for i, line in enumerate(lines):
+                    axis.plot(line["step"], line[PASS], color=f"C{number}", alpha=0.8, label=name if i == 0 else None)
+            if supervised := content["summary"].get(f"{task}_sft_evaluated"):
+                axis.axhline(supervised["pass@1"]["mean"], color="0.5", linestyle="--", label="sft, at its end")
+            axis.set(title=task, xlabel="step", ylabel="pass@1 on unseen prompts", ylim=(0, 1))
             axis.legend(frameon=False)
 
 

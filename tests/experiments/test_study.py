@@ -115,11 +115,11 @@ def test_a_study_ends_with_its_numbers_and_its_figures(study, tmp_path, monkeypa
     monkeypatch.setattr(reward_frontier, "COEFFICIENTS", (0.1,))
     seeds = 1 if study is reward_frontier.STUDY else 2
     runs = with_inputs(study.runs(seeds, True))
-    only = next(run.name for run in runs if run.after is not None and run.name != "sft")
+    only = next(run.name for run in runs if run.after is not None and "sft" not in run.name)
     assert main(study, ["--quick", f"--seeds={seeds}", f"--root={tmp_path}", "--jobs=1", f"--only={only}"]) == 0
     results = tmp_path / f"{study.name}_quick/results"
     content = json.loads((results / "result.json").read_text())
-    assert {run["name"] for run in content["runs"]} == {only, "start"}
+    assert {run["name"] for run in content["runs"]} == {only, runs[0].name}
     assert len(content["missing"]) + len(content["runs"]) == len(runs)
     assert main(study, ["--quick", f"--seeds={seeds}", f"--root={tmp_path}", "--jobs=2"]) == 0
     content = json.loads((results / "result.json").read_text())
@@ -136,16 +136,18 @@ def test_a_study_ends_with_its_numbers_and_its_figures(study, tmp_path, monkeypa
 
 def test_the_learning_curves_are_those_of_the_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(execute, "__kwdefaults__", {**execute.__kwdefaults__, "start": FakeLoam()})
-    main(rl_curves.STUDY, ["--quick", f"--root={tmp_path}", "--jobs=1", "--only=grpo,sft,sft_evaluated"])
+    main(
+        rl_curves.STUDY, ["--quick", f"--root={tmp_path}", "--jobs=1", "--only=reverse_grpo,reverse_sft,reverse_sft_evaluated"]
+    )
     content = json.loads((tmp_path / "rl_curves_quick/results/result.json").read_text())
-    grpo = content["summary"]["grpo"]
+    grpo = content["summary"]["reverse_grpo"]
     assert grpo["pass@1"]["values"] == pytest.approx([0.4, 0.5, 0.6])
     assert grpo["pass@1 before"]["values"] == pytest.approx([0.3, 0.4, 0.5])
     assert grpo["pass@1"]["standard_error"] == pytest.approx(statistics.stdev([0.4, 0.5, 0.6]) / math.sqrt(3))
     assert grpo["minutes"]["mean"] == pytest.approx(2 * 4.5 / 60)
-    assert content["curves"]["grpo"][1] == {"seed": 1, "step": [0, 2], "eval/pass@1": [0.4, 0.5]}
+    assert content["curves"]["reverse_grpo"][1] == {"seed": 1, "step": [0, 2], "eval/pass@1": [0.4, 0.5]}
     # Of the run of one step, what it begins with.
-    assert content["summary"]["sft_evaluated"]["pass@1"]["values"] == pytest.approx([0.3, 0.4, 0.5])
+    assert content["summary"]["reverse_sft_evaluated"]["pass@1"]["values"] == pytest.approx([0.3, 0.4, 0.5])
 
 
 @every_study
@@ -155,7 +157,7 @@ def test_every_run_of_a_study_is_one_that_can_be_run_and_no_two_are_the_same(stu
     keys = [run.key() for run in runs]
     assert len(set(keys)) == len(keys)
     assert not {toy.key() for toy in toys} & set(keys)
-    assert {len(group) for name, group in by_name(runs).items() if name != "start"} == {seeds}
+    assert {len(group) for name, group in by_name(runs).items() if not name.endswith("start")} == {seeds}
 
 
 def test_the_exact_frontier_is_that_of_all_distributions_over_the_strings():
