@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -248,6 +249,8 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="toy size, into the directory of the runs")
     parser.add_argument("--root", default="runs/studies", help="where the runs go; default runs/studies")
     arguments = parser.parse_args(argv)
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("figures need matplotlib, which the extra `dev` brings")
     root = pathlib.Path(arguments.root) / (study.name + "_quick" * arguments.quick)
     results = root / "results" if arguments.quick else RESULTS / study.name
     runs = with_inputs(study.runs(arguments.seeds, arguments.quick))
