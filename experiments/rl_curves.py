@@ -3,8 +3,8 @@
     python -m experiments.rl_curves                               three seeds of everything
     python -m experiments.rl_curves --only=reverse_grpo           three seeds of one thing
 
-Of each task (`reverse`, `countdown`), all begin with one checkpoint that half knows it, and are judged on the same 512 prompts that
-none of them has seen:
+Of each task (`reverse`, `countdown`), all begin with one checkpoint that half knows it, and are judged on the same 512 unseen
+prompts:
 
 - `grpo`: `configs/grpo_<task>.py`.
 - `shuffled`: the same with rewards dealt out at random within the batch; must not learn. Half as long.
