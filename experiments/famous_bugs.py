@@ -50,7 +50,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 def runs(seeds: int, quick: bool) -> list[Run]:
-    start = Run("start", "configs/pretrain_reverse.py", overrides=TOY_START if quick else ())
+    start = Run("reverse_start", "configs/pretrain_reverse.py", overrides=TOY_START if quick else ())
     # Two rows of a micro-batch remain two.
     toy = {"micro_batch_normaliser": (*TOY_RL, "--config.accumulation=8")}
     return [

@@ -74,7 +74,7 @@ def exact_frontier(length: int = LENGTH, letters: int = LETTERS) -> tuple[np.nda
 
 
 def runs(seeds: int, quick: bool) -> list[Run]:
-    start = Run("start", "configs/pretrain_worth.py", overrides=TOY_START if quick else ())
+    start = Run("worth_start", "configs/pretrain_worth.py", overrides=TOY_START if quick else ())
 
     def run(name: str, coefficient: float, seed: int, config: PolicyConfig) -> Run:
         minibatches = 1 if config.surrogate == "reinforce" else 2

@@ -246,13 +246,13 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=cores, help="runs at a time, each on a core of its own; 0 only collects")
     parser.add_argument("--seeds", type=int, default=study.seeds, help=f"default {study.seeds}")
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="of the runs, and those they begin with; default all")
-    parser.add_argument("--quick", action="store_true", help="toy size, into the directory of the runs")
+    parser.add_argument("--quick", action="store_true", help="toy size; results go beside the runs")
     parser.add_argument("--root", default="runs/studies", help="where the runs go; default runs/studies")
     arguments = parser.parse_args(argv)
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("figures need matplotlib, which the extra `dev` brings")
-    root = pathlib.Path(arguments.root) / (study.name + "_quick" * arguments.quick)
-    results = root / "results" if arguments.quick else RESULTS / study.name
+    root = pathlib.Path(arguments.root)
+    results = root / "results" / study.name if arguments.quick else RESULTS / study.name
     runs = with_inputs(study.runs(arguments.seeds, arguments.quick))
     wanted = [run for run in runs if not arguments.only or run.name in arguments.only.split(",")]
     if not wanted:

@@ -117,7 +117,7 @@ def test_a_study_ends_with_its_numbers_and_its_figures(study, tmp_path, monkeypa
     runs = with_inputs(study.runs(seeds, True))
     only = next(run.name for run in runs if run.after is not None and "sft" not in run.name)
     assert main(study, ["--quick", f"--seeds={seeds}", f"--root={tmp_path}", "--jobs=1", f"--only={only}"]) == 0
-    results = tmp_path / f"{study.name}_quick/results"
+    results = tmp_path / "results" / study.name
     content = json.loads((results / "result.json").read_text())
     assert {run["name"] for run in content["runs"]} == {only, runs[0].name}
     assert len(content["missing"]) + len(content["runs"]) == len(runs)
@@ -139,7 +139,7 @@ def test_the_learning_curves_are_those_of_the_runs(tmp_path, monkeypatch):
     main(
         rl_curves.STUDY, ["--quick", f"--root={tmp_path}", "--jobs=1", "--only=reverse_grpo,reverse_sft,reverse_sft_evaluated"]
     )
-    content = json.loads((tmp_path / "rl_curves_quick/results/result.json").read_text())
+    content = json.loads((tmp_path / "results/rl_curves/result.json").read_text())
     grpo = content["summary"]["reverse_grpo"]
     assert grpo["pass@1"]["values"] == pytest.approx([0.4, 0.5, 0.6])
     assert grpo["pass@1 before"]["values"] == pytest.approx([0.3, 0.4, 0.5])
@@ -198,6 +198,6 @@ def test_a_study_runs_at_toy_size(study, tmp_path):
     first = study.runs(1, True)
     names = ",".join(run.name for run in (first[:4] if study is reward_frontier.STUDY else first))
     assert main(study, ["--quick", "--seeds=1", f"--root={tmp_path}", "--jobs=1", f"--only={names}"]) == 0
-    content = json.loads((tmp_path / f"{study.name}_quick/results/result.json").read_text())
+    content = json.loads((tmp_path / "results" / study.name / "result.json").read_text())
     assert {*names.split(",")} <= {run["name"] for run in content["runs"]}
     assert isinstance(study, Study)
