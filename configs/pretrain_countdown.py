@@ -1,4 +1,4 @@
-"""A tiny model that has been shown solutions of countdown (make a target out of three digits): the warm start of
+"""A tiny model that has been shown solutions of countdown, a target out of three digits: the warm start of
 `configs/grpo_countdown.py`.
 
 Command:   loam run --config=configs/pretrain_countdown.py
