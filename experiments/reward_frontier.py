@@ -34,7 +34,7 @@ from train.objectives import config as objectives
 from train.objectives.config import KLConfig, PolicyConfig
 
 COEFFICIENTS = (0.03, 0.01, 0.1)  # in the order in which they are run
-LENGTH, LETTERS = dict(OPTIONS)["length"], len(str(dict(OPTIONS)["alphabet"]))
+LENGTH, LETTERS = int(dict(OPTIONS)["length"]), len(str(dict(OPTIONS)["alphabet"]))
 MAX_TOKENS = 12
 LAST = 10  # steps that are averaged
 REWARD, KL = "reward/total", "reference_kl"

@@ -63,8 +63,8 @@ class Run:
     def key(self) -> str:
         """Equal for runs that compute the same."""
         tree = dataclasses.asdict(load_run_config(self.config, self._words("unknown")))
-        inputs = {"config": {name: value for name, value in tree.items() if name not in _UNKEYED}}
-        inputs["after"] = self.after.key() if self.after else tree.get("initial_weights")
+        config = {name: value for name, value in tree.items() if name not in _UNKEYED}
+        inputs = {"config": config, "after": self.after.key() if self.after else tree.get("initial_weights")}
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
 
     def directory(self, root: pathlib.Path) -> pathlib.Path:
