@@ -1,8 +1,8 @@
 """GRPO raises a dense reward while a penalty holds the policy near its reference: a point of `experiments/reward_frontier.py`.
 
 Command:   loam run --config=configs/grpo_worth.py
-Hardware:  1 CPU core, half a minute
-Expected:  TODO
+Hardware:  1 CPU core, half a minute beside other work
+Expected:  not measured yet
 
 Needs a finished run of `configs/pretrain_worth.py` (runs/pretrain_worth).
 """

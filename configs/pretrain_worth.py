@@ -2,7 +2,7 @@
 
 Command:   loam run --config=configs/pretrain_worth.py
 Hardware:  1 CPU core, half a minute
-Expected:  TODO
+Expected:  val_loss 1.663, what random letters have: 12 x ln 8 in a text of 15 tokens
 """
 
 from ml_collections import ConfigDict

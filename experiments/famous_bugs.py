@@ -1,6 +1,6 @@
 """Well-known mistakes of policy-gradient code, switched on one at a time, and what each costs.
 
-    python -m experiments.famous_bugs            three seeds of each, about a quarter of an hour of one core
+    python -m experiments.famous_bugs            three seeds of each, 21 runs
 
 All runs are a short `configs/grpo_reverse.py` from one checkpoint, with groups of equal rewards dropped:
 
