@@ -13,8 +13,8 @@ REINFORCE, RLOO and PPO, k3 in GRPO's loss, k2 in that of the others. Where adva
 same coefficient weighs less, so what is to be compared is the distance from the line and not points of one coefficient. KL and
 reward are means over the last ten steps, of fresh answers.
 
-Measured so far (coefficient 0.03, one seed): all twelve end 0.003 to 0.011 of reward below the line. Where they end differs: at 3.5
-to 5.0 nats, but 11 to 16 nats for the four that divide advantages by a standard deviation.
+Measured so far (coefficient 0.03, one seed): all twelve end 0.003 to 0.010 of reward below the line; at 3.5 to 5.0 nats, but
+the four that divide advantages by a standard deviation of the group at 11 to 16.
 
 Over-optimisation of a learned reward: a run here whose reward is that of a reward model, and whose gold reward is still
 reported, is one more entry of `runs` and one more curve of `plot`.
