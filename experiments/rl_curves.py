@@ -12,7 +12,7 @@ prompts:
 - `rejection`: keep the right answers, raise their likelihood, draw again. It is the same run with the loss -r log p, r in
   {0, 1}, and no baseline. One update is made of each batch, by the policy that drew it, so the gradient is exactly that of
   fine-tuning on the right answers, times their share of the tokens, which Adam divides out again but for its memory.
-- `sft`: pretraining goes on with solutions to prompts of the same kind and as many tokens as GRPO trains on (prompts and
+- `sft`: pretraining goes on with solutions to prompts of the same kind, about as many tokens as GRPO trains on (prompts and
   answers). It sees the right answer to every prompt, which the others do not. Evaluated at its end only (`sft_evaluated`: the
   evaluation before the first step of a run of one step).
 """
