@@ -71,7 +71,7 @@ def runs_of(task: str, seeds: int, quick: bool) -> list[Run]:
 
 
 def minutes(run: Run, root: pathlib.Path) -> float:
-    """What the steps of a run take, each as long as their median: compiling and a pause do not count, other work on the core does."""
+    """What the steps of a run take, each as long as their median: compiling and pauses do not count, other work does."""
     timing = [record for record in read_jsonl(run.directory(root) / "timing.jsonl") if "step_seconds" in record]
     return len(timing) * statistics.median(record["step_seconds"] for record in timing) / 60
 
