@@ -131,7 +131,7 @@ def execute(
     def one(run: Run) -> None:
         core = cores.get()
         try:
-            words, output = run.words(root), run.directory(root).with_suffix(".log")
+            words, output = run.words(root), root / f"{run.directory(root).name}.log"
             log(f"{run.name}, seed {run.seed}: loam {shlex.join(words)}")
             status = start(words, core, output)
         finally:

@@ -42,6 +42,7 @@ class FakeLoam:
         directory = Path(config.run_dir)
         name = directory.name.rsplit("_", 2)[0]
         self.asked.append((name, config.seed))
+        assert log.name == f"{directory.name}.log"
         if name in self.fails:
             log.write_text("it broke here")
             return 1
