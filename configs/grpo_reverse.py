@@ -2,7 +2,7 @@
 
 Command:   loam run --config=configs/grpo_reverse.py
 Hardware:  1 CPU core, 7 minutes beside other work
-Expected:  eval/pass@1 from 0.31 to 0.90 (seed 0; 0.81 to 0.94 over the last hundred steps)
+Expected:  eval/pass@1 from 0.31 to 0.98 and 0.99 (seeds 0 and 1), above 0.9 from step 280 on
 
 Needs a finished run of `configs/pretrain_reverse.py` (runs/pretrain_reverse).
 """
@@ -20,11 +20,11 @@ def get_config() -> ConfigDict:
     config.task = TaskConfig("reverse", (("min_length", 5), ("max_length", 8), ("alphabet", "abcdefgh")))
     config.steps = 400
     config.policy = {"scale": "none", "aggregation": "token_mean", "group_size": 8}
-    config.rollouts = {"prompts": 32, "max_prompt_tokens": 24, "max_tokens": 12}
+    config.rollouts = {"prompts": 32, "max_prompt_tokens": 20, "max_tokens": 10}
     config.optimizer = {
-        "learning_rate": 2e-4,
+        "learning_rate": 6e-4,
         "weight_decay": 0.0,
-        "schedule": {"name": "constant", "warmup": "5 %"},
+        "schedule": {"name": "linear", "warmup": "10 %"},
     }
-    config.eval = {"every": 20, "prompts": 128, "samples": 4}
+    config.eval = {"every": 40, "prompts": 512, "samples": 4}
     return config

@@ -30,6 +30,7 @@ import numpy as np
 from data.chat_encoder import ChatEncoder
 from data.tasks.task import Example, Split
 from inference.engine import Engine
+from inference.sampling import Sampling
 from model.config import check
 from model.lora import merge
 from model.params import Params, param_shardings, param_specs, unstack_layers
@@ -42,6 +43,7 @@ from train.initial import InitialModel, compare_initial, load_initial, open_init
 from train.learned_reward import LearnedReward
 from train.loop import Log, differences, stop_on_signal
 from train.metrics import JsonlWriter, check_writers, make_writers, read_jsonl, truncate_jsonl
+from train.objectives.aggregate import normalised_apart
 from train.objectives.grpo import group_statistics, select_groups
 from train.objectives.metrics import pass_at_k, rollout_metrics
 from train.objectives.policy_gradient import PolicyBatch, prepare
@@ -356,7 +358,7 @@ class RLLoop:
         known = [token for token in answer if token < self.tokenizer.vocab_size]
         return self.tokenizer.decode(known) + ("" if len(known) == len(answer) else "\ufffd")
 
-    def _draw(self, prompts: list[list[int]], count: int, step: int, first_prompt: int = 0) -> Samples:
+    def _draw(self, prompts: list[list[int]], count: int, step: int, first_prompt: int = 0, top_k: int = 0) -> Samples:
         config = self.config
         assert self.engine is not None
         return draw(
@@ -365,7 +367,7 @@ class RLLoop:
             samples=count,
             row_tokens=config.row_tokens,
             max_tokens=config.rollouts.max_tokens,
-            temperature=config.rollouts.temperature,
+            sampling=Sampling(temperature=config.rollouts.temperature, top_k=top_k),
             stop_ids=self.stop_ids,
             seed=config.seed,
             step=step,
@@ -395,7 +397,8 @@ class RLLoop:
             first = (step * rounds + number) * wanted
             examples = self._examples("train", first, wanted)
             with self.phase("rollout"):
-                samples = self._draw([self._prompt(example) for example in examples], size, step, number * wanted)
+                prompts = [self._prompt(example) for example in examples]
+                samples = self._draw(prompts, size, step, number * wanted, config.rollouts.top_k)
             with self.phase("reward"):
                 rewards, right, judged = self._judge(samples, examples)
             metrics = metrics or judged  # Of the first round: what prompts of the task get, not those that were chosen.
@@ -540,7 +543,11 @@ class RLLoop:
             if config.minibatches > 1:
                 order = np.random.default_rng([config.seed, step, 2, epoch]).permutation(config.num_rows)
             for part in np.split(order, config.minibatches):
-                rows = jax.device_put({name: x[part] for name, x in batch.items()}, trainer.batch_sharding)
+                chosen = {name: x[part] for name, x in batch.items()}
+                if "micro_batch_normaliser" in config.policy.bugs:
+                    for name in ("weights", "kl_weights"):
+                        chosen[name] = np.asarray(normalised_apart(jnp.asarray(chosen[name]), config.accumulation))
+                rows = jax.device_put(chosen, trainer.batch_sharding)
                 state, metrics = trainer.step(self.state.train, rows)
                 self.state = dataclasses.replace(self.state, train=state)
                 sums.append(metrics)

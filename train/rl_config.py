@@ -17,6 +17,7 @@ class RolloutConfig:
     prompts: of a step, each answered `policy.group_size` times.
     max_prompt_tokens: longer prompts are refused; with `max_tokens` it sets the length of the rows.
     max_tokens: of an answer, its stop token among them.
+    top_k: draw from the most likely tokens alone, a bug on purpose (`policy.bugs`); 0 is off.
     ahead: the answers of a step are drawn while the update before it is made, with the weights before that update.
     max_rounds: how often other prompts are sampled for groups whose rewards are all equal (`policy.zero_variance="resample"`).
     max_batch: answers that are decoded at once.
@@ -31,6 +32,7 @@ class RolloutConfig:
     max_prompt_tokens: int = 64
     max_tokens: int = 64
     temperature: float = 1.0
+    top_k: int = 0
     ahead: bool = False
     max_rounds: int = 3
     max_batch: int = 256
@@ -140,6 +142,15 @@ class RLConfig:
         check(
             self.minibatches == 1 or self.policy.surrogate != "reinforce",
             f"minibatches={self.minibatches}: policy.surrogate='reinforce' has no ratio for a policy that has moved; set 1",
+        )
+        check(
+            (self.rollouts.top_k > 0) == ("truncated_sampling" in self.policy.bugs),
+            f"rollouts.top_k={self.rollouts.top_k}: the trainer scores the whole distribution, so set it to 0 "
+            "(policy.bugs=('truncated_sampling',) with a positive one is for studies)",
+        )
+        check(
+            ("micro_batch_normaliser" in self.policy.bugs) <= (self.accumulation > 1),
+            "policy.bugs=('micro_batch_normaliser',) needs micro-batches: set accumulation above 1",
         )
         check(
             self.policy.advantage != "greedy",

@@ -74,7 +74,7 @@ def draw(
     samples: int,
     row_tokens: int,
     max_tokens: int,
-    temperature: float,
+    sampling: Sampling,
     stop_ids: frozenset[int],
     seed: int,
     step: int,
@@ -89,7 +89,6 @@ def draw(
     Raises:
       ValueError: a prompt does not fit, see `Engine.submit`.
     """
-    sampling = Sampling(temperature=temperature)
     requests = [
         Request(
             prompt,

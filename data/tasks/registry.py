@@ -19,6 +19,7 @@ from data.tasks.reasoning_gym import ReasoningGym
 from data.tasks.reverse import Reverse
 from data.tasks.sort import Sort
 from data.tasks.task import Task
+from data.tasks.worth import Worth
 
 TASKS: dict[str, type[Task]] = {
     "reverse": Reverse,
@@ -33,6 +34,7 @@ TASKS: dict[str, type[Task]] = {
     "python_programs": PythonPrograms,
     "json_schema": JsonSchema,
     "reasoning_gym": ReasoningGym,
+    "worth": Worth,
 }
 
 

@@ -26,7 +26,8 @@ from data.tasks.letter_count import LetterCount
 from data.tasks.registry import TASKS, make_task
 from data.tasks.reverse import Reverse
 from data.tasks.sort import Sort
-from data.tasks.task import split_of
+from data.tasks.task import Score, split_of
+from data.tasks.worth import Worth
 
 TASKS_HERE = [
     Reverse(),
@@ -44,6 +45,7 @@ TASKS_HERE = [
     Constraints(),
     JsonSchema(),
     JsonSchema(answer_format="tags"),
+    Worth(),
 ]
 every_task = pytest.mark.parametrize("task", TASKS_HERE, ids=lambda task: f"{type(task).__name__}-{task.answer_format}")
 
@@ -397,6 +399,21 @@ def test_a_split_without_problems_is_named():
         task.example(0, 0, "test")
     with pytest.raises(ValueError, match="negative"):
         task.example(-1, 0)
+
+
+def test_worth_is_the_mean_of_its_letters():
+    task = Worth(length=3, alphabet="abcde")
+    example = task.example(0, 0)
+    worth = {"a": 0.0, "b": 0.25, "c": 0.5, "d": 0.75, "e": 1.0}
+    for letters in itertools.product("abcde", repeat=3):
+        assert task.score("".join(letters), example).reward == pytest.approx(sum(worth[c] for c in letters) / 3)
+    for wrong in ("ee", "eeee", "eex", "EEE"):
+        assert task.score(wrong, example) == Score(0.0, "not 3 letters")
+    uninformed = Worth(length=3, alphabet="abcde", informed=False)
+    answers = [uninformed.solution(uninformed.example(i, 0)) for i in range(400)]
+    assert 0.45 < sum(task.score(answer, example).reward for answer in answers) / 400 < 0.55  # 400 of deviation 0.2: 5 sigma
+    with pytest.raises(ValueError, match="all different"):
+        Worth(alphabet="aab")
 
 
 def test_every_task_has_a_name():

@@ -154,6 +154,25 @@ def test_the_first_update_is_on_policy_and_the_run_ends_with_a_result(warm_start
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("bug", "changes"),
+    [
+        ("truncated_sampling", {"rollouts": RolloutConfig(4, 6, 6, max_batch=8, verifiers=1, max_mismatch=0, top_k=2)}),
+        ("micro_batch_normaliser", {"accumulation": 8}),
+        ("stop_token_untrained", {}),
+    ],
+)
+def test_a_bug_on_purpose_changes_the_update(warm_start, tmp_path, bug, changes):
+    clean = run(job(warm_start, tmp_path / "clean", **({} if bug == "truncated_sampling" else changes)))
+    buggy = run(job(warm_start, tmp_path / "buggy", policy=PolicyConfig(group_size=4, bugs=(bug,)), **changes))
+    assert buggy[0]["grad_norm"] != pytest.approx(clean[0]["grad_norm"], rel=1e-3)
+    # What is drawn, and how far the trainer's distribution is from the drawn one.
+    same = bug != "truncated_sampling"
+    assert (buggy[0]["length_mean"] == clean[0]["length_mean"]) or not same
+    assert (buggy[0]["mismatch_kl"] < 1e-5) == same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     "changes",
     [
         {"rollouts": RolloutConfig(4, 6, 6, temperature=0.7, max_batch=8, verifiers=1)},

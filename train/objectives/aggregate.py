@@ -66,6 +66,14 @@ def token_weights(mask: jax.Array, aggregation: Aggregation, max_length: int = 0
             return divide(mask, sequences * max_length)
 
 
+def normalised_apart(weights: jax.Array, parts: int) -> jax.Array:
+    """The mistake of a mean taken of each micro-batch and then of those means: weights [B, T] whose sum is the same in each of
+    `parts` micro-batches (row r is in that of number r % parts), whatever they hold. For studies (`policy.bugs`)."""
+    apart = weights.reshape(weights.shape[0] // parts, parts, weights.shape[1])
+    totals = jnp.sum(apart, axis=(0, 2), keepdims=True)
+    return (divide(apart, totals) * jnp.sum(totals) / parts).reshape(weights.shape)
+
+
 def sequence_weights(valid: jax.Array) -> jax.Array:
     """Weights [B] of the sequences, pairs or rankings of the whole batch that count."""
     valid = as_float(valid)

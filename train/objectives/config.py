@@ -23,7 +23,7 @@ Advantage = Literal["none", "ema", "batch", "rloo", "greedy", "group", "maxrl", 
 Scale = Literal["none", "group", "batch"]
 Truncation = Literal["keep", "mask", "zero_reward", "penalty", "soft_penalty"]
 ZeroVariance = Literal["keep", "drop", "resample"]
-Bug = Literal["k1_in_loss", "truncated_sampling"]
+Bug = Literal["k1_in_loss", "truncated_sampling", "stop_token_untrained", "micro_batch_normaliser"]
 DPOKind = Literal["sigmoid", "conservative", "robust", "hinge", "ipo"]
 
 GROUP_ADVANTAGES = ("rloo", "group", "maxrl")

@@ -104,7 +104,8 @@ def prepare(config: PolicyConfig, rollouts: Rollouts, kl_coefficient: jax.Array 
         metrics["explained_variance"] = explained_variance(values, returns, mask)
     else:
         advantages = _advantages(config, rollouts, per_token, mask, counts)
-    trained = mask
+    actions = _without_stop_tokens(mask, rollouts.truncated) if "stop_token_untrained" in config.bugs else mask
+    trained = actions
     if config.truncation == "mask":
         trained = trained * (1 - as_float(rollouts.truncated))[:, None]
     if config.zero_variance != "keep":
@@ -120,7 +121,7 @@ def prepare(config: PolicyConfig, rollouts: Rollouts, kl_coefficient: jax.Array 
         old_logprobs=masked(rollouts.trainer_logprobs, mask),
         advantages=masked(advantages, mask),
         weights=token_weights(trained, config.aggregation, config.max_length) * importance,
-        kl_weights=token_weights(mask, config.aggregation, config.max_length) * importance,
+        kl_weights=token_weights(actions, config.aggregation, config.max_length) * importance,
         token_weights=token_weights(mask, "token_mean"),
         reference_logprobs=rollouts.reference_logprobs,
         old_values=None if rollouts.values is None else masked(rollouts.values, mask),
@@ -140,6 +141,12 @@ def _given(x: jax.Array | None, name: str) -> jax.Array:
     if x is None:
         raise ValueError(f"this policy objective needs {name}, and they are None")
     return x
+
+
+def _without_stop_tokens(mask: jax.Array, truncated: jax.Array) -> jax.Array:
+    """The mask without the last token of answers that ended themselves."""
+    last = jnp.cumsum(mask, axis=-1) == jnp.sum(mask, axis=-1, keepdims=True)
+    return mask * ~(last & (as_float(truncated) == 0)[:, None])
 
 
 def _shaped_rewards(config: PolicyConfig, rollouts: Rollouts, mask: jax.Array) -> jax.Array:

@@ -1,0 +1,21 @@
+"""GRPO teaches a tiny model countdown, where many answers are right and the verifier works out the expression.
+
+Command:   loam run --config=configs/grpo_countdown.py
+Hardware:  1 CPU core, about five minutes
+Expected:  not measured yet
+
+Needs a finished run of `configs/pretrain_countdown.py` (runs/pretrain_countdown).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import grpo_reverse, pretrain_countdown
+from data.config import TaskConfig
+
+
+def get_config() -> ConfigDict:
+    config = grpo_reverse.get_config()
+    config.initial_weights = "runs/pretrain_countdown"
+    config.task = TaskConfig("countdown", pretrain_countdown.OPTIONS)
+    config.rollouts = {"prompts": 32, "max_prompt_tokens": 14, "max_tokens": 12}
+    return config

@@ -1,0 +1,265 @@
+"""A study: named runs of configs, each with several seeds, and what they say together.
+
+    python -m experiments.rl_curves                    all of it, on as many cores as there are
+    python -m experiments.rl_curves --seeds=1          a shorter one
+    python -m experiments.rl_curves --quick            a toy that shows that everything works; nothing is learned
+
+A run is one `loam run` of a file of `configs/` with overrides, in a process of its own on one core. Its directory is keyed by
+the hash of its whole config and of the runs whose weights it begins with: starting a study again skips what is done, goes on
+with what was interrupted, and runs anew what was changed. `experiments/results/<study>/result.json` is written after every run
+and holds finished runs only; those still missing are listed. What is run together shares the memory and the clock of the
+machine, so seconds are to be compared within one study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import queue
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from experiments.cli import load_run_config
+from train.config import PREEMPTED
+from train.files import write_json_atomic
+from train.metrics import read_jsonl
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+# What says where a run is and how it is watched, and not what it computes.
+_UNKEYED = ("name", "run_dir", "initial_weights", "writers", "deadlines", "checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Attributes:
+    name: what its seeds have in common; unique in a study, but for the seed.
+    config: a file of `configs/`.
+    overrides: of the command line, `--config.key=value`.
+    after: the run whose weights this one begins with; None takes what the config says.
+    """
+
+    name: str
+    config: str
+    seed: int = 0
+    overrides: tuple[str, ...] = ()
+    after: Run | None = None
+
+    @functools.cache  # noqa: B019, a study has few runs and is asked for their keys after each of them
+    def key(self) -> str:
+        """Equal for runs that compute the same."""
+        tree = dataclasses.asdict(load_run_config(self.config, self._words("unknown")))
+        config = {name: value for name, value in tree.items() if name not in _UNKEYED}
+        inputs = {"config": config, "after": self.after.key() if self.after else tree.get("initial_weights")}
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
+
+    def directory(self, root: pathlib.Path) -> pathlib.Path:
+        return root / f"{self.name}_{self.seed}_{self.key()}"
+
+    def words(self, root: pathlib.Path) -> list[str]:
+        """Arguments of `loam`."""
+        weights = str(self.after.directory(root)) if self.after else ""
+        directory = f"--config.run_dir={self.directory(root)}"
+        return ["run", f"--config={self.config}", *self._words(weights), directory, "--config.writers=()"]
+
+    def _words(self, weights: str) -> list[str]:
+        start = [f"--config.initial_weights={weights}"] if self.after else []
+        return [*self.overrides, f"--config.seed={self.seed}", *start]
+
+
+def finished(run: Run, root: pathlib.Path) -> bool:
+    return (run.directory(root) / "result.json").exists()
+
+
+def with_inputs(runs: Iterable[Run]) -> list[Run]:
+    """The runs, each behind those it begins with, and none twice."""
+    ordered: list[Run] = []
+    for run in runs:
+        for one in (*(with_inputs([run.after]) if run.after else ()), run):
+            if one not in ordered:
+                ordered.append(one)
+    names = [(run.name, run.seed) for run in ordered]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"several runs of a study are called {twice}: give each a name of its own")
+    return ordered
+
+
+def loam(words: Sequence[str], core: int, log: pathlib.Path) -> int:
+    """Runs the command on one core, its output appended to a file; returns the exit status."""
+    pinned = ["taskset", "-c", str(core)] if shutil.which("taskset") else []
+    with log.open("ab") as file:
+        command = [*pinned, sys.executable, "-m", "experiments.cli", *words]
+        return subprocess.run(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL).returncode
+
+
+def execute(
+    runs: Iterable[Run],
+    root: pathlib.Path,
+    jobs: int,
+    *,
+    start: Callable[[Sequence[str], int, pathlib.Path], int] = loam,
+    after_each: Callable[[], Any] = lambda: None,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Runs what is not done yet, `jobs` at a time, earlier ones first; a run waits for those it begins with.
+
+    Raises:
+      RuntimeError: a run failed; no other was started after it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    cores: queue.SimpleQueue[int] = queue.SimpleQueue()
+    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    for i in range(jobs):
+        cores.put(available[i % len(available)])
+    told = threading.Lock()
+
+    def one(run: Run) -> None:
+        core = cores.get()
+        try:
+            words, output = run.words(root), root / f"{run.directory(root).name}.log"
+            log(f"{run.name}, seed {run.seed}: loam {shlex.join(words)}")
+            status = start(words, core, output)
+        finally:
+            cores.put(core)
+        if status or not finished(run, root):
+            tail = output.read_text(errors="replace")[-2000:] if output.exists() else ""
+            how = "was stopped" if status == PREEMPTED else f"failed with status {status}"
+            raise RuntimeError(f"{run.name}, seed {run.seed}, {how}; the end of {output}:\n{tail}")
+        with told:
+            after_each()
+
+    waiting = [run for run in with_inputs(runs) if not finished(run, root)]
+    running: dict[concurrent.futures.Future[None], Run] = {}
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            ready = [run for run in waiting if run.after is None or finished(run.after, root)]
+            for run in ready[: jobs - len(running)]:
+                waiting.remove(run)
+                running[pool.submit(one, run)] = run
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                del running[future]
+                future.result()
+
+
+def curve(run: Run, root: pathlib.Path, names: Sequence[str]) -> dict[str, list[float]]:
+    """Columns of `metrics.jsonl`: `step` and each of `names`, at the steps that have them all."""
+    records = [record for record in read_jsonl(run.directory(root) / "metrics.jsonl") if all(name in record for name in names)]
+    return {name: [record[name] for record in records] for name in ("step", *names)}
+
+
+def outcome(run: Run, root: pathlib.Path) -> dict[str, Any]:
+    """The numbers of a finished run's `result.json`."""
+    return json.loads((run.directory(root) / "result.json").read_text())
+
+
+def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, its standard error over the values (0 of one alone), and the values."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "standard_error": error, "values": list(values)}
+
+
+def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.name, []).append(run)
+    return groups
+
+
+@contextlib.contextmanager
+def figure(path: pathlib.Path, panels: int = 1) -> Iterator[Any]:
+    """Axes to draw on (a list of `panels` of them side by side), saved as SVG that is the same bytes for the same numbers."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context({"svg.hashsalt": "loam", "svg.fonttype": "none", "font.size": 9}):
+        drawing, axes = pyplot.subplots(1, panels, figsize=(5.2 * panels, 3.6), layout="constrained", squeeze=False)
+        for axis in axes[0]:
+            axis.spines[["top", "right"]].set_visible(False)
+        yield list(axes[0])
+        drawing.savefig(path, metadata={"Date": None})
+        pyplot.close(drawing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Attributes:
+    name: of its module, and of its directory of results.
+    runs: (seeds, quick) -> the runs, most telling first.
+    summarise: (finished runs, root) -> what result.json holds of them, plain JSON.
+    plot: (result.json's content, directory) -> writes the figures.
+    """
+
+    name: str
+    runs: Callable[[int, bool], list[Run]]
+    summarise: Callable[[list[Run], pathlib.Path], dict[str, Any]]
+    plot: Callable[[dict[str, Any], pathlib.Path], None]
+    seeds: int = 3
+
+
+def write(study: Study, runs: Sequence[Run], root: pathlib.Path, results: pathlib.Path) -> dict[str, Any]:
+    """Writes `result.json`, of the runs that are finished, and returns what it holds."""
+    done = [run for run in runs if finished(run, root)]
+    content = {
+        "study": study.name,
+        "command": f"python -m experiments.{study.name}",
+        "runs": [
+            {
+                "name": run.name,
+                "seed": run.seed,
+                "key": run.key(),
+                "config": run.config,
+                "overrides": list(run.overrides),
+                "after": run.after.key() if run.after else None,
+                "result": outcome(run, root),
+            }
+            for run in done
+        ],
+        "missing": [f"{run.name}, seed {run.seed}" for run in runs if run not in done],
+        **study.summarise(done, root),
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(results / "result.json", content)
+    return content
+
+
+def main(study: Study, argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(f"python -m experiments.{study.name}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--jobs", type=int, default=cores, help="runs at a time, each on a core of its own; 0 only collects")
+    parser.add_argument("--seeds", type=int, default=study.seeds, help=f"default {study.seeds}")
+    parser.add_argument("--only", default="", metavar="NAME,NAME", help="of the runs, and those they begin with; default all")
+    parser.add_argument("--quick", action="store_true", help="toy size; results go beside the runs")
+    parser.add_argument("--root", default="runs/studies", help="where the runs go; default runs/studies")
+    arguments = parser.parse_args(argv)
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("figures need matplotlib, which the extra `dev` brings")
+    root = pathlib.Path(arguments.root)
+    results = root / "results" / study.name if arguments.quick else RESULTS / study.name
+    runs = with_inputs(study.runs(arguments.seeds, arguments.quick))
+    wanted = [run for run in runs if not arguments.only or run.name in arguments.only.split(",")]
+    if not wanted:
+        parser.error(f"--only={arguments.only}: there are {', '.join(by_name(runs))}")
+    if arguments.jobs:
+        execute(wanted, root, arguments.jobs, after_each=functools.partial(write, study, runs, root, results))
+    content = write(study, runs, root, results)
+    study.plot(content, results)
+    print(f"{len(content['runs'])} runs, {len(content['missing'])} missing: {results / 'result.json'}")
+    return 0
