@@ -2,7 +2,7 @@
 
 Command:   loam run --config=configs/grpo_reverse.py
 Hardware:  1 CPU core, 7 minutes beside other work
-Expected:  eval/pass@1 from 0.31 to 0.98 and 0.99 (seeds 0 and 1), above 0.9 from step 280 on
+Expected:  eval/pass@1 from 0.31 to 0.98, 0.99 and 0.99 (seeds 0, 1, 2), above 0.9 from step 280 on
 
 Needs a finished run of `configs/pretrain_reverse.py` (runs/pretrain_reverse).
 """
