@@ -228,7 +228,7 @@ def attention_call_cycles(
     # Queries and keys, [B, H, T, D] and [B, K, S, D]: two of the operands, in another order in each pass.
     wide = [shape for shape in map(hlo.first_shape, kernel.operands) if len(shape) == 4]
     queries, keys = (wide[0], wide[1]) if pass_ == "forward" else (wide[2], wide[0])
-    sizes = BlockSizes.of_chip(topology.chip).for_itemsize(ITEMSIZE[config.model.dtype])
+    sizes = BlockSizes.of_chip(topology.chip, config.model.head_dim).for_itemsize(ITEMSIZE[config.model.dtype])
     if context > 1:
         sizes = sizes.dividing(queries[2] // 2)
     block = getattr(sizes, pass_)

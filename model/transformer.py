@@ -287,7 +287,8 @@ def forward(
     segments = segment_ids if segment_ids is not None else jnp.ones_like(positions)
     patterns: dict[int, Pattern] = {}
     if cache is None:
-        make = functools.partial(make_pattern, backend=config.attention_backend, itemsize=jnp.dtype(config.dtype).itemsize)
+        width = {"itemsize": jnp.dtype(config.dtype).itemsize, "head_dim": config.head_dim}
+        make = functools.partial(make_pattern, backend=config.attention_backend, **width)
         patterns = {w: make(segments, positions, segments, positions, window=w, layout=layout) for w in windows}
     context = Context(
         positions,

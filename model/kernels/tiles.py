@@ -40,10 +40,17 @@ class BlockSizes:
     backward: tuple[int, int] = (1024, 1024)
 
     @classmethod
-    def of_chip(cls, chip: Chip | None) -> BlockSizes:
-        """The sizes with the fewest bundles on a generation for one long document; the default where there is no chip."""
+    def of_chip(cls, chip: Chip | None, head_dim: int = LANES) -> BlockSizes:
+        """The sizes with the fewest bundles on a generation for one long document; the default where there is no chip.
+
+        A v4 has 16 MiB of VMEM, and heads wider than 128 need 23 in the backward pass: there it takes tiles half as long.
+        """
         table = json.loads(BLOCK_SIZES_FILE.read_text())
-        return cls(**{name: (q, kv) for name, (q, kv) in table[chip.name].items()}) if chip else cls()
+        sizes = cls(**{name: (q, kv) for name, (q, kv) in table[chip.name].items()}) if chip else cls()
+        if chip and chip.name == "v4" and head_dim > LANES:
+            q, kv = sizes.backward
+            return dataclasses.replace(sizes, backward=(max(LANES, q // 2), max(LANES, kv // 2)))
+        return sizes
 
     def for_itemsize(self, itemsize: int) -> BlockSizes:
         """These sizes, made for queries and keys of 2 bytes, for arrays of `itemsize` bytes.

@@ -529,7 +529,7 @@ def test_nothing_is_compiled_after_the_warm_up(compilations):
         ({"prompt": [1] * 29, "max_tokens": 4}, r"29 tokens and 4 new ones exceed model\.max_seq_len=32"),
         ({"prompt": [1] * 32}, r"32 tokens and 1 new ones exceed"),
         ({"max_tokens": 0}, "max_tokens=0 must be positive"),
-        ({"num_samples": 0}, "num_samples=0 must be positive"),
+        ({"num_samples": 0}, "num_samples=0 must lie in"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 is more than max_tokens=4"),
         ({"min_tokens": 1, "constraint": object}, "min_tokens=1 does not go with a constraint"),
         ({"seed": -1}, "seed=-1"),

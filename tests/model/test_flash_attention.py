@@ -470,7 +470,12 @@ def test_a_ring_visits_the_fewest_tiles_possible(lengths, devices):
 @pytest.mark.parametrize("devices", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 @pytest.mark.parametrize("lengths", [[256] * 4, pytest.param([300, 5, 719], marks=pytest.mark.slow)])
 def test_the_kernels_compute_the_fewest_tiles_possible(lengths, devices, monkeypatch):
-    """Counted as they run, over all pairs of devices of a ring; dq, dk and dv are of one pass, which computes a tile once."""
+    """Counted as they run, over all pairs of devices of a ring; dq, dk and dv are of one pass, which computes a tile once.
+
+    A device has two parts of the row, of at least 128 tokens each: blocks end where parts do.
+    """
+    total = max(1024, 256 * devices)
+    lengths = [length * total // 1024 for length in lengths]
     computed = []
     logits = flash_attention_module._Logits.__call__
 
@@ -482,10 +487,10 @@ def test_the_kernels_compute_the_fewest_tiles_possible(lengths, devices, monkeyp
     pairs = np.array(list(itertools.product(range(devices), repeat=2)))
     by_device = dealt_ids(lengths, devices)
     ids = [jnp.asarray(x[pairs[:, side]]) for side in (0, 1) for x in by_device]
-    sizes = BlockSizes().dividing(1024 // devices // 2)
+    sizes = BlockSizes().dividing(total // devices // 2)
     block = sizes.forward
     some, _ = brute_force([np.asarray(x) for x in ids], 0, block)
-    q = jnp.ones((len(pairs), 1, 1024 // devices, 32))
+    q = jnp.ones((len(pairs), 1, total // devices, 32))
 
     @jax.jit
     def forward(q, ids):
@@ -553,6 +558,7 @@ COMPILE = textwrap.dedent(
     import sys
     import jax, jax.numpy as jnp, numpy as np
     from jax.experimental import topologies
+    from model.chips import chip_of
     from model.kernels.flash_attention import flash_attention
     from model.kernels.tiles import BlockSizes, make_plan
 
@@ -563,7 +569,8 @@ COMPILE = textwrap.dedent(
     shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=everywhere)
 
     def run(q, k, v, sinks, segments, positions):
-        plan = make_plan(segments, positions, segments, positions, window, BlockSizes().for_itemsize(dtype.itemsize))
+        sizes = BlockSizes.of_chip(chip_of(devices[0].device_kind), head_dim).for_itemsize(dtype.itemsize)
+        plan = make_plan(segments, positions, segments, positions, window, sizes)
         call = lambda q, k, v, sinks: flash_attention(q, k, v, plan, sinks, scale=0.1, cap=cap)
         if not gradients:
             return call(q, k, v, sinks)
