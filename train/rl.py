@@ -159,11 +159,16 @@ class Policy:
         weights = self.specs | ({"value_head": scalar_head_spec(config.model)} if config.policy.value else {})
         self.trainer = make_trainer_of(config, functools.partial(policy_objective, config=config), weights, devices)
         mesh = self.trainer.mesh
-        layout = None if mesh.size == 1 else Layout.of(mesh, TRAIN_RULES)
+        replicas = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+        prompts = config.update_rows // config.policy.group_size
+        check(
+            not config.share_prompts or prompts % replicas == 0,
+            f"share_prompts: {prompts} prompts of an update do not divide over {replicas} devices with rows of their own",
+        )
         self.sampler = dataclasses.replace(config.model, scan_layers=False)
         in_decoding = param_shardings(param_specs(self.sampler), Layout.of(mesh, DECODE_RULES))
         self.hand_over = jax.jit(self._hand_over, out_shardings=in_decoding)
-        self.score = jax.jit(functools.partial(self._score, layout=layout))
+        self.score = jax.jit(functools.partial(self._score, layout=self.trainer.layout))
         self.prepare = jax.jit(functools.partial(prepare, config.policy))
 
     def _hand_over(self, params: Params) -> Params:
@@ -185,6 +190,7 @@ class Policy:
             max_tokens=config.rollouts.max_tokens,
             chunk_tokens=config.chunk_tokens,
             layout=layout,
+            shared=config.policy.group_size if config.share_prompts else 1,
         )
         scores = jax.lax.map(of_part, split)
         return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scores)
@@ -541,7 +547,8 @@ class RLLoop:
         for epoch in range(config.policy.updates_per_batch):
             order = np.arange(config.num_rows)
             if config.minibatches > 1:
-                order = np.random.default_rng([config.seed, step, 2, epoch]).permutation(config.num_rows)
+                order = order.reshape(-1, config.policy.group_size if config.share_prompts else 1)
+                order = np.random.default_rng([config.seed, step, 2, epoch]).permutation(order).reshape(-1)
             for part in np.split(order, config.minibatches):
                 chosen = {name: x[part] for name, x in batch.items()}
                 if "micro_batch_normaliser" in config.policy.bugs:

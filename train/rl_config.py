@@ -85,6 +85,8 @@ class RLConfig:
       minibatches: equal parts of a step's rows, each of which makes an update; `policy.updates_per_batch` passes over all rows.
       accumulation: micro-batches of an update; nothing but memory depends on it.
       chunk_tokens: see `train.config.LossConfig`.
+      share_prompts: updates and scores read a prompt once for all its answers, which then stand side by side in one row. For
+        long prompts with short answers: each pair of answers to one prompt is a tile of attention that is computed in vain.
       shuffle_rewards: a control: rewards are dealt out at random within the batch, so that nothing can be learned.
     """
 
@@ -102,6 +104,7 @@ class RLConfig:
     minibatches: int = 1
     accumulation: int = 1
     chunk_tokens: int = 0
+    share_prompts: bool = False
     lora: LoraConfig | None = None
     shuffle_rewards: bool = False
     seed: int = 0
@@ -143,6 +146,19 @@ class RLConfig:
             self.minibatches == 1 or self.policy.surrogate != "reinforce",
             f"minibatches={self.minibatches}: policy.surrogate='reinforce' has no ratio for a policy that has moved; set 1",
         )
+        if self.share_prompts:
+            check(
+                self.rollouts.prompts % parts == 0 and self.policy.group_size % self.accumulation == 0,
+                f"share_prompts keeps groups together: rollouts.prompts={self.rollouts.prompts} must be divisible by "
+                f"minibatches={self.minibatches} x accumulation={self.accumulation}, and policy.group_size="
+                f"{self.policy.group_size} by accumulation",
+            )
+            check(
+                self.model.attention_backend in ("xla", "reference"),
+                f"share_prompts is a mask that model.attention_backend={self.model.attention_backend!r} does not read: set it "
+                "to 'xla', or share_prompts to False",
+            )
+            check(self.policy.group_size > 1, "share_prompts is for several answers to a prompt: raise policy.group_size")
         check(
             (self.rollouts.top_k > 0) == ("truncated_sampling" in self.policy.bugs),
             f"rollouts.top_k={self.rollouts.top_k}: the trainer scores the whole distribution, so set it to 0 "

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from model.config import ModelConfig
+from model.kernels.xla_attention import SHARED
 from model.logprobs import token_logprobs
 from model.params import Params
 from model.sharding import Layout
@@ -46,6 +47,7 @@ def score(
     max_tokens: int,
     chunk_tokens: int = 0,
     layout: Layout | None = None,
+    shared: int = 1,
 ) -> Scores:
     """What the policy thinks of `rows`, at the temperature at which they were drawn.
 
@@ -54,14 +56,43 @@ def score(
 
     Args:
       max_tokens: of an answer.
+      shared: how many rows in turn answer one prompt, which the network then reads but once.
     """
-    hidden, _, _ = forward(params, model, rows["tokens"], rows["positions"], rows["segment_ids"], layout=layout)
-    first = jnp.argmax(rows["mask"] > 0, axis=1)
-    answers, targets = (_window(x, first, max_tokens) for x in (hidden, rows["targets"]))
+    # A row whose reward is missing has no mask, and the prompt of the others that answer it.
+    first = jnp.argmax(rows["mask"] > 0, axis=1).reshape(-1, shared)
+    first = jnp.broadcast_to(jnp.max(first, axis=1, keepdims=True), first.shape).reshape(-1)
+    if shared > 1:
+        answers = _hidden_of_groups(params, model, rows, first, max_tokens, layout, shared)
+    else:
+        hidden, _, _ = forward(params, model, rows["tokens"], rows["positions"], rows["segment_ids"], layout=layout)
+        answers = _window(hidden, first, max_tokens)
+    targets = _window(rows["targets"], first, max_tokens)
     out = token_logprobs(params, model, answers / temperature, targets, chunk_tokens, layout)
-    put = jax.vmap(lambda x, start: jax.lax.dynamic_update_slice(jnp.zeros(hidden.shape[1], x.dtype), x, (start,)))
-    values = scalar_head(params["value_head"], hidden) if "value_head" in params else None
+    width = rows["targets"].shape[1]
+    put = jax.vmap(lambda x, start: jax.lax.dynamic_update_slice(jnp.zeros(width, x.dtype), x, (start,)))
+    values = put(scalar_head(params["value_head"], answers), first) if "value_head" in params else None
     return Scores(put(out.logprobs, first), put(out.entropy, first), values)
+
+
+def _hidden_of_groups(
+    params: Params, model: ModelConfig, rows: Batch, first: jax.Array, max_tokens: int, layout: Layout | None, shared: int
+) -> jax.Array:
+    """Hidden states [B, max_tokens, D] from which the answers are predicted, `shared` of them side by side in one row: their
+    prompt but its last token once, and after it each answer as a segment of its own that sees the prompt."""
+    groups, prefix = len(first) // shared, rows["tokens"].shape[1] - max_tokens
+
+    def in_row(before: jax.Array, name: str) -> jax.Array:
+        """[groups, prefix + shared * max_tokens]: `before`, and behind it the windows of the rows."""
+        return jnp.concatenate([before, _window(rows[name], first, max_tokens).reshape(groups, -1)], axis=1)
+
+    number = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (groups, prefix))
+    of_prompt = jnp.where(number < first[::shared, None], SHARED, 0)
+    tokens, positions = in_row(rows["tokens"][::shared, :prefix], "tokens"), in_row(number, "positions")
+    segments = in_row(of_prompt, "segment_ids")
+    answer = jnp.repeat(jnp.arange(shared, dtype=jnp.int32), max_tokens)
+    segments = segments.at[:, prefix:].add(jnp.where(segments[:, prefix:] > 0, answer, 0))
+    hidden, _, _ = forward(params, model, tokens, positions, segments, layout=layout)
+    return hidden[:, prefix:].reshape(len(first), max_tokens, -1)
 
 
 def _window(x: jax.Array, first: jax.Array, size: int) -> jax.Array:
@@ -74,6 +105,8 @@ def policy_objective(
 ) -> tuple[jax.Array, Metrics]:
     """The loss of some of an update's rows, and what is reported: sums, for the weights in the batch hold the normaliser."""
     rollouts = config.rollouts
-    scores = score(params, model, batch, rollouts.temperature, rollouts.max_tokens, config.chunk_tokens, layout)
+    # Micro-batches take their rows in turn, and so as many of each group.
+    shared = config.policy.group_size // config.accumulation if config.share_prompts else 1
+    scores = score(params, model, batch, rollouts.temperature, rollouts.max_tokens, config.chunk_tokens, layout, shared)
     constants = PolicyBatch(**{name: batch.get(name) for name in POLICY_FIELDS})  # pyright: ignore[reportArgumentType]
     return policy_sums(config.policy, constants, scores.logprobs, scores.entropies, scores.values)

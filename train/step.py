@@ -270,6 +270,7 @@ class Trainer:
       step: (state, batch) -> (state, metrics); consumes the state.
       prepare: (parameters of `model`, `TrainState.frozen`, batch) -> what `evaluate` takes, where that is more than the batch.
       evaluate: (parameters of `model`, batch) -> sums.
+      layout: of what is computed on the mesh; None on a single CPU device.
       abstract_state, abstract_weights: ShapeDtypeStruct with shardings, of the state and of what `begin` takes.
     """
 
@@ -287,6 +288,7 @@ class Trainer:
     abstract_state: TrainState
     abstract_weights: Params
     batch_sharding: NamedSharding
+    layout: Layout | None
 
 
 def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> Trainer:
@@ -402,6 +404,7 @@ def make_trainer_of(
         abstract_state=jax.tree.map(with_sharding, abstract, shardings),
         abstract_weights=jax.tree.map(with_sharding, abstract_params(weights), of_weights),
         batch_sharding=rows,
+        layout=of_step,
     )
 
 

@@ -14,12 +14,15 @@ from model.kernels.tiles import MASKED
 # Queries are taken in tiles of so many or more, in at most MAX_TILES of them.
 TILE = 128
 MAX_TILES = 8
+# The segment whose tokens all segments of their row see, as answers to one prompt do; it sees nothing but itself.
+SHARED = -1
 
 
 def allowed_pairs(
     q_segments: jax.Array, q_positions: jax.Array, kv_segments: jax.Array, kv_positions: jax.Array, window: int
 ) -> jax.Array:
-    """Which keys a query may see: same segment, not later, and within the window (0: no limit). Segment 0 sees nothing.
+    """Which keys a query may see: of its segment or the SHARED one, not later, and within the window (0: no limit). Segment 0
+    sees nothing, nobody sees it.
 
     Args:
       q_segments, q_positions: int32 [B, T].
@@ -29,8 +32,8 @@ def allowed_pairs(
       bool [B, T, S].
     """
     distance_BTS = q_positions[:, :, None] - kv_positions[:, None, :]
-    same_BTS = (q_segments[:, :, None] == kv_segments[:, None, :]) & (q_segments[:, :, None] > 0)
-    allowed_BTS = (distance_BTS >= 0) & same_BTS
+    seen_BTS = (q_segments[:, :, None] == kv_segments[:, None, :]) | (kv_segments[:, None, :] == SHARED)
+    allowed_BTS = (distance_BTS >= 0) & seen_BTS & (q_segments[:, :, None] != 0)
     return allowed_BTS & (distance_BTS < window) if window else allowed_BTS
 
 

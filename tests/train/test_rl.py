@@ -84,7 +84,8 @@ def job(warm_start, run_dir, **changes):
         "optimizer": ONE_DEVICE,
         "checkpoint": CheckpointConfig(every=2),
     }
-    return RLConfig("tiny", MODEL, str(warm_start), TASK, run_dir=str(run_dir), **(settings | changes))
+    base = {"name": "tiny", "model": MODEL, "initial_weights": str(warm_start), "task": TASK, "run_dir": str(run_dir)}
+    return RLConfig(**(base | settings | changes))
 
 
 def records(run_dir):
@@ -331,6 +332,19 @@ def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_pa
             {"rollouts": RolloutConfig(4, 6, 6, score=False, max_mismatch=0), "policy": PolicyConfig(kl=KLConfig(0.1))},
             r"rollouts\.score=False leaves out what policy\.kl needs",
         ),
+        (
+            {"share_prompts": True, "policy": PolicyConfig(group_size=4), "minibatches": 8},
+            "share_prompts keeps groups together",
+        ),
+        ({"share_prompts": True, "policy": PolicyConfig(group_size=3), "accumulation": 2}, "group_size=3 by accumulation"),
+        (
+            {"share_prompts": True, "model": dataclasses.replace(MODEL, attention_backend="flash")},
+            "share_prompts is a mask that model.attention_backend='flash' does not read",
+        ),
+        (
+            {"share_prompts": True, "policy": dataclasses.replace(REINFORCE, group_size=1)},
+            "share_prompts is for several answers",
+        ),
         ({"task": None}, None),
     ],
 )
@@ -471,6 +485,46 @@ def test_tokens_beyond_the_tokenizer_spoil_an_answer(warm_start, tmp_path):
     finally:
         rl.RLLoop._judge = original
     assert texts == ["ab", "ab\ufffd"]
+
+
+def test_answers_that_share_their_prompt_are_scored_and_trained_as_if_each_had_its_own():
+    """Groups of three: of different prompts and answers, with a window, and with a row whose reward is missing."""
+    model = dataclasses.replace(MODEL, window_pattern=(0, 3), num_layers=2)
+    params = random_params(model) | {"value_head": jax.random.normal(jax.random.key(1), (model.d_model, 1))}
+    answers = [[drawn([1, 2, 9]), drawn([2]), drawn([3] * 4, "length")], [drawn([4, 4]), drawn([9]), drawn([7, 5, 1])]]
+    rows = to_rows([[5, 6, 7], [8]], answers, row_tokens=6)
+    names = ("tokens", "targets", "positions", "segment_ids", "mask")
+    batch = {name: jax.numpy.asarray(getattr(rows, name)) for name in names}
+    batch["mask"] = batch["mask"].at[1].set(0)
+    weights = batch["mask"] * jax.random.normal(jax.random.key(2), batch["mask"].shape)
+
+    def of_answers(params, shared):
+        found = score(params, model, batch, temperature=0.7, max_tokens=4, shared=shared)
+        every = (found.logprobs, found.entropies, found.values)
+        return sum(jax.numpy.sum(weights * x) for x in every), tuple(batch["mask"] * x for x in every)
+
+    gradients = jax.jit(jax.value_and_grad(of_answers, has_aux=True), static_argnums=1)
+    (total, found), of_found = gradients(params, 3)
+    (expected_total, expected), of_expected = gradients(params, 1)
+    assert abs(float(expected_total)) > 0.1
+    for x, y in zip(
+        jax.tree.leaves((total, found, of_found)), jax.tree.leaves((expected_total, expected, of_expected)), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1.0, np.abs(y).max()))
+
+
+@pytest.mark.slow
+def test_a_run_with_shared_prompts_is_that_without(warm_start, tmp_path):
+    """With minibatches, micro-batches and two passes; rows that stand side by side are summed in another order."""
+    policy = PolicyConfig(group_size=4, updates_per_batch=2)
+    apart = run(job(warm_start, tmp_path / "a", policy=policy, accumulation=2))
+    shared = run(job(warm_start, tmp_path / "b", policy=policy, accumulation=2, share_prompts=True))
+    for one, other in zip(apart, shared, strict=True):
+        for name in ("loss", "grad_norm", "param_norm", "entropy", "reward/right"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    assert all(record["mismatch_max"] < 1e-4 for record in shared)
+    parts = run(job(warm_start, tmp_path / "c", policy=policy, minibatches=2, accumulation=2, share_prompts=True))
+    assert all(np.isfinite(record["loss"]) for record in parts)
 
 
 def test_scores_of_answers_are_those_of_whole_rows():
