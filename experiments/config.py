@@ -198,3 +198,17 @@ def _check_known(keys: list[str], known: dict[str, Any], path: tuple[str, ...]) 
 def _nearest(word: str, choices: typing.Iterable[Any]) -> str:
     matches = difflib.get_close_matches(word, [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def chosen(value: Any) -> Any:
+    """A config as dicts of the fields that do not have their defaults: for hashes, which a new option is not to change."""
+    if isinstance(value, (list, tuple)):
+        return [chosen(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {field.name: (field, getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {name: chosen(set_to) for name, (field, set_to) in fields.items() if set_to != _default(field)}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

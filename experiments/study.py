@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from experiments.cli import load_run_config
+from experiments.config import chosen
 from train.config import PREEMPTED
 from train.files import write_json_atomic
 from train.metrics import read_jsonl
@@ -62,9 +63,9 @@ class Run:
     @functools.cache  # noqa: B019, a study has few runs and is asked for their keys after each of them
     def key(self) -> str:
         """Equal for runs that compute the same."""
-        tree = dataclasses.asdict(load_run_config(self.config, self._words("unknown")))
-        config = {name: value for name, value in tree.items() if name not in _UNKEYED}
-        inputs = {"config": config, "after": self.after.key() if self.after else tree.get("initial_weights")}
+        config = load_run_config(self.config, self._words("unknown"))
+        fields = {name: value for name, value in chosen(config).items() if name not in _UNKEYED}
+        inputs = {"config": fields, "after": self.after.key() if self.after else config.initial_weights}
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
 
     def directory(self, root: pathlib.Path) -> pathlib.Path:
