@@ -461,10 +461,10 @@ def check_fits(report: Report, config: TrainConfig, topology: Topology) -> None:
 def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
     """Changes of mesh, remat and batch that pass the checks and, by plan, fit.
 
-    Meshes over data, fsdp and tensor, with the context and expert axes of the config: what those are worth depends on documents
-    and router, which the estimate takes to be as long as a row and even. 1, 2, 4 or 8 rows for each of data x fsdp x expert; of
-    the policies that fit the one that recomputes least, and after all of these the others. More rows and less tensor
-    parallelism come first: they usually win.
+    Meshes over data, fsdp and tensor, with the context axis of the config and its expert axis or none: what those are worth
+    depends on documents and router, which the estimate takes to be as long as a row and even. 1, 2, 4 or 8 rows for each of
+    data x fsdp x expert; of the policies that fit the one that recomputes least, and after all of these the others. More rows
+    and less tensor parallelism come first: they usually win.
     """
     from model.params import dimensions, param_specs
     from model.sharding import TRAIN_RULES, factorizations, mesh_problem, resolve_sizes
@@ -475,7 +475,7 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
     weights = dimensions(param_specs(config.model))
     found = []
     for mesh in factorizations(topology.num_devices):
-        if any(mesh[axis] != given[axis] for axis in ("context", "expert")):
+        if mesh["context"] != given["context"] or mesh["expert"] not in (1, given["expert"]):
             continue
         for rows in (8, 4, 2, 1):
             fitting = 0

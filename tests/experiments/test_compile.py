@@ -399,6 +399,13 @@ def test_candidates_use_all_devices_and_fit_by_plan(tmp_path):
     assert sorted(kept[0][0] for kept in policies.values()) == list(range(len(policies)))
 
 
+def test_experts_are_tried_on_an_axis_of_their_own_and_without(tmp_path):
+    path = write_config(tmp_path, "tiny-mixtral", mesh={"data": 1, "fsdp": 2, "expert": 2})
+    found = candidates(load_train_config(path, []), topology_of("v5e:2x2"))
+    assert {changes["mesh.expert"] for changes in found} == {1, 2}
+    assert {changes["mesh.context"] for changes in found} == {1}
+
+
 def test_changes_are_the_overrides_that_make_them(tmp_path):
     changes = {"mesh.fsdp": 4, "mesh.data": 1, "model.remat": "full", "batch_size": 4}
     path = write_config(tmp_path)
