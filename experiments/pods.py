@@ -6,7 +6,6 @@ other, minutes each, and writes both files; `python -m experiments.pods NAME…`
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -19,6 +18,7 @@ from experiments import compile_rl
 from experiments.cli import load_run_config
 from experiments.collectives import GATHER_BY_ALL_REDUCE
 from experiments.compile import GIB, Report, compile_config, require_libtpu
+from experiments.config import chosen
 from model.chips import topology_of
 from model.xla import TPU_FLAGS
 from train.config import TrainConfig
@@ -87,8 +87,9 @@ PARTS = """
 Attention is our kernel, experts are jax's megablox, for one document as long as the row and an even router. *Matmul
 speed* is what the compiler expects of matmuls outside of kernels, over the chip's peak; *recomputed* is the part of their
 FLOPs that remat does over again. *Other* are slices, copies, reductions and element-wise operations, which HBM sets the pace
-of. A step is *limited by* the largest of three parts: compute (matmuls, attention, experts), HBM (other), and exposed
-communication; what compute loses to an MXU that waits is in the matmul speed.
+of. A step is *limited by* the largest of five losses, which add up to what the MFU lacks: matmuls that are computed again,
+matmuls below the peak, other operations, exposed collectives, and what kernels (attention, experts) take beyond the model's
+own FLOPs at peak: what is masked, computed again, or waits for an MXU.
 
 A collective is exposed as far as the device waits for it; each piece of work covers one collective at a time. Gathers that
 XLA has made all-reduces of shards padded with zeros count whole, whatever stands beside them: they move twice the bytes.
@@ -137,32 +138,34 @@ def config_hash(config: TrainConfig | RLConfig) -> str:
         names = ("model", "policy", "lora", "optimizer", "mesh")
         of_rows = ("num_rows", "update_rows", "accumulation", "row_tokens", "chunk_tokens")
         sizes: dict[str, Any] = {name: getattr(config, name) for name in of_rows}
-        sizes |= {"temperature": config.rollouts.temperature, "engine": _chosen(engine_config(config))}
+        sizes |= {"temperature": config.rollouts.temperature, "engine": chosen(engine_config(config))}
     else:
         names = ("model", "loss", "optimizer", "mesh")
         sizes = {"batch_size": config.batch_size, "accumulation": config.accumulation, "seq_len": config.data.seq_len}
-    parts = {name: _chosen(getattr(config, name)) for name in names}
+    parts = {name: chosen(getattr(config, name)) for name in names}
     return hashlib.sha256(json.dumps(parts | sizes, sort_keys=True).encode()).hexdigest()
 
 
-def _chosen(value: Any) -> Any:
-    """A dataclass as a dict of the fields that do not have their defaults."""
-    if not dataclasses.is_dataclass(value):
-        return value
-    fields = {field.name: (field, getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return {name: _chosen(set_to) for name, (field, set_to) in fields.items() if set_to != _default(field)}
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
 def limited_by(report: Report) -> str:
-    """The largest part of the estimated step: compute (matmuls and kernels), HBM (all other operations) or what is exposed."""
-    parts = shares(report)
-    hbm, waiting = parts["other operations"], parts["exposed collectives"]
-    limits = {"compute": 1 - hbm - waiting, "HBM": hbm, "exposed communication": waiting}
-    return max(limits, key=lambda name: limits[name])
+    """The largest of `losses`, and its share of the estimated step."""
+    found = losses(report)
+    largest = max(found, key=lambda name: found[name])
+    return f"{largest}, {100 * found[largest]:.0f} %"
+
+
+def losses(report: Report) -> dict[str, float]:
+    """What stands between the estimated MFU and 1, as fractions of the estimated step: they add up to what is missing."""
+    parts, step = shares(report), report["estimated_step_seconds"]
+    chip = topology_of(report["topology"]).chip
+    at_peak = report["matmul_flops_per_device"] / chip.flops_per_cycle / chip.clock / step
+    found = {
+        "recomputed matmuls": report["recomputed_flops_share"] * at_peak,
+        "matmuls below peak": parts["matmuls"] - at_peak,
+        "other operations": parts["other operations"],
+        "exposed collectives": parts["exposed collectives"],
+    }
+    # Of kernels the estimate has no FLOPs: what they run beyond the model's own is what is left.
+    return found | {"kernels": 1 - report["estimated_mfu"] - sum(found.values())}
 
 
 def exposed_gathers_share(report: Report) -> float:

@@ -8,7 +8,9 @@ import pytest
 from experiments import compile_rl, pods
 from experiments.cli import load_run_config, load_train_config
 from experiments.compile import compile_config
+from experiments.config import chosen
 from model.chips import topology_of
+from model.xla import TPU_FLAGS
 from tests.libtpu import require_libtpu
 from train.memory import plan_memory, plan_sampler
 from train.rl_config import RLConfig
@@ -37,7 +39,8 @@ def test_the_page_says_what_the_reports_do():
     reduced = report(exposed_all_gathers=[{"exposed_seconds": 0.2, "name": "a", "kind": "all-gather by all-reduce"}])
     lines = pods.page({"llama": report(), "other": report(exposed_all_gathers=[]), "reduced": reduced}).splitlines()
     assert sum(line.startswith("| [") for line in lines) == 3
-    expected = "| v5e:2x2 | fsdp 4 | 4,096 | full | 3.0 of 15.0 GiB | 2.5 GiB | 2.00 s | 45.6 % | compute |  | 61 s |"
+    expected = "| v5e:2x2 | fsdp 4 | 4,096 | full | 3.0 of 15.0 GiB | 2.5 GiB | 2.00 s | 45.6 % | exposed collectives, 15 % | "
+    expected += " | 61 s |"
     assert f"| [llama](../configs/pods/llama.py) {expected}" in lines
     # v5e has 1.5 G cycles a second, and its MXUs do 131,072 FLOPs in each: of the two seconds matmuls take half.
     assert "| llama | 50 % | 80 % | 25 % | 20 % | 5 % | 10 % | 15 % | 2.5 % (1 of them) |" in lines
@@ -45,17 +48,22 @@ def test_the_page_says_what_the_reports_do():
     assert "| reduced | 50 % | 80 % | 25 % | 20 % | 5 % | 10 % | 15 % | 10.0 % (1 of them), 1 by all-reduce |" in lines
 
 
-@pytest.mark.parametrize(
-    ("cycles", "exposed", "limit"),
-    [
-        ({"matmul": 0.6, "kernel": 0.3, "copy": 0.8, "slice": 0.1}, 0.2, "compute"),
-        ({"matmul": 0.6, "kernel": 0.1, "copy": 0.5, "slice": 0.3}, 0.5, "HBM"),
-        ({"matmul": 0.6, "kernel": 0.1, "copy": 0.4, "slice": 0.1}, 0.8, "exposed communication"),
-    ],
-)
-def test_a_step_is_limited_by_its_largest_part(cycles, exposed, limit):
-    of_clock = {kind: 1.5e9 * seconds for kind, seconds in cycles.items()}
-    assert pods.limited_by(report(estimated_cycles=of_clock, exposed_collective_seconds=exposed, kernels=[])) == limit
+def test_what_the_mfu_lacks_is_made_up_of_losses():
+    """Of two seconds matmuls take one, 0.8 at peak, a quarter of which is done again; kernels 0.6, others 0.2, waiting 0.3."""
+    found = pods.losses(report())
+    assert found == pytest.approx(
+        {
+            "recomputed matmuls": 0.1,
+            "matmuls below peak": 0.1,
+            "other operations": 0.1,
+            "exposed collectives": 0.15,
+            "kernels": 1 - 0.456 - 0.45,
+        },
+        abs=2e-3,  # the clock is not 1.5 GHz exactly
+    )
+    assert sum(found.values()) == pytest.approx(1 - 0.456)
+    assert pods.limited_by(report()) == "exposed collectives, 15 %"
+    assert pods.limited_by(report(exposed_collective_seconds=0.1, recomputed_flops_share=0.5)) == "recomputed matmuls, 20 %"
 
 
 def test_a_config_is_known_by_what_its_step_is_compiled_from():
@@ -80,9 +88,9 @@ def test_a_config_is_known_by_what_its_step_is_compiled_from():
     class After(Before):
         option: bool = False
 
-    chosen = pods._chosen(After(5))
-    assert chosen == pods._chosen(Before(5)) == {"width": 5}
-    assert pods._chosen(After(5, option=True)) == {"width": 5, "option": True}
+    fields = chosen(After(5))
+    assert fields == chosen(Before(5)) == {"width": 5}
+    assert chosen(After(5, option=True)) == {"width": 5, "option": True}
 
 
 def test_every_config_of_a_pod_has_a_report():
@@ -142,6 +150,17 @@ def test_a_run_of_reinforcement_learning_was_compiled_in_both_layouts(name):
     most = max(one["hbm_bytes_per_device"] for one in compiled["programs"].values()) / 2**30
     told = f"{most:.1f} of {topology.chip.hbm_bytes / 2**30:.4g} GiB a device"
     assert told in path.read_text(), told
+
+
+OLDER = pytest.mark.xfail(reason="compiled before the flag for gathers: `make pods` compiles it again", strict=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[OLDER] if name in ("llama3_8b_v6e", "mixtral_8x7b_v5p") else []) for name in REPORTS],
+)
+def test_a_config_of_a_pod_was_compiled_with_the_flags_of_today(name):
+    assert REPORTS[name]["made_of"].get("flags") == list(TPU_FLAGS)
 
 
 # Wall time: it shared its core with other work, and has not been compiled on an idle machine since.
