@@ -21,7 +21,7 @@ def texts(path, **options) -> list[str]:
 
 def test_the_standard_library_is_large_stable_and_without_duplicates_or_tests():
     documents = list(read_documents(SourceConfig("std", "stdlib")))
-    assert sum(len(document.text) for document in documents) > 10_000_000
+    assert sum(len(document.text) for document in documents) > 9_000_000  # Debian leaves parts of it out
     assert len({document.text for document in documents}) == len({document.id for document in documents}) == len(documents)
     assert {document.licence for document in documents} == {"PSF-2.0"}
     by_id = {document.id: document.text for document in documents}
