@@ -1,7 +1,7 @@
 """LoRA GRPO (arXiv:2402.03300) on SmolLM2-135M-Instruct: sums of two numbers, asked for in its own chat template.
 
 Command:   loam run --config=configs/grpo_smollm2.py
-Hardware:  1 CPU core, 20 to 30 s a step (an estimate from a busy machine)
+Hardware:  2 CPU cores, 8 s a step (`python benchmarks/grpo_step.py`; TRL takes 18)
 Expected:  the share of right answers rises from eval/pass@1 0.08; no whole run has been kept yet
 
 Needs `loam pull smollm2-135m-instruct`.
