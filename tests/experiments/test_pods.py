@@ -157,7 +157,7 @@ OLDER = pytest.mark.xfail(reason="compiled before the flag for gathers: `make po
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[OLDER] if name in ("llama3_8b_v6e", "mixtral_8x7b_v5p") else []) for name in REPORTS],
+    [pytest.param(name, marks=[OLDER] if name == "llama3_8b_v6e" else []) for name in REPORTS],
 )
 def test_a_config_of_a_pod_was_compiled_with_the_flags_of_today(name):
     assert REPORTS[name]["made_of"].get("flags") == list(TPU_FLAGS)
