@@ -152,13 +152,7 @@ def test_a_run_of_reinforcement_learning_was_compiled_in_both_layouts(name):
     assert told in path.read_text(), told
 
 
-OLDER = pytest.mark.xfail(reason="compiled before the flag for gathers: `make pods` compiles it again", strict=True)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[OLDER] if name == "llama3_8b_v6e" else []) for name in REPORTS],
-)
+@pytest.mark.parametrize("name", list(REPORTS))
 def test_a_config_of_a_pod_was_compiled_with_the_flags_of_today(name):
     assert REPORTS[name]["made_of"].get("flags") == list(TPU_FLAGS)
 
