@@ -111,6 +111,7 @@ more. All seconds are estimates.
 
 Most of the update's time are exposed gathers and scatters of activations over `tensor`, 18 of 27 s: the axis is as large as
 decoding wants it, and larger than the trainer does. A mesh of its own for the sampler would spare them; there is none yet.
+Score and update were compiled when the head still read prompts too; now it reads answers alone, so that they take less.
 
 """
 COLUMNS_OF_RL = (

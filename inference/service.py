@@ -134,7 +134,7 @@ class Service:
         finally:
             ended = self._error or RuntimeError("the engine was closed")
             for listener, _ in self._listeners.values():
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(Exception):  # who cannot be told must not keep it from the others
                     listener(ended)
 
     def _tell(self, token: Token) -> None:
