@@ -368,7 +368,14 @@ def test_kill_during_an_asynchronous_save(tmp_path):
     (state, _, step), _ = restore_newest(tmp_path)
     assert step == 1
     assert same_bits(state, make_state(1))
+    # The remains are removed in the background, at the latest before the next save.
+    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    checkpoints.save(2, make_state(2), {})
+    checkpoints.close()
     assert not list(tmp_path.glob("2.*"))
+    (state, _, step), _ = restore_newest(tmp_path)
+    assert step == 2
+    assert same_bits(state, make_state(2))
 
 
 def test_a_full_disk_is_told_at_the_next_call_and_the_older_checkpoints_stay(tmp_path):
