@@ -46,9 +46,10 @@ KEPT_OF_A_PROGRAM = (
     "exposed_collective_seconds", "loops_of_unknown_length", "estimated_step_seconds", "compile_seconds",
 )  # fmt: skip
 MOST_COMPILE_SECONDS = 900
-# Of the estimated step, for gathers of weights that no work covers. Not 0: the first of a pass has nothing before it to hide
-# behind, and the head's has little; in docs/pods.json these are 0.3 to 0.6 % of a step. If a whole pass of a dense model had to
-# wait for its gathers, that would be 2 to 3 %: half their seconds there, over those of the step. The bound lies between.
+# Of the estimated step, for gathers of weights that no work covers. Not 0: the first of a layer has nothing before it in the
+# body of the loop over layers to hide behind, and the head's has little; in docs/pods.json these are 0.2 to 0.5 % of a step. If
+# a whole pass of a dense model had to wait for its gathers, that would be 2 to 3 %: half their seconds there, over those of the
+# step. The bound lies between.
 MOST_EXPOSED_GATHERS = 0.01
 
 # What MaxText has measured: its page "Optimized models tiering", and for tpu7x the table of training/ironwood in tpu-recipes
@@ -71,15 +72,15 @@ Compiling was timed by the wall clock, beside other work on the machine: for tpu
 """
 
 
-NOTES = """
+NOTES_ON_QWEN3 = """
 ## What limits Qwen3-30B-A3B
 
 Its experts are many and narrow: each token goes to 8 of 128, 768 wide, so that its FLOPs are few beside the rows and weights
 that travel. With 16 experts on each of 8 devices (fsdp 32 x expert 8) the ragged all-to-all and copies of its rooms left 5.2 %.
 Here tokens stay at home, and a device gathers the experts of a layer, 1.2 GB, twice a step, which work covers only in part.
-Matmuls and kernels take 1.73 of 3.83 s, so that 29 % is the best that the rest could leave. Of the rest most are reductions,
-copies, slices and element-wise operations, 1.62 s: more than a hundred times what one pass over a layer's copies of its tokens
-needs of the HBM in each layer. Which of them could go is open.
+Matmuls and kernels take {busy:.2f} of {step:.2f} s, so that {best:.0f} % is the best that the rest could leave. Of the rest
+most are reductions, copies, slices and element-wise operations, {other:.2f} s: more than a hundred times what one pass over a
+layer's copies of its tokens needs of the HBM in each layer. Which of them could go is open.
 """
 PARTS = """
 ## Where the estimated step goes
@@ -93,6 +94,8 @@ own FLOPs at peak: what is masked, computed again, or waits for an MXU.
 
 A collective is exposed as far as the device waits for it; each piece of work covers one collective at a time. Gathers that
 XLA has made all-reduces of shards padded with zeros count whole, whatever stands beside them: they move twice the bytes.
+What stays exposed of the gathers of dense models is at the head and at the beginning of each layer, where the body of the loop
+over layers has no work yet: the compiler does not begin it in the layer before.
 
 | config | matmuls | matmul speed | recomputed | attention | experts | other | exposed collectives | of these gathers |
 |---|---|---|---|---|---|---|---|---|
@@ -214,12 +217,21 @@ def page(reports: dict[str, Report]) -> str:
         reduced = sum(one["kind"] == GATHER_BY_ALL_REDUCE for one in gathers)
         told += f", {reduced} by all-reduce" if reduced else ""
         lines.append(f"| {name} | {' | '.join([matmuls, speed, again, *parts, told])} |")
+    notes = notes_on(reports["qwen3_30b_a3b_v6e"]) if "qwen3_30b_a3b_v6e" in reports else ""
     of_rl_lines = [
         f"| {' | '.join(COLUMNS_OF_RL)} |",
         "|---" * len(COLUMNS_OF_RL) + "|",
         *(rl_line(name, report) for name, report in sorted(of_rl.items())),
     ]
-    return HEADER + "\n".join(lines) + "\n" + NOTES + REINFORCEMENT + "\n".join(of_rl_lines) + "\n"
+    return HEADER + "\n".join(lines) + "\n" + notes + REINFORCEMENT + "\n".join(of_rl_lines) + "\n"
+
+
+def notes_on(qwen3: Report) -> str:
+    """What NOTES_ON_QWEN3 tells, with the numbers of its report."""
+    step, parts = qwen3["estimated_step_seconds"], shares(qwen3)
+    busy = step * (parts["matmuls"] + parts["attention"] + parts["experts"])
+    best = 100 * qwen3["estimated_mfu"] * step / busy
+    return NOTES_ON_QWEN3.format(busy=busy, step=step, other=step * parts["other operations"], best=best)
 
 
 def rl_line(name: str, report: Report) -> str:

@@ -15,6 +15,7 @@ from inference.models import LoadedModel
 from model.convert import gguf
 from model.presets import preset
 from tests.data.gguf_metadata import byte_bpe_metadata
+from tests.libtpu import require_libtpu
 from tests.networks import random_params
 
 ROOT = Path(__file__).parent.parent.parent
@@ -70,7 +71,7 @@ def test_grpo_step_says_what_the_peer_lacks(monkeypatch):
 @pytest.mark.slow
 def test_attention_schedule():
     """Against splash attention at its best, by the bundles of all tiles: what docs/kernels.md says of one chip."""
-    pytest.importorskip("libtpu")
+    require_libtpu()
     result = last_line("attention_schedule", "--chips", "v5e")
     for case in ("causal_forward", "causal_backward"):
         assert 0 < result[f"{case}_vs_splash"] <= 1
@@ -81,7 +82,7 @@ def test_attention_schedule():
 @pytest.mark.slow
 def test_paged_decode_schedule():
     """The kernel waits for memory, not memory for it."""
-    pytest.importorskip("libtpu")
+    require_libtpu()
     result = last_line("paged_decode_schedule", "--chips", "v5e")
     assert 0.9 < result["32 heads, 8 of keys"] <= 1
 

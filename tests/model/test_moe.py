@@ -181,7 +181,7 @@ def test_grouped_matmul_equals_a_loop_over_groups(name, platform, monkeypatch):
     monkeypatch.setattr(kernel, "tiling", lambda _: lambda *_: (128, 128, 128))
     if platform == "tpu":
         x[filled:], d_out[filled:] = np.nan, np.nan
-    with pltpu.force_tpu_interpret_mode():
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
         out, pull = jax.vjp(lambda x, w: kernel.grouped_matmul(x, w, sizes, platform), jnp.float32(x), jnp.float32(w))
         d_x, d_w = pull(jnp.float32(d_out))
     in_a_group = (np.arange(300) < filled)[:, None]
