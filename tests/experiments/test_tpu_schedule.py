@@ -129,8 +129,8 @@ def test_a_compiled_kernel_has_the_cycles_of_its_tiles(tmp_path, monkeypatch):
     text = run_with_libtpu(textwrap.dedent(COMPILED))
     kernels = hlo.work(hlo.parse(text)).kernels
     assert len(kernels) == 2
-    overrides = ["--config.data.seq_len=2048", "--config.model.max_seq_len=2048", "--config.model.window_pattern=(0,)"]
-    config = load_train_config(str(write_tiny_job(tmp_path)), overrides)
+    changes = ("data.seq_len=2048", "model.max_seq_len=2048", "model.window_pattern=(0,)", "model.dtype='bfloat16'")
+    config = load_train_config(str(write_tiny_job(tmp_path)), [f"--config.{change}" for change in changes])
     for kernel in kernels:
         report = kernel_report(kernel, kernel.name, config, topology_of("v5e:2x2"), {"context": 1}, dump)
         # Rows, heads; tiles of 1,024 x 1,024: two on the diagonal, each of three parts of 512 x 512, and one below. The MXUs do
