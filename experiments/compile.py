@@ -463,8 +463,9 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
 
     Meshes over data, fsdp and tensor, with the context axis of the config and its expert axis or none: what those are worth
     depends on documents and router, which the estimate takes to be as long as a row and even. 1, 2, 4 or 8 rows for each of
-    data x fsdp x expert; of the policies that fit the one that recomputes least, and after all of these the others. More rows
-    and less tensor parallelism come first: they usually win.
+    data x fsdp x expert. The config as it is comes first if it fits, then the best guess for each mesh, then the second best
+    for each, and so on. To recompute less is guessed to be better, then more rows; of meshes, less tensor parallelism, then
+    experts spread as in the config.
     """
     from model.params import dimensions, param_specs
     from model.sharding import TRAIN_RULES, factorizations, mesh_problem, resolve_sizes
@@ -473,24 +474,30 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
 
     given = resolve_sizes(dataclasses.asdict(config.mesh), topology.num_devices)
     weights = dimensions(param_specs(config.model))
+
+    def change(mesh: Mapping[str, int], rows: int, remat: str) -> dict[str, Any]:
+        changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
+        return changes | {"model.remat": remat, "batch_size": rows * shards(mesh) * config.accumulation}
+
+    def fits(changes: Mapping[str, Any], mesh: dict[str, int]) -> bool:
+        changed = changed_config(config, changes)
+        arrays = weights + activations(changed.batch_size // changed.accumulation, changed.data.seq_len)
+        if mesh_problem(arrays, TRAIN_RULES, mesh):
+            return False
+        return sum(plan_memory(changed, mesh).values()) <= topology.chip.hbm_bytes
+
     found = []
     for mesh in factorizations(topology.num_devices):
         if mesh["context"] != given["context"] or mesh["expert"] not in (1, given["expert"]):
             continue
-        for rows in (8, 4, 2, 1):
-            fitting = 0
-            for remat in REMAT_ORDER:
-                changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
-                changes |= {"model.remat": remat, "batch_size": rows * shards(mesh) * config.accumulation}
-                changed = changed_config(config, changes)
-                arrays = weights + activations(changed.batch_size // changed.accumulation, changed.data.seq_len)
-                if mesh_problem(arrays, TRAIN_RULES, mesh):
-                    break
-                planned = sum(plan_memory(changed, mesh).values())
-                if planned <= topology.chip.hbm_bytes:
-                    found.append((fitting, mesh["tensor"], -rows, mesh["data"], changes))
-                    fitting += 1
-    return [changes for *_, changes in sorted(found, key=lambda item: item[:4])]
+        guesses = [
+            changes for remat in REMAT_ORDER for rows in (8, 4, 2, 1) if fits(changes := change(mesh, rows, remat), mesh)
+        ]
+        order = (mesh["tensor"], mesh["expert"] != given["expert"], mesh["data"])
+        found += [(rank, *order, changes) for rank, changes in enumerate(guesses)]
+    as_given = change(given, config.batch_size // (shards(given) * config.accumulation), config.model.remat)
+    ordered = [changes for *_, changes in sorted(found, key=lambda item: item[:-1])]
+    return [as_given] * fits(as_given, given) + [changes for changes in ordered if changes != as_given]
 
 
 def search(
@@ -502,6 +509,7 @@ def search(
 
     config = load_train_config(path, list(overrides))
     check_backend(config.model.attention_backend, "tpu")
+    log(f"planning the memory of meshes, remat policies and batches on {topology.name}")
     planned = candidates(config, topology)
     check(bool(planned), f"no mesh, remat policy and batch of {config.name} fits {topology.name} by plan: take a larger slice")
     log(f"{len(planned)} candidates fit by plan; compiling the first {min(tries, len(planned))}")

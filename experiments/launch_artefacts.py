@@ -20,7 +20,8 @@ from experiments.launch_tpu import GENERATIONS, accelerator_type, num_vms
 from train.config import PREEMPTED
 
 JOB_ERRORS = [code for code in range(1, 127) if code != PREEMPTED]
-COORDINATOR_PORT = 8476  # the one that jax chooses on TPUs
+# The one that firewalls of TPU slices are opened for; what jax chooses by itself (8482) may be shut (jax issue 35905).
+COORDINATOR_PORT = 8476
 
 
 def artefact(job: Job) -> str:
@@ -72,7 +73,7 @@ def jobset(job: Job) -> str:
         "command": ["bash", "-c", f"exec {command}"],
         "env": [
             {"name": "SLICE", "valueFrom": slice_index},
-            *({"name": name, "value": value} for name, value in compiler_flags(job).items()),
+            *({"name": name, "value": value} for name, value in environment(job).items()),
             *({"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}} for key, secret in secrets),
         ],
         "securityContext": {"privileged": True},
@@ -159,7 +160,7 @@ def xpk(job: Job) -> str:
         termination_grace_period_seconds=launch.grace_seconds,
         command=f"exec {shlex.join(job.command)}",
     )
-    flags += [f"--env={name}={value}" for name, value in compiler_flags(job).items()]
+    flags += [f"--env={name}={value}" for name, value in environment(job).items()]
     # One process per virtual machine on tpu7x too.
     return comments(job) + shlex.join(["xpk", "workload", "create", "--no-use-parallel-containers", *flags]) + "\n"
 
@@ -179,7 +180,7 @@ def tpu_vm(job: Job) -> str:
     )
     docker = ["sudo", "docker", "run", "--rm", "--privileged", f"--volume={MOUNT}:{MOUNT}"]
     docker += options(name=launch.name, net="host", stop_timeout=launch.grace_seconds)
-    docker += [f"--env={name}={value}" for name, value in compiler_flags(job).items()]
+    docker += [f"--env={name}={value}" for name, value in environment(job).items()]
     remote = (
         # A new machine may still be updating itself; without mount.nfs it is the machine's fault, and tried again.
         "command -v mount.nfs >/dev/null || sudo apt-get install -qq -o DPkg::Lock::Timeout=600 nfs-common >/dev/null || exit; "
@@ -264,7 +265,7 @@ def skypilot(job: Job) -> str:
             "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": restart_codes},
         },
         "file_mounts": {str(MOUNT): {"source": launch.storage, "mode": "MOUNT"}},
-        "envs": compiler_flags(job),
+        "envs": environment(job),
         "setup": "pip install --constraint constraints.txt --editable '.[tpu]'",
         "run": shlex.join(job.command),
     }
@@ -279,9 +280,11 @@ def local_commands(job: Job, port: int) -> list[list[str]]:
     ]
 
 
-def compiler_flags(job: Job) -> dict[str, str]:
-    """Environment variables that the job takes from where it was launched."""
-    return {name: job.facts[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in job.facts}
+def environment(job: Job) -> dict[str, str]:
+    """Environment variables of every process: the compiler's flags where the job was launched, and the coordinator's port, for
+    jax to read where it finds the other processes by itself."""
+    flags = {name: job.facts[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in job.facts}
+    return {"JAX_COORDINATOR_PORT": str(COORDINATOR_PORT), **flags}
 
 
 def comments(job: Job) -> str:

@@ -15,7 +15,7 @@ from typing import IO
 
 from train.config import PREEMPTED
 
-# After a crash the others cannot save any more (that takes all of them), so they are not waited for longer.
+# Once one has left, the others have saved with it, or cannot save any more (that takes all of them).
 SECONDS_AFTER_A_CRASH = 10.0
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -30,8 +30,8 @@ def free_port() -> int:
 def run_together(commands: Sequence[Sequence[str]], grace_seconds: float) -> int:
     """Runs all commands at once, their output line by line behind `[index] `, until all have ended.
 
-    SIGTERM and Ctrl-C reach each as SIGTERM. When one ends badly, the others are asked to end, and killed later:
-    `grace_seconds` after a stop that saves, SECONDS_AFTER_A_CRASH otherwise.
+    SIGTERM and Ctrl-C reach each as SIGTERM, and all have `grace_seconds` to save and end. When one ends badly, of a crash or
+    because another hangs or is gone, the others are asked to end and have SECONDS_AFTER_A_CRASH.
 
     Returns:
       The exit status of the first that ended badly, 128 + n for signal n, or 0.
@@ -53,10 +53,11 @@ def run_together(commands: Sequence[Sequence[str]], grace_seconds: float) -> int
         while None in [process.poll() for process in processes]:
             failed = next((process.returncode for process in processes if process.returncode), 0)
             if len(stops) > forwarded or (failed and not status):
-                crashed = failed not in (0, PREEMPTED)
+                saving = len(stops) > 0 and failed in (0, PREEMPTED)
+                patience = grace_seconds if saving else min(grace_seconds, SECONDS_AFTER_A_CRASH)
                 status, forwarded = status or failed, len(stops)
                 _signal(processes, signal.SIGTERM)
-                kill_at = min(kill_at, time.monotonic() + (SECONDS_AFTER_A_CRASH if crashed else grace_seconds))
+                kill_at = min(kill_at, time.monotonic() + patience)
             if time.monotonic() > kill_at:
                 _signal(processes, signal.SIGKILL)
             time.sleep(0.05)

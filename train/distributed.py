@@ -417,7 +417,8 @@ class Group:
                     return
                 if isinstance(error, MissingProcesses):
                     self._leave(str(error), PREEMPTED)
-                self._say(f"process 0, the coordinator, has not answered for {SILENT_SECONDS:g} s")
+                self._gone = "process 0, the coordinator"
+                self._say(f"{self._gone} has not answered for {SILENT_SECONDS:g} s")
 
     def _beat(self) -> None:
         self._calls["beat"] += 1
@@ -462,7 +463,7 @@ class Group:
             self._say(f"{reason}; waiting to hear whether a process is gone")
             for _ in range(HEARTBEAT_SECONDS + 2):
                 time.sleep(BEAT_SECONDS)
-                if self._gone and self.is_first:
+                if self._gone:
                     self._leave(f"gone is {self._gone}", PREEMPTED)
         self._leave(reason, status)
 

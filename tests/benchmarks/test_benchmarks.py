@@ -77,6 +77,8 @@ def test_attention_schedule():
         assert 0 < result[f"{case}_vs_splash"] <= 1
     for case in ("packed_forward", "packed_backward", "shifted_forward", "shifted_backward"):
         assert 0 < result[f"{case}_vs_splash"] <= 1 / 3
+    for case in ("uneven_forward", "uneven_backward"):
+        assert 0 < result[f"{case}_vs_splash"] <= 0.36
 
 
 @pytest.mark.slow

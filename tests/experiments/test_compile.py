@@ -386,17 +386,29 @@ def test_candidates_use_all_devices_and_fit_by_plan(tmp_path):
         meshes.add((mesh["data"], mesh["fsdp"], mesh["tensor"]))
     assert len(meshes) == len({tuple(m) for m in meshes}) > 1
     assert (16, 1, 1) not in meshes  # 8 billion parameters on every device
-    # Of each mesh and batch first the policy that keeps most and fits, and those that keep less after all of these.
+    # Of each mesh and batch all policies from that which keeps most and fits.
     order, policies = loam_compile.REMAT_ORDER, {}
-    for place, changes in enumerate(found):
-        policies.setdefault(json.dumps(changes | {"model.remat": ""}), []).append((place, changes["model.remat"]))
+    for changes in found:
+        policies.setdefault(json.dumps(changes | {"model.remat": ""}), []).append(changes["model.remat"])
     for key, kept in policies.items():
-        most = order.index(kept[0][1])
-        assert [remat for _, remat in kept] == list(order[most:])
+        most = min(map(order.index, kept))
+        assert sorted(kept, key=order.index) == list(order[most:])
         if most:
             more = changed_config(config, json.loads(key) | {"model.remat": order[most - 1]})
             assert sum(plan_memory(more, mesh_sizes(more, 16)).values()) > topology.chip.hbm_bytes
-    assert sorted(kept[0][0] for kept in policies.values()) == list(range(len(policies)))
+
+
+def test_candidates_are_what_is_given_then_the_best_guess_of_each_mesh(tmp_path):
+    config, topology = llama(tmp_path), topology_of("v5e:4x4")
+    found = candidates(config, topology)
+    fitting = found[-1]
+    again = candidates(changed_config(config, fitting), topology)
+    assert again[0] == fitting
+    assert sorted(map(str, again)) == sorted(map(str, found))
+    meshes = [tuple(value for key, value in changes.items() if key.startswith("mesh")) for changes in again[1:]]
+    every = set(meshes)
+    assert len(every) > 1
+    assert set(meshes[: len(every)]) == every
 
 
 def test_experts_are_tried_on_an_axis_of_their_own_and_without(tmp_path):

@@ -98,8 +98,9 @@ def test_the_page_of_kernels_tells_what_was_measured():
             assert ours["bundles"] == full + parts + rows
             of_splash = sum(splash[f"{name}s"] * splash[f"bundles_{name}"] for name in ("tile", "row", "step"))
             assert splash["bundles"] == of_splash
-            if layout != "uneven":  # which the page shows, and nobody asked a bound of
-                assert attention_schedule.ratio(sides) <= (1 if layout == "causal" else 1 / 3), (chip, case)
+            # Documents that end anywhere miss the third on two chips, as the page says: no worse than that.
+            bound = {"causal": 1, "uneven": 0.36}.get(layout, 1 / 3)
+            assert attention_schedule.ratio(sides) <= bound, (chip, case)
 
 
 COMPILED = """

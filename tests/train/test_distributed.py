@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import train.distributed
 from data.loader import Batches
 from data.prepare import prepare
 from experiments.cli import load_train_config
 from tests.tiny import write_tiny_job
 from train.checkpoint import Checkpoints, digests
 from train.config import PREEMPTED, DeadlineConfig
-from train.distributed import MissingProcesses, Place, find_place, meet
+from train.distributed import Group, MissingProcesses, Place, find_place, meet
 from train.metrics import read_jsonl
 from train.watchdog import Watchdog
 
@@ -410,6 +411,34 @@ def test_a_tpu_worker_on_gke_is_found(monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost,other-0.job,other-1.job")
     monkeypatch.setenv("TPU_WORKER_ID", "2")
     assert find_place(None, None, None, 1.0) == Place("localhost:8482", 3, 2)
+
+
+class Left(BaseException):
+    """In place of the end of the process."""
+
+
+@pytest.mark.parametrize("gone", ["process 0, the coordinator", ""])
+def test_whoever_hears_that_another_is_gone_leaves_to_be_restarted(monkeypatch, gone):
+    """Not only process 0, which may be busy with something else than collectives; without such news an error is an error."""
+
+    class Client:
+        def key_value_set(self, *_, **__):
+            pass
+
+    def leave(self, status):
+        raise Left(status)
+
+    monkeypatch.setattr(train.distributed, "BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(Group, "_exit", leave)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    group = Group(1, 2, Client())
+    group._gone = gone
+    try:
+        jnp.zeros(2) + jnp.zeros(3)  # an error out of jax
+    except TypeError as error:
+        with pytest.raises(Left) as left:
+            group._fail(error)
+    assert left.value.args == (PREEMPTED if gone else 1,)
 
 
 def test_a_missing_coordinator_and_a_port_in_use_are_told_before_any_work(config_file, tmp_path):

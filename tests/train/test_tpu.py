@@ -43,8 +43,9 @@ COMPILE = textwrap.dedent(
     ("mesh", "remat", "forward", "backward"),
     [
         ({"data": 1, "fsdp": 2, "tensor": 2}, "attention", 1, 1),
-        # Each kernel twice: in the loop over the ring, and for the keys that come last. `full` runs the forward one again.
-        ({"data": 1, "fsdp": 2, "context": 2}, "full", 4, 2),
+        # Each kernel three times: for a device's own keys, in the loop over the ring, and for the keys that come last. `full`
+        # runs the forward one again.
+        ({"data": 1, "context": 4}, "full", 6, 3),
     ],
 )
 def test_a_sharded_step_compiles_with_as_many_kernels_as_it_needs(mesh, remat, forward, backward):
