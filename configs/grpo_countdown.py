@@ -18,4 +18,5 @@ def get_config() -> ConfigDict:
     config.initial_weights = "runs/pretrain_countdown"
     config.task = TaskConfig("countdown", pretrain_countdown.OPTIONS)
     config.rollouts = {"prompts": 32, "max_prompt_tokens": 14, "max_tokens": 12}
+    config.optimizer.learning_rate = 3e-4  # With that of `reverse` pass@4 falls from 0.67 to 0.5 on the way.
     return config
