@@ -7,8 +7,7 @@ import pytest
 from inference.engine import Engine, Ongoing, Request
 from inference.sampling import Sampling
 from inference.speculate import DraftModel, prompt_lookup
-from tests.inference.test_engine import CHAIN, GREEDY, MODEL, PARAMS, ROOMY, SAMPLINGS, check_answer
-from tests.networks import random_params
+from tests.inference.test_engine import CHAIN, GREEDY, MODEL, PARAMS, ROOMY, SAMPLINGS, check_answer, near
 
 
 def ongoing(tokens):
@@ -45,14 +44,6 @@ def test_prompt_lookup_changes_no_answer(sampling):
     for sample, (answer, same) in enumerate(zip(answers, plain, strict=True)):
         check_answer(request, sample, answer)
         assert [token.token for token in answer] == [token.token for token in same]
-
-
-def near(params):
-    """The weights of a draft that mostly agrees."""
-    import jax
-
-    noise = random_params(MODEL, seed=9)
-    return jax.tree.map(lambda leaf, other: leaf + 0.02 * other, params, noise)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.3), SAMPLINGS[3]], ids=["greedy", "sampled", "penalties"])
