@@ -404,7 +404,7 @@ def test_what_a_request_brings_along_harms_no_other_request():
         (token,) = answers[request_id, 0]
         assert (token.finish_reason, type(token.error)) == ("error", error)
     assert engine.num_pages_held == 0
-    with pytest.raises(RuntimeError, match="watcher or constraint failed"):
+    with pytest.raises(RuntimeError, match="watcher, constraint or guess failed"):
         engine.generate([Request(CHAIN[:4], num_samples=2, watch=lambda sample: lambda token: 1 // sample, max_tokens=6)])
     assert not engine.has_work
 
@@ -414,6 +414,8 @@ def test_what_a_request_brings_along_harms_no_other_request():
 
     with pytest.raises(ZeroDivisionError):
         engine.submit(Request(CHAIN[:4], num_samples=3, constraint=refuses_the_second, **ends))
+    with pytest.raises(ValueError, match="token ids 48"):
+        engine.generate([Request(CHAIN[:4]), Request([48])])
     assert not engine.has_work
     with pytest.raises(ValueError, match="not among stop_ids: add it"):
         engine.submit(Request(CHAIN[:4], constraint=lambda: Constrained(lambda: None)))
@@ -564,6 +566,39 @@ def test_right_and_wrong_guesses_change_no_answer():
         check_answer(request, 0, answer)
     assert 0 < guessing.stats.guessed_right < guessing.stats.guessed
     assert guessing.stats.steps < plain.stats.steps
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        (lambda: 1 // 0, ZeroDivisionError),
+        (lambda: [MODEL.vocab_size], ValueError),
+        (lambda: [-1], ValueError),
+        (lambda: ["a"], ValueError),
+        (lambda: None, TypeError),
+    ],
+    ids=["raises", "beyond_the_vocabulary", "negative", "no_token", "no_list"],
+)
+def test_a_guess_that_goes_wrong_harms_no_other_request(bad, error):
+    """Of two rows that are guessed together the one it goes wrong at ends, after what it had drawn by then."""
+
+    def guess(ongoing, counts):
+        broken = [sample.request.seed == 1 and sample.num_drawn == 2 for sample in ongoing]
+        return [bad() if breaks else [3] * count for breaks, count in zip(broken, counts, strict=True)]
+
+    engine = Engine(PARAMS, MODEL, dataclasses.replace(ROOMY, num_guesses=2), guess=guess)
+    requests = [Request(CHAIN[:5], max_tokens=6, seed=seed) for seed in (0, 1, 2)]
+    ids = [engine.submit(request) for request in requests]
+    answers = run_to_end(engine)
+    for i in (0, 2):
+        check_answer(requests[i], 0, answers[ids[i], 0])
+    *_, last = ended = answers[ids[1], 0]
+    assert (len(ended), last.finish_reason, type(last.error)) == (3, "error", error)
+    assert (engine.num_pages_held, engine.has_work) == (0, False)
+    with pytest.raises(RuntimeError, match="watcher, constraint or guess failed"):
+        engine.generate(requests)
+    assert (engine.num_pages_held, engine.has_work) == (0, False)
+    check_answer(requests[2], 0, engine.generate([requests[2]])[0][0])
 
 
 @pytest.mark.parametrize("rules", [TRAIN_RULES, DECODE_RULES], ids=["train", "decode"])
