@@ -162,7 +162,7 @@ class Token:
       logprob: under the distribution it was drawn from (0 where the most likely one was taken).
       raw_logprob: under the model's own distribution, as the trainer computes it.
       finish_reason: if it is the last: `stop` (a stop token, or the watcher said so), `length`, or `error`.
-      error: what the request's own watcher or constraint raised; the token then says nothing.
+      error: what the request's own watcher or constraint raised, or the guesses at it; the token then says nothing.
     """
 
     request: int
@@ -204,7 +204,7 @@ class Ongoing:
       max_len: how many they may become.
       pages: that hold the first `num_cached` of its tokens.
       slot: its row of the history; negative while it waits.
-      error: what its watcher or constraint raised, which ends it and nothing else.
+      error: what its watcher, its constraint or a guess at it raised, which ends it and nothing else.
     """
 
     request_id: int
@@ -517,24 +517,25 @@ class Engine:
         """The answers of each request, a list of tokens per sample; what else is queued goes on beside, its tokens are lost.
 
         Raises:
-          RuntimeError: a watcher or a constraint raised; the requests are dropped.
+          ValueError: see `submit`; RuntimeError: a watcher, a constraint or a guess failed. The requests are dropped.
         """
-        requests = list(requests)
-        ids = [self.submit(request) for request in requests]
-        answers = {
-            i: {request.first_sample + n: [] for n in range(request.num_samples)}
-            for i, request in zip(ids, requests, strict=True)
-        }
-        unfinished = sum(len(samples) for samples in answers.values())
-        while unfinished:
-            for token in self.step():
-                if token.request in answers:
-                    if token.error is not None:
-                        for request_id in ids:
-                            self.abort(request_id)
-                        raise RuntimeError("a request's watcher or constraint failed") from token.error
-                    answers[token.request][token.sample].append(token)
-                    unfinished -= token.finish_reason is not None
+        answers: dict[int, dict[int, list[Token]]] = {}
+        try:
+            for request in requests:
+                numbers = range(request.first_sample, request.first_sample + request.num_samples)
+                answers[self.submit(request)] = {n: [] for n in numbers}
+            unfinished = sum(len(samples) for samples in answers.values())
+            while unfinished:
+                for token in self.step():
+                    if token.request in answers:
+                        if token.error is not None:
+                            raise RuntimeError("a request's watcher, constraint or guess failed") from token.error
+                        answers[token.request][token.sample].append(token)
+                        unfinished -= token.finish_reason is not None
+        except BaseException:
+            for request_id in answers:
+                self.abort(request_id)
+            raise
         return [list(samples.values()) for samples in answers.values()]
 
     def logits_along(self, tokens: Sequence[int], num_prefilled: int) -> np.ndarray:
@@ -735,9 +736,33 @@ class Engine:
         # A minimum of tokens forbids some for a whole step.
         asked = [i for i, seq in enumerate(rows) if seq.num_drawn >= seq.request.min_tokens]
         counts = [min(self.config.num_guesses, rows[i].max_len - len(rows[i].tokens) - 1) for i in asked]
-        for i, count, guessed in zip(asked, counts, self._guess([rows[i] for i in asked], counts), strict=True):
-            guesses[i] = self._within_pages(rows[i], list(guessed[:count]))
+        try:
+            found = self._checked_guesses([rows[i] for i in asked], counts)
+        except Exception:
+            # Each by itself: an error is that of the row at which it comes again.
+            found = [self._guessed_alone(rows[i], count) for i, count in zip(asked, counts, strict=True)]
+        for i, guessed in zip(asked, found, strict=True):
+            guesses[i] = self._within_pages(rows[i], guessed)
         return guesses
+
+    def _checked_guesses(self, rows: list[Ongoing], counts: list[int]) -> list[list[int]]:
+        assert self._guess is not None
+        found = [
+            [int(token) for token in guessed[:count]] for guessed, count in zip(self._guess(rows, counts), counts, strict=True)
+        ]
+        for guessed in found:
+            check(
+                all(0 <= token < self.model.vocab_size for token in guessed),
+                f"tokens {guessed} were guessed, but the vocabulary is 0..{self.model.vocab_size - 1}",
+            )
+        return found
+
+    def _guessed_alone(self, seq: Ongoing, count: int) -> list[int]:
+        try:
+            return self._checked_guesses([seq], [count])[0]
+        except Exception as error:
+            seq.error = error
+            return []
 
     def _within_pages(self, seq: Ongoing, guesses: list[int]) -> list[int]:
         while (seq.num_cached + len(guesses)) // self.config.page_size >= len(seq.pages):

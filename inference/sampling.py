@@ -254,7 +254,10 @@ def draw_in_turn(
         history, stands_B = carry
         t, logits_BV, following_B, real_after_B = now
         draws = draw(logits_BV, dataclasses.replace(rows, num_drawn=rows.num_drawn + t), history, allowed_BW)
-        counts = history.counts.at[rows.slot, draws.token].add(stands_B.astype(jnp.int32), mode="drop")
+        # Whole rows: where the vocabulary lies over a mesh, jaxlib 0.10.2 counts single elements wrong at the borders between
+        # devices (experiments/LOG.md).
+        counted_BV = (jnp.arange(history.counts.shape[1]) == draws.token[:, None]) & stands_B[:, None]
+        counts = history.counts.at[rows.slot].add(counted_BV.astype(jnp.int32), mode="drop")
         stands_B &= real_after_B & (draws.token == following_B)
         return (dataclasses.replace(history, counts=counts), stands_B), draws
 

@@ -156,10 +156,10 @@ class Service:
 def _raised(token: Token | BaseException) -> Token:
     """
     Raises:
-      RuntimeError: the engine has ended, or what the request brought along raised.
+      RuntimeError: the engine has ended, or the request's watcher, constraint or guess raised.
     """
     if isinstance(token, BaseException):
         raise RuntimeError("the engine ended before the answer did") from token
     if token.error is not None:
-        raise RuntimeError("the request's watcher or constraint failed") from token.error
+        raise RuntimeError("the request's watcher, constraint or guess failed") from token.error
     return token

@@ -8,12 +8,13 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from inference.engine import Engine, EngineConfig, Request, _decode, lower_decode
 from inference.sampling import History, Rows, Sampling, draw
+from inference.speculate import DraftModel, prompt_lookup
 from model import transformer
 from model.attention import attention
 from model.params import param_shardings, param_specs
@@ -82,17 +83,48 @@ def redraw(request, sample, logits, prompt, answer):
     return draw_one(logits[None], rows, history, ALL)
 
 
+class Moody:
+    """A constraint of which every token changes what may come next; the reference asks `possible` for the whole answer."""
+
+    stop_id = 5
+
+    def __init__(self):
+        self.said = []
+
+    @classmethod
+    def possible(cls, said):
+        may = np.random.default_rng([len(said), *said]).random(MODEL.vocab_size) < 0.25
+        may[7], may[cls.stop_id] = True, len(said) > 1
+        return may
+
+    def allowed(self):
+        bits = np.zeros(-(-MODEL.vocab_size // 32) * 32, bool)
+        bits[: MODEL.vocab_size] = self.possible(self.said)
+        return np.packbits(bits, bitorder="little").view(np.uint32)
+
+    def advance(self, token):
+        self.said.append(token)
+
+
+def possible_after(request, said):
+    """bool [V]: what a request lets follow the beginning of an answer, a token at a time."""
+    if request.constraint:
+        return request.constraint.possible(said)
+    return (len(said) >= request.min_tokens) | ~np.isin(np.arange(MODEL.vocab_size), list(request.stop_ids))
+
+
 def check_answer(request, sample, answer, params=PARAMS, model=MODEL):
     """Every token and log-probability of an answer is that of recomputation, and it ends where it should."""
     prompt, tokens = list(request.prompt), [*request.answer, *(token.token for token in answer)]
     logits = logits_after(prompt + tokens, params, model)
     for i, token in enumerate(answer, start=len(request.answer)):
         at = logits[len(prompt) + i - 1]
+        left = np.where(possible_after(request, tokens[:i]), at, -np.inf)
         if request.sampling.temperature == 0 and not request.sampling.reads_history:
-            assert at[token.token] >= np.max(at) - 1e-5
+            assert left[token.token] >= np.max(left) - 1e-5
             assert token.logprob == 0
         else:
-            again = redraw(request, sample, at, prompt, tokens[:i])
+            again = redraw(request, sample, left, prompt, tokens[:i])
             assert token.token == int(again.token[0])
             assert token.logprob == pytest.approx(float(again.logprob[0]), abs=1e-5)
         raw = at.astype(np.float64) - np.log(np.sum(np.exp(at.astype(np.float64))))
@@ -133,6 +165,7 @@ CONFIGS = [
     EngineConfig(max_batch=2, cache_tokens=32, page_size=8, prefill_chunk=1),
     EngineConfig(max_batch=3, cache_tokens=48, page_size=4, prefill_chunk=18, cache_dtype="int8"),
 ]
+GUESSING = [dataclasses.replace(CONFIGS[0], num_guesses=3), dataclasses.replace(CONFIGS[1], num_guesses=2)]
 SAMPLINGS = [
     GREEDY,
     Sampling(),
@@ -146,12 +179,43 @@ PROMPTS = st.builds(
 )
 
 
+def half_right(ongoing, counts):
+    """What recomputation would draw next, up to where a guess is spoilt; one more than was asked for."""
+    guesses = []
+    for sample, count in zip(ongoing, counts, strict=True):
+        tokens, prompt = list(sample.tokens), list(sample.request.prompt)
+        for _ in range(min(count + 1, CONTEXT - len(tokens))):
+            answer = tokens[len(prompt) :]
+            at = np.where(possible_after(sample.request, answer), logits_after(tokens, PARAMS, MODEL)[-1], -np.inf)
+            token = int(redraw(sample.request, sample.sample, at, prompt, answer).token[0])
+            tokens.append((token + (sum(tokens) % 3 == 0)) % MODEL.vocab_size)
+        guesses.append(tokens[len(sample.tokens) :])
+    return guesses
+
+
+def drafting():
+    """An engine with a draft model, whose own engine is short of pages too."""
+    return Engine(PARAMS, MODEL, GUESSING[0], guess=DraftModel(Engine(near(PARAMS), MODEL, CONFIGS[0]), MODEL))
+
+
+def near(params):
+    """The weights of a draft that mostly agrees."""
+    return jax.tree.map(lambda leaf, other: leaf + 0.02 * other, params, random_params(MODEL, seed=9))
+
+
 class Traces(RuleBasedStateMachine):
     """Requests join and are dropped between steps; what is finished is compared, and nothing is left held."""
 
-    @initialize(config=st.sampled_from(CONFIGS))
-    def start(self, config):
-        self.engine = Engine(PARAMS, MODEL, config)
+    engines = (
+        *(functools.partial(Engine, PARAMS, MODEL, config) for config in CONFIGS),
+        functools.partial(Engine, PARAMS, MODEL, GUESSING[1], guess=half_right),
+        functools.partial(Engine, PARAMS, MODEL, GUESSING[1], guess=prompt_lookup),
+        drafting,
+    )
+
+    @initialize(data=st.data())
+    def start(self, data):
+        self.engine = data.draw(st.sampled_from(self.engines))()
         self.requests, self.answers, self.dropped = {}, collections.defaultdict(list), set()
 
     @rule(
@@ -161,34 +225,43 @@ class Traces(RuleBasedStateMachine):
         sampling=st.sampled_from(SAMPLINGS),
         stop_ids=st.sampled_from([frozenset(), frozenset(range(12))]),
         seed=st.integers(0, 3),
+        ends=st.sampled_from(["anywhere", "not_at_once", "constrained"]),
     )
-    def submit(self, prompt, num_samples, max_tokens, sampling, stop_ids, seed):
+    def submit(self, prompt, num_samples, max_tokens, sampling, stop_ids, seed, ends):
         request = Request(prompt, sampling, num_samples, max_tokens, stop_ids=stop_ids, seed=seed)
+        if ends == "not_at_once":
+            request = dataclasses.replace(request, min_tokens=min(3, max_tokens or 3))
+        elif ends == "constrained" and not self.engine.config.num_guesses:
+            request = dataclasses.replace(request, constraint=Moody, stop_ids=stop_ids | {Moody.stop_id})
         self.requests[self.engine.submit(request)] = request
 
     @rule(data=st.data(), own=st.lists(st.sampled_from([1, 2]), max_size=3), max_tokens=st.integers(1, 8))
     def go_on(self, data, own, max_tokens):
         """The conversation goes on after an answer, or is taken back to the middle of it."""
-        if request := self._broken_off(data):
-            prompt = [*request.prompt, *request.answer, *own][: CONTEXT - max_tokens]
-            again = dataclasses.replace(request, prompt=prompt, answer=(), num_samples=1, max_tokens=max_tokens)
+        if found := self._broken_off(data):
+            request, sample, kept = found
+            prompt = [*request.prompt, *kept, *own][: CONTEXT - max_tokens]
+            changes = {"answer": (), "num_samples": 1, "first_sample": sample, "max_tokens": max_tokens, "min_tokens": 0}
+            again = dataclasses.replace(request, prompt=prompt, **changes)
             self.requests[self.engine.submit(again)] = again
 
     @rule(data=st.data())
     def resume(self, data):
-        """An answer that was broken off goes on."""
-        if request := self._broken_off(data):
-            self.requests[self.engine.submit(request)] = request
+        """An answer that was broken off goes on; one with a constraint cannot."""
+        found = self._broken_off(data)
+        if found and not found[0].constraint:
+            request, sample, kept = found
+            rest = dataclasses.replace(request, answer=kept, num_samples=1, first_sample=sample)
+            self.requests[self.engine.submit(rest)] = rest
 
     def _broken_off(self, data):
-        """A request for what is left of some sample's answer after a beginning of it; None if nothing was drawn yet."""
+        """The request and number of some sample, and a beginning of its answer; None if nothing was drawn yet."""
         known = sorted(key for key, answer in self.answers.items() if len(answer) > 1)
         if not known:
             return None
         request_id, sample = data.draw(st.sampled_from(known))
         request, answer = self.requests[request_id], [token.token for token in self.answers[request_id, sample]]
-        kept = (*request.answer, *answer[: data.draw(st.integers(1, len(answer) - 1))])
-        return dataclasses.replace(request, answer=kept, first_sample=sample, num_samples=1)
+        return request, sample, (*request.answer, *answer[: data.draw(st.integers(1, len(answer) - 1))])
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps):
@@ -206,7 +279,7 @@ class Traces(RuleBasedStateMachine):
 
     @rule()
     def load(self):
-        self.engine.load(PARAMS, MODEL)
+        self.engine.load(self.engine.params, MODEL)
 
     @invariant()
     def every_page_is_held_by_those_who_name_it(self):
@@ -232,6 +305,9 @@ class Traces(RuleBasedStateMachine):
                 answer = self.answers[request_id, sample]
                 if request_id not in self.dropped or (answer and answer[-1].finish_reason):
                     if self.engine.config.cache_dtype == "int8":
+                        tokens = [*request.answer, *(token.token for token in answer)]
+                        for i in range(len(request.answer), len(tokens)):
+                            assert possible_after(request, tokens[:i])[tokens[i]]
                         assert np.all(errors_of_int8(request, answer) < INT8_TOLERANCE)
                     else:
                         check_answer(request, sample, answer)
@@ -253,6 +329,30 @@ class MoreTraces(Traces):
 # In halves, so that two processes may share them.
 TestManyTraces, TestMoreTraces = (pytest.mark.slow(machine.TestCase) for machine in (ManyTraces, MoreTraces))
 TestManyTraces.settings = TestMoreTraces.settings = settings(max_examples=1000, stateful_step_count=30, **_SETTINGS)
+
+
+def over_mesh(rules, config, **options):
+    """An engine whose weights lie over eight devices."""
+    layout = Layout.of(make_mesh(dict.fromkeys(MESH_AXES, 1) | {"tensor": 2, "fsdp": 4}), rules)
+    return Engine(jax.device_put(PARAMS, param_shardings(param_specs(MODEL), layout)), MODEL, config, **options)
+
+
+class MeshTraces(Traces):
+    engines = (functools.partial(over_mesh, DECODE_RULES, CONFIGS[0]),)
+
+
+class ManyMeshTraces(Traces):
+    engines = (
+        *(functools.partial(over_mesh, DECODE_RULES, config) for config in CONFIGS),
+        functools.partial(over_mesh, TRAIN_RULES, CONFIGS[0]),
+        functools.partial(over_mesh, DECODE_RULES, GUESSING[1], guess=half_right),
+    )
+
+
+TestMeshTraces, TestManyMeshTraces = MeshTraces.TestCase, pytest.mark.slow(ManyMeshTraces.TestCase)
+_UNSHRUNK = {"phases": [Phase.explicit, Phase.reuse, Phase.generate], **_SETTINGS}  # a step takes long over eight devices
+TestMeshTraces.settings = settings(max_examples=4, stateful_step_count=12, **_UNSHRUNK)
+TestManyMeshTraces.settings = settings(max_examples=100, stateful_step_count=30, **_UNSHRUNK)
 
 
 # --- What sharing, batching and weights promise -----------------------------------------------------------------------
@@ -304,7 +404,7 @@ def test_what_a_request_brings_along_harms_no_other_request():
         (token,) = answers[request_id, 0]
         assert (token.finish_reason, type(token.error)) == ("error", error)
     assert engine.num_pages_held == 0
-    with pytest.raises(RuntimeError, match="watcher or constraint failed"):
+    with pytest.raises(RuntimeError, match="watcher, constraint or guess failed"):
         engine.generate([Request(CHAIN[:4], num_samples=2, watch=lambda sample: lambda token: 1 // sample, max_tokens=6)])
     assert not engine.has_work
 
@@ -314,6 +414,8 @@ def test_what_a_request_brings_along_harms_no_other_request():
 
     with pytest.raises(ZeroDivisionError):
         engine.submit(Request(CHAIN[:4], num_samples=3, constraint=refuses_the_second, **ends))
+    with pytest.raises(ValueError, match="token ids 48"):
+        engine.generate([Request(CHAIN[:4]), Request([48])])
     assert not engine.has_work
     with pytest.raises(ValueError, match="not among stop_ids: add it"):
         engine.submit(Request(CHAIN[:4], constraint=lambda: Constrained(lambda: None)))
@@ -466,15 +568,47 @@ def test_right_and_wrong_guesses_change_no_answer():
     assert guessing.stats.steps < plain.stats.steps
 
 
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        (lambda: 1 // 0, ZeroDivisionError),
+        (lambda: [MODEL.vocab_size], ValueError),
+        (lambda: [-1], ValueError),
+        (lambda: ["a"], ValueError),
+        (lambda: None, TypeError),
+    ],
+    ids=["raises", "beyond_the_vocabulary", "negative", "no_token", "no_list"],
+)
+def test_a_guess_that_goes_wrong_harms_no_other_request(bad, error):
+    """Of two rows that are guessed together the one it goes wrong at ends, after what it had drawn by then."""
+
+    def guess(ongoing, counts):
+        broken = [sample.request.seed == 1 and sample.num_drawn == 2 for sample in ongoing]
+        return [bad() if breaks else [3] * count for breaks, count in zip(broken, counts, strict=True)]
+
+    engine = Engine(PARAMS, MODEL, dataclasses.replace(ROOMY, num_guesses=2), guess=guess)
+    requests = [Request(CHAIN[:5], max_tokens=6, seed=seed) for seed in (0, 1, 2)]
+    ids = [engine.submit(request) for request in requests]
+    answers = run_to_end(engine)
+    for i in (0, 2):
+        check_answer(requests[i], 0, answers[ids[i], 0])
+    *_, last = ended = answers[ids[1], 0]
+    assert (len(ended), last.finish_reason, type(last.error)) == (3, "error", error)
+    assert (engine.num_pages_held, engine.has_work) == (0, False)
+    with pytest.raises(RuntimeError, match="watcher, constraint or guess failed"):
+        engine.generate(requests)
+    assert (engine.num_pages_held, engine.has_work) == (0, False)
+    check_answer(requests[2], 0, engine.generate([requests[2]])[0][0])
+
+
 @pytest.mark.parametrize("rules", [TRAIN_RULES, DECODE_RULES], ids=["train", "decode"])
 def test_weights_on_a_mesh_decode_as_on_one_device(rules):
-    sizes = dict.fromkeys(MESH_AXES, 1) | {"tensor": 2, "fsdp": 4}
-    layout = Layout.of(make_mesh(sizes), rules)
-    params = jax.device_put(PARAMS, param_shardings(param_specs(MODEL), layout))
-    engine = Engine(params, MODEL, ROOMY)
+    engine = over_mesh(rules, ROOMY)
     requests = [Request(CHAIN[:length], SAMPLINGS[length % 4], 1, 8, seed=length) for length in (3, 9, 14)]
-    for request, (answer,) in zip(requests, engine.generate(requests), strict=True):
-        check_answer(request, 0, answer)
+    # Alone, a single row is decoded, which is another program; penalties need its counts to be right on every device.
+    for batch in (requests, [Request([7], SAMPLINGS[2], max_tokens=20)], [Request([7], SAMPLINGS[3], max_tokens=20)]):
+        for request, (answer,) in zip(batch, engine.generate(batch), strict=True):
+            check_answer(request, 0, answer)
     assert engine._pages[0][0].sharding.spec[1] == "tensor"
 
 
@@ -495,25 +629,35 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_nothing_is_compiled_after_the_warm_up(compilations):
+@pytest.mark.parametrize("guesses", ["none", "looked_up", "drafted"])
+def test_nothing_is_compiled_after_the_warm_up(compilations, guesses):
     model = dataclasses.replace(MODEL, d_ff=20)  # whose programs no other test has made
     config = EngineConfig(max_batch=4, cache_tokens=40, page_size=4, prefill_chunk=16)
-    engine = Engine(random_params(model), model, config)
+    guess = None if guesses == "none" else prompt_lookup
+    if guesses == "drafted":
+        small = dataclasses.replace(model, num_layers=1)
+        draft = Engine(random_params(small), small, config)
+        draft.warm_up()
+        guess = DraftModel(draft, model)
+    config = dataclasses.replace(config, num_guesses=0 if guess is None else 2)
+    engine = Engine(random_params(model), model, config, guess=guess)
     engine.warm_up()
     assert compilations
     compilations.clear()
     rng = np.random.default_rng(0)
-    for i in range(1000):
+    for i in range(1000 if guesses == "none" else 200):
         length = int(rng.integers(1, 20))
         prompt = CHAIN[:length] if i % 3 else rng.integers(0, 48, length).tolist()
         sampling = SAMPLINGS[int(rng.integers(4))]
         top_logprobs = int(rng.integers(3))
         samples, tokens = int(rng.integers(1, 3)), int(rng.integers(1, 5))
-        engine.submit(Request(prompt, sampling, samples, tokens, seed=i, top_logprobs=top_logprobs))
+        ends = {"constraint": Moody, "stop_ids": frozenset({Moody.stop_id})} if guess is None and i % 4 == 0 else {}
+        engine.submit(Request(prompt, sampling, samples, tokens, seed=i, top_logprobs=top_logprobs, **ends))
         for _ in range(int(rng.integers(3))):
             engine.step()
     run_to_end(engine)
     assert engine.stats.preemptions > 0
+    assert guess is None or engine.stats.guessed > 0
     assert not compilations
 
 

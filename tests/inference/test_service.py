@@ -76,7 +76,7 @@ def test_a_request_that_is_refused_is_an_error_of_its_caller_alone(service):
 
 def test_a_watcher_that_raises_is_an_error_of_its_caller_alone(service):
     stream = service.stream(Request(CHAIN[:3], watch=lambda _sample: lambda token: 1 // 0))
-    with pytest.raises(RuntimeError, match="watcher or constraint failed"):
+    with pytest.raises(RuntimeError, match="watcher, constraint or guess failed"):
         list(stream)
     check_tokens(REQUESTS[0], list(service.stream(REQUESTS[0])))
     assert service.call(lambda engine: engine.num_pages_held) == 0
