@@ -258,7 +258,8 @@ def summary(run_dir: str, report_path: Any) -> str:
     lines.append(f"Report: {report_path}")
     with open(f"{run_dir}/config.json") as file:
         objective = json.load(file).get("objective") or {}
-    if not (objective.get("reward_model") or objective.get("outcome_model")):  # which write nothing
+    judges = ("reward_model", "outcome_model", "process_model")
+    if all(objective.get(name) is None for name in judges):  # which write nothing
         lines.append(f'Next:   loam sample {run_dir} (add --prompt="..." for one of your own)')
     return "\n".join(lines)
 

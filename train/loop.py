@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from data.config import IGNORE
 from data.loader import Batches, held_out_batches, load, num_held_out_batches
 from data.prepare import PreparedData, prepare
 from inference.generate import generate
@@ -629,7 +630,7 @@ def evaluate(
     trainer: Trainer, params: Any, data: PreparedData, max_batches: int = 0, group: Group = ALONE, frozen: Any = None
 ) -> dict[str, float]:
     """Scores on held-out data, over all sources and for each where there are several: loss per token (nats) and bits per byte,
-    or loss and accuracy per pair or labelled answer.
+    or loss and accuracy per pair, labelled answer or labelled step.
 
     The bytes are those of the predicted tokens; a document's first token is context only. Over all sources, each weighs by all
     of its held-out tokens or answers, however many of its batches were taken. KTO's reference point is that of a batch.
@@ -645,9 +646,11 @@ def evaluate(
     totals: dict[str, list[float]] = {}
     for source in data.held_out:
         sums = []
-        counts = np.zeros((2, rows.size))  # of each row of a batch: predicted tokens and their bytes, or pairs
+        counts = np.zeros((2, rows.size))  # of each row of a batch: predicted tokens and their bytes; or pairs, or steps
         for batch in held_out_batches(data, config.data, source, batch_size, max_batches, rows=rows):
-            if config.objective:
+            if config.objective and config.objective.content == "steps":
+                counts[0] += ((batch["labels"] != IGNORE) & (batch["segment_ids"] > 0)).sum(1)
+            elif config.objective:
                 counts[0] += batch["segment_ids"].max(1) // 2
             else:
                 counts += [(n * batch["weights"]).sum(1) for n in (1, data.tokenizer.byte_lengths[batch["targets"]])]
@@ -671,10 +674,15 @@ def evaluate(
         return {f"val_loss{suffix}": loss / number, f"bits_per_byte{suffix}": loss / math.log(2) / num_bytes}
 
     held_out = {source: data.manifest["sources"][source]["held_out"] for source in totals}
-    all_of = {source: split["sequences"] // 2 if config.objective else split["targets"] for source, split in held_out.items()}
+    all_of = {source: _num_judged(split) if config.objective else split["targets"] for source, split in held_out.items()}
     weighted = [[all_of[source] / sums[0] * x for x in sums] for source, sums in totals.items()]
     result = scores([sum(column) for column in zip(*weighted, strict=True)], "")
     if len(totals) > 1:
         for source, sums in totals.items():
             result |= scores(sums, f"/{source}")
     return result
+
+
+def _num_judged(split: dict[str, Any]) -> int:
+    """Labelled steps, pairs or labelled answers, by the manifest."""
+    return split["steps"] if "steps" in split else split["sequences"] // 2

@@ -251,7 +251,9 @@ class RLLoop:
     def _open_reward_model(self) -> LearnedReward:
         """Raises ValueError where it was shown other prompts than are drawn for, or other weights than the run began with."""
         config, source = self.config, self.config.reward_model
-        learned = LearnedReward(source, config.model, self.policy.trainer.mesh, config.rollouts.max_batch)
+        learned = LearnedReward(
+            source, config.model, self.policy.trainer.mesh, config.rollouts.max_batch, config.reward_model_steps
+        )
         example = self._examples("train", 0, 1)[0]
         theirs = learned.chat.encode_prompt([{"role": "user", "content": example.prompt}]).tolist()
         check(

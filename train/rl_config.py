@@ -8,7 +8,7 @@ import dataclasses
 from data.config import TaskConfig
 from model.config import LoraConfig, ModelConfig, check
 from train.config import CheckpointConfig, DeadlineConfig, MeshConfig, OptimizerConfig, WriterName
-from train.objectives.config import PolicyConfig
+from train.objectives.config import PolicyConfig, StepAggregation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,9 @@ class RLConfig:
     Attributes:
       initial_weights: the policy to begin with, and the reference of a KL penalty: see `TrainConfig.initial_weights`.
       chat: prompts are a user's message in the model's chat template; otherwise bare text.
-      reward_model: directory of a run of `objective.reward_model` or `objective.outcome_model`, of the same network, tokenizer
-        and prompts: its score is a part of the reward (`reward/learned`). Empty is none.
+      reward_model: directory of a run of `objective.reward_model`, `objective.outcome_model` or `objective.process_model`, of
+        the same network, tokenizer and prompts: its score is a part of the reward (`reward/learned`). Empty is none.
+      reward_model_steps: of a process model, what an answer's score is of the chances that its steps are right.
       task_weight, reward_model_weight: of the task's own verdict in the reward, and of the learned score. Without weight the
         verdict is still reported (`reward/right`): the true reward beside the learned one.
       policy: the objective (`train/objectives/config.py` has the well-known ones).
@@ -99,6 +100,7 @@ class RLConfig:
     reward_model: str = ""
     task_weight: float = 1.0
     reward_model_weight: float = 1.0
+    reward_model_steps: StepAggregation = "min"
     policy: PolicyConfig = PolicyConfig()
     rollouts: RolloutConfig = RolloutConfig()
     minibatches: int = 1

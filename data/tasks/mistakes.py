@@ -24,6 +24,18 @@ def mistaken(task: Task, example: Example, rng: random.Random) -> str:
     raise ValueError(f"{task}: changing a character of {example.answer!r} never makes it wrong; give wrong answers in a file")
 
 
+def mistaken_steps(task: Task, example: Example, rng: random.Random) -> tuple[list[str], list[bool]]:
+    """The lines of the task's worked solution up to one with a slip, the first wrong step, at which annotators stop
+    (arXiv:2305.20050); and whether each is right."""
+    steps = task.solution(example).split("\n")
+    wrong = rng.randrange(len(steps))
+    for _ in range(_MAX_TRIES):
+        step = _slip(steps[wrong], rng)
+        if step.strip() and step != steps[wrong]:
+            return [*steps[:wrong], step], [True] * wrong + [False]
+    raise ValueError(f"{task}: changing a character of {steps[wrong]!r} never makes it another step")
+
+
 def _slip(answer: str, rng: random.Random) -> str:
     i = rng.randrange(len(answer))
     match rng.randrange(4):

@@ -24,6 +24,7 @@ Scale = Literal["none", "group", "batch"]
 Truncation = Literal["keep", "mask", "zero_reward", "penalty", "soft_penalty"]
 ZeroVariance = Literal["keep", "drop", "resample"]
 Bug = Literal["k1_in_loss", "truncated_sampling", "stop_token_untrained", "micro_batch_normaliser"]
+StepAggregation = Literal["min", "product", "last"]
 DPOKind = Literal["sigmoid", "conservative", "robust", "hinge", "ipo"]
 
 GROUP_ADVANTAGES = ("rloo", "group", "maxrl")
@@ -412,12 +413,19 @@ class OutcomeModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessModelConfig:
+    """Whether each step of a solution is right, judged where it ends (arXiv:2305.20050); labels may be chances, such as the
+    share of continuations that succeed (arXiv:2312.08935)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     """What is learned from preferences: exactly one of these is set.
 
     Attributes:
       dpo, simpo, orpo, cpo, reward_model: of pairs (`data.content="pairs"`).
       kto, outcome_model: of answers that are each desirable or not (`data.content="labels"`).
+      process_model: of solutions whose steps are each right or not (`data.content="steps"`).
     """
 
     dpo: DPOConfig | None = None
@@ -427,6 +435,7 @@ class ObjectiveConfig:
     kto: KTOConfig | None = None
     reward_model: RewardModelConfig | None = None
     outcome_model: OutcomeModelConfig | None = None
+    process_model: ProcessModelConfig | None = None
 
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]
@@ -434,7 +443,7 @@ class ObjectiveConfig:
         check(len(found) == 1, f"objective has {' and '.join(found) or 'nothing'}: set exactly one of {', '.join(names)}")
 
     @property
-    def chosen(self) -> PairConfig | KTOConfig | RewardModelConfig | OutcomeModelConfig:
+    def chosen(self) -> PairConfig | KTOConfig | RewardModelConfig | OutcomeModelConfig | ProcessModelConfig:
         return next(value for field in dataclasses.fields(self) if (value := getattr(self, field.name)) is not None)
 
     @property
@@ -442,8 +451,10 @@ class ObjectiveConfig:
         return next(field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None)
 
     @property
-    def content(self) -> Literal["pairs", "labels"]:
+    def content(self) -> Literal["pairs", "labels", "steps"]:
         """What `data.content` must be."""
+        if self.process_model:
+            return "steps"
         return "labels" if self.kto or self.outcome_model else "pairs"
 
     @property
@@ -454,4 +465,4 @@ class ObjectiveConfig:
     @property
     def has_head(self) -> bool:
         """Whether answers are scored, rather than written."""
-        return self.reward_model is not None or self.outcome_model is not None
+        return any(part is not None for part in (self.reward_model, self.outcome_model, self.process_model))
