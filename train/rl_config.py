@@ -171,8 +171,8 @@ class RLConfig:
             "policy.bugs=('micro_batch_normaliser',) needs micro-batches: set accumulation above 1",
         )
         check(
-            self.policy.advantage != "greedy",
-            "policy.advantage='greedy' needs a greedy answer to each prompt, which the pipeline does not draw: take 'rloo'",
+            not self.policy.normalise_parts or (bool(self.reward_model) and self.task_weight > 0),
+            "policy.normalise_parts is for rewards of several parts: set reward_model, and task_weight above 0",
         )
         check(
             self.task_weight >= 0 and (self.task_weight > 0 or bool(self.reward_model)),
@@ -184,7 +184,10 @@ class RLConfig:
             "policy.advantage='maxrl' divides by the mean reward, and learned scores may be negative: leave reward_model out",
         )
         check(self.mesh.context == 1, "mesh.context: reinforcement learning does not split rows; set it to 1")
-        check(self.model.moe is None, "reinforcement learning does not balance experts (model.moe): take a dense model")
+        check(
+            self.lora is None or (self.model.moe is None and self.model.mla is None),
+            "lora does not go with model.moe or model.mla",
+        )
         check(
             self.rollouts.temperature == 1 or (not self.model.logit_soft_cap and not self.model.head_bias),
             f"rollouts.temperature={self.rollouts.temperature} cannot be applied by the trainer to capped logits, or to logits "

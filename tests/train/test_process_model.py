@@ -18,7 +18,7 @@ from inference.engine import Token
 from model.config import ModelConfig
 from model.params import is_spec, param_specs
 from model.transformer import forward
-from train.config import CheckpointConfig, EvalConfig, LossConfig, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from train.config import CheckpointConfig, EvalConfig, LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from train.learned_reward import LearnedReward
 from train.loop import evaluate, train
 from train.metrics import read_jsonl
@@ -63,7 +63,6 @@ def job(directory, **options):
         "optimizer": OptimizerConfig(learning_rate=1e-2, weight_decay=0.0, schedule=ScheduleConfig("constant", warmup="0 %")),
         "checkpoint": CheckpointConfig(every=40),
         "eval": EvalConfig(every=100),
-        "mesh": MeshConfig(1),
         "writers": (),
     }
     return TrainConfig(**(settings | options))
@@ -128,6 +127,7 @@ def test_the_loss_is_the_cross_entropy_of_the_labelled_steps_alone(tmp_path):
     assert float(sums["accuracy"]) == right
 
 
+@pytest.mark.slow
 def test_a_process_model_learns_and_its_score_of_a_sample_is_of_its_steps(tmp_path):
     config = job(tmp_path)
     assert train(config, log=lambda _: None) == 0

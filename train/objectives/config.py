@@ -138,7 +138,11 @@ class PolicyConfig:
         penalty that rises from 0 to 1 over the last `overlong_cache` tokens before the limit.
       zero_variance: groups whose rewards are all equal: `keep` them in the denominators, `drop` them, or sample other prompts
         until there are enough (`resample`, which is `drop` here).
+      normalise_parts: each part of the reward has advantages of its own, scaled by its own deviation, and those are weighed
+        and added (GDPO, arXiv:2601.05242), so that no part is drowned by one of larger spread; otherwise the sum has them.
       entropy_coefficient: bonus on the entropy of the whole distribution.
+      entropy_target, entropy_step: nats per token; after a step whose entropy is below the target the coefficient is raised by
+        `entropy_step`, above it lowered (arXiv:2505.22312); target 0 keeps it fixed.
       entropy_fraction: train only on this share of tokens, those of highest entropy (arXiv:2506.01939).
       updates_per_batch: optimizer updates made of one batch of rollouts.
       bugs: what is wrong on purpose, in a study of what it does.
@@ -163,7 +167,10 @@ class PolicyConfig:
     importance: ImportanceConfig = ImportanceConfig()
     value: ValueConfig | None = None
     ema_decay: float = 0.95
+    normalise_parts: bool = False
     entropy_coefficient: float = 0.0
+    entropy_target: float = 0.0
+    entropy_step: float = 0.005
     entropy_fraction: float = 1.0
     updates_per_batch: int = 1
     bugs: tuple[Bug, ...] = ()
@@ -232,6 +239,21 @@ class PolicyConfig:
             "policy.advantage='gae' needs policy.value, and no other advantage uses one",
         )
         check(
+            self.advantage != "greedy" or self.truncation in ("keep", "mask"),
+            f"policy.truncation={self.truncation!r} changes the rewards of samples, and not that of the greedy answer, which "
+            "advantage='greedy' subtracts: take 'keep' or 'mask'",
+        )
+        check(
+            not self.normalise_parts or (self.scale != "none" and self.zero_variance == "keep"),
+            "policy.normalise_parts divides each part of the reward by its deviation: set advantage='group', scale='group' or "
+            "'batch', and zero_variance='keep'",
+        )
+        check(
+            not self.normalise_parts or (not self.kl.reward_coefficient and self.truncation in ("keep", "mask")),
+            "policy.normalise_parts is of the parts alone, and kl.reward_coefficient and policy.truncation change their sum: "
+            "take kl.loss_coefficient, and truncation 'keep' or 'mask'",
+        )
+        check(
             self.advantage != "maxrl"
             or (not self.kl.reward_coefficient and self.truncation not in ("penalty", "soft_penalty")),
             "policy.advantage='maxrl' divides by the mean reward, so no reward may be negative: no kl.reward_coefficient, no "
@@ -254,6 +276,10 @@ class PolicyConfig:
             "otherwise be 0",
         )
         check(self.entropy_coefficient >= 0, f"policy.entropy_coefficient={self.entropy_coefficient} must be >= 0 (0 is off)")
+        check(
+            self.entropy_target >= 0 and self.entropy_step > 0,
+            f"policy.entropy_target={self.entropy_target} must be >= 0 (0 is off), entropy_step={self.entropy_step} positive",
+        )
         check(0 < self.entropy_fraction <= 1, f"policy.entropy_fraction={self.entropy_fraction} must lie in (0, 1]")
         check(
             not self.kl.loss_coefficient
