@@ -39,6 +39,7 @@ from model.flops import train_flops_per_token
 from train.baseline import xz_bits_per_byte
 from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, check_room
 from train.config import PREEMPTED, TrainConfig, check
+from train.distillation import TEACHER
 from train.distributed import ALONE, Group, global_batch, local_rows
 from train.files import only_process_in, write_atomic, write_json_atomic
 from train.initial import InitialModel, compare_initial, load_initial, open_initial
@@ -97,7 +98,12 @@ def train(config: TrainConfig, log: Log = print, group: Group | None = None, beg
         # One more than are kept exists while it is written; a short run makes fewer, and perhaps one on SIGTERM.
         copies = min(config.checkpoint.keep, math.ceil(config.steps / config.checkpoint.every)) + 1
         check_room(str(run_dir), trainer.abstract_state.saved(), copies - len(checkpoints.steps()))
+        teacher = open_initial(config.distillation.teacher, config.distillation.model) if config.distillation else None
         data = prepare_together(config, group, log, initial)
+        check(
+            teacher is None or teacher.tokenizer.fingerprint == data.tokenizer.fingerprint,
+            "distillation.teacher has another tokenizer than the data: set data.tokenizer.path to that of the teacher",
+        )
         check(
             data.tokenizer.vocab_size <= config.model.vocab_size,
             f"the tokenizer has {data.tokenizer.vocab_size} tokens, but model.vocab_size={config.model.vocab_size}: "
@@ -105,7 +111,7 @@ def train(config: TrainConfig, log: Log = print, group: Group | None = None, beg
         )
         compare_data(run_dir, data, checkpoints)
         check_prompts(config, data)
-        loop = Loop(config, data, trainer, checkpoints, log, group, began, initial)
+        loop = Loop(config, data, trainer, checkpoints, log, group, began, initial, teacher)
         stack.enter_context(contextlib.closing(loop))
         return loop.run(stack.enter_context(stop_on_signal()))
 
@@ -252,7 +258,9 @@ class Loop:
         group: Group,
         began: float,
         initial: InitialModel | None = None,
+        teacher: InitialModel | None = None,
     ):
+        self.teacher = teacher
         self.config, self.data, self.trainer, self.checkpoints = config, data, trainer, checkpoints
         self.log, self.group, self.initial = log, group, initial
         self.run_dir = pathlib.Path(config.run_dir)
@@ -338,22 +346,33 @@ class Loop:
         return state, step, collections.deque(losses, maxlen=self.config.rollback.window)
 
     def _initial_state(self) -> TrainState:
+        key, taught_by = jax.random.key(self.config.seed), self._teacher_weights(begun=False)
         if self.initial is None:
-            return self.trainer.init(jax.random.key(self.config.seed))
+            return self.trainer.init(key, taught_by)
         self.log(f"beginning with the weights of {self.config.initial_weights}")
-        return self.trainer.begin(self._initial_weights(begun=False), jax.random.key(self.config.seed))
+        return self.trainer.begin(self._initial_weights(begun=False), key, taught_by)
+
+    def _teacher_weights(self, begun: bool) -> Any:
+        if self.teacher is None:
+            return None
+        assert self.config.distillation is not None
+        weights = self.teacher.load(self.trainer.abstract_state.frozen)
+        compare_initial(self.run_dir, "teacher", self.config.distillation.teacher, weights, begun, self.group)
+        return weights
 
     def _initial_weights(self, begun: bool) -> Any:
         assert self.initial is not None
         weights = load_initial(self.initial, self.trainer)
-        if self.trainer.abstract_state.frozen is not None:
+        if self.trainer.abstract_state.frozen is not None and self.teacher is None:
             compare_initial(self.run_dir, "initial_weights", self.config.initial_weights, weights, begun, self.group)
         return weights
 
     def _frozen(self) -> Any:
-        """What the adapters of LoRA adapt, or the reference, which is in no checkpoint; kept over a rollback."""
+        """What the adapters of LoRA adapt, the reference or the teacher, which is in no checkpoint; kept over a rollback."""
         if self.trainer.abstract_state.frozen is None:
             return None
+        if self.state is None and self.teacher is not None:
+            return self._teacher_weights(begun=True)
         if self.state is None:
             return self.trainer.freeze(self._initial_weights(begun=True))
         return self.state.frozen
@@ -564,8 +583,9 @@ class Loop:
         settings, tokenizer = self.config.eval, self.data.tokenizer
         if not settings.sample_prompts:
             return
+        params = {name: leaf for name, leaf in self._eval_params().items() if name != TEACHER}
         outputs = generate(
-            self._eval_params(),
+            params,
             self.trainer.model,
             [self.data.encode_prompt(prompt) for prompt in settings.sample_prompts],
             max_tokens=settings.sample_tokens,

@@ -124,4 +124,5 @@ def policy_objective(
         "balance_loss": model.moe.balance_loss * share * jnp.sum(scores.routing.balance_loss),
         "router_z_loss": model.moe.z_loss * share * jnp.sum(scores.routing.z_loss),
     }
-    return total + sum(router.values()), sums | router | {"expert_load": scores.routing.load}
+    total += sum(router.values())
+    return total, sums | router | {"loss": total, "expert_load": scores.routing.load}

@@ -1,5 +1,5 @@
-"""Distillation of a teacher's distributions, token by token. (What a teacher wrote is learned like any text:
-`train/synthesis/`.)
+"""Distillation of a teacher's distributions, token by token. What a teacher wrote is learned like any text: see
+`train/synthesis/best_of.py`.
 
 All [..., V] logits are of one vocabulary. Losses are per token, to be weighed by `train.objectives.aggregate.token_weights`.
 """
