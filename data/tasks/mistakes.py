@@ -11,11 +11,14 @@ _MAX_TRIES = 200
 
 
 def mistaken(task: Task, example: Example, rng: random.Random) -> str:
-    """A completion that scores below 1: the right answer with one character left out, doubled, exchanged or moved.
+    """A completion that scores below 1: what the task says is tempting, or else the right answer with one character left out,
+    doubled, exchanged or moved.
 
     Raises:
       ValueError: none of many tries is wrong.
     """
+    if "tempting" in example.metadata:
+        return wrap(example.metadata["tempting"], task.answer_format)
     for _ in range(_MAX_TRIES):
         answer = _slip(example.answer, rng)
         completion = wrap(answer, task.answer_format)
