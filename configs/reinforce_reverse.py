@@ -4,6 +4,9 @@ Command:   loam run --config=configs/reinforce_reverse.py
 Hardware:  1 CPU core, about five minutes
 Expected:  not measured yet
 
+The baseline may be the greedy answer's reward as well (ReMax): --config.policy.advantage=greedy, with which a single sample of
+each prompt will do: --config.policy.group_size=1 --config.rollouts.prompts=256.
+
 Needs a finished run of `configs/pretrain_reverse.py` (runs/pretrain_reverse).
 """
 

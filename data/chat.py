@@ -5,6 +5,8 @@
   pairs          `chosen` and `rejected`, as answers to a `prompt` or as whole conversations that share their beginning, these
                  also as texts "\\n\\nHuman: … \\n\\nAssistant: …" (HH); `margin`, or `score_chosen` and `score_rejected`.
   labels         `prompt`, `completion`, `label` (true or false), as KTO needs them (arXiv:2402.01306).
+  steps          `prompt`, `completions` (a list of lines, the steps of one answer), `labels` (of each: true or false, a chance
+                 in [0, 1], or null where nobody judged), as process reward models need them (arXiv:2305.20050).
   prompts        `prompt`, `messages`, `conversations` or `instruction`; every other column goes along for the verifier.
 
 A prompt or answer is a text or a list of messages. What could only teach nonsense raises BadExample, whose `reason` is one of
@@ -20,7 +22,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from data.config import ChatContent
+from data.config import IGNORE, ChatContent
 
 Message = dict[str, Any]  # `role` and `content`, a text; `tool_calls`, `name` and what else a template reads
 _ROLES = {
@@ -73,6 +75,20 @@ class Labelled:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stepwise:
+    """An answer of several lines, and of each whether it is right, or how likely (IGNORE where unknown)."""
+
+    prompt: Sequence[Message]
+    steps: Sequence[str]
+    labels: Sequence[float]
+    tools: Sequence[dict[str, Any]] | None = None
+
+    @property
+    def completion(self) -> list[Message]:
+        return [{"role": "assistant", "content": "\n".join(self.steps)}]
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompt:
     """What is to be answered; `info` is what a verifier wants to know of it."""
 
@@ -82,11 +98,12 @@ class Prompt:
     used: ClassVar = ("prompt", "messages", "conversations", "instruction", "input", "tools")
 
 
-Example = Conversation | Pair | Labelled | Prompt
+Example = Conversation | Pair | Labelled | Stepwise | Prompt
 _KINDS: dict[ChatContent, type[Any]] = {
     "conversations": Conversation,
     "pairs": Pair,
     "labels": Labelled,
+    "steps": Stepwise,
     "prompts": Prompt,
 }
 
@@ -97,7 +114,7 @@ def to_json(example: Example) -> str:
 
 
 def from_json(text: str, content: ChatContent) -> Any:
-    """What `to_json` wrote: a Conversation, Pair, Labelled or Prompt, by `content`."""
+    """What `to_json` wrote: a Conversation, Pair, Labelled, Stepwise or Prompt, by `content`."""
     return _KINDS[content](**json.loads(text))
 
 
@@ -124,6 +141,8 @@ def import_row(row: Any, content: ChatContent) -> Example:
         for answer in (chosen, rejected):
             _check_answer(prompt, answer)
         return Pair(prompt, chosen, rejected, _margin(row), tools)
+    if content == "steps":
+        return _stepwise(row, tools)
     _require(row, "prompt", "completion", "label")
     prompt, completion = _texts_or_messages(row["prompt"], "user"), _texts_or_messages(row["completion"], "assistant")
     _check_answer(prompt, completion)
@@ -185,6 +204,31 @@ def _pair(row: Mapping[str, Any]) -> tuple[list[Message], list[Message], list[Me
     if not shared:
         raise BadExample("no common prompt", "chosen and rejected begin differently, and there is no column prompt")
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _stepwise(row: Mapping[str, Any], tools: Any) -> Stepwise:
+    _require(row, "prompt", "completions", "labels")
+    prompt, steps, labels = _texts_or_messages(row["prompt"], "user"), row["completions"], row["labels"]
+    if not all(isinstance(column, Sequence) and not isinstance(column, str) for column in (steps, labels)):
+        raise BadExample("unknown layout", "completions and labels must be lists, with an entry for each step")
+    if len(steps) != len(labels):
+        raise BadExample("unequal steps and labels", f"{len(steps)} steps and {len(labels)} labels")
+    if not all(isinstance(step, str) and "\n" not in step and step.strip() for step in map(_bare, steps)):
+        raise BadExample(
+            "step is not a line", "each of completions must be one line of text: steps are told apart by line breaks"
+        )
+    if not all(label is None or (isinstance(label, int | float) and 0 <= label <= 1) for label in labels):
+        raise BadExample("label is no chance", f"{labels!r}: true, false, null or a number in [0, 1] is needed"[:200])
+    if all(label is None for label in labels):
+        raise BadExample("no label", "nobody judged any of the steps")
+    example = Stepwise(prompt, [_bare(step) for step in steps], [IGNORE if x is None else float(x) for x in labels], tools)
+    _check_answer(prompt, example.completion)
+    return example
+
+
+def _bare(step: Any) -> Any:
+    """Without the line breaks around it, which some data sets write."""
+    return step.strip("\r\n") if isinstance(step, str) else step
 
 
 def _margin(row: Mapping[str, Any]) -> float:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from data.chat import BadExample, Conversation, Labelled, Message, Pair, Prompt, from_json
+from data.chat import BadExample, Conversation, Labelled, Message, Pair, Prompt, Stepwise, from_json
 from data.chat_encoder import DATE, ChatEncoder, Encoded
 from data.chat_template import render
-from data.config import ChatContent
+from data.config import IGNORE, ChatContent
+from data.steps import line_breaks, step_ends
 from data.storage import TRAINED_BIT
 
 
@@ -33,7 +34,8 @@ class Refused:
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """What one example becomes: one sequence, or two answers to one prompt; and its label (see `PackedRows.read`)."""
+    """What one example becomes: one sequence, or two answers to one prompt; and the label of each, or of each token where steps
+    are labelled (see `PackedRows.read`)."""
 
     encoded: Sequence[Encoded]
     labels: Sequence[float]
@@ -56,10 +58,13 @@ def encode_examples(
       ValueError: labelled answers whose prompts are all the same.
     """
     examples = [from_json(line, content) for line in lines]
+    breaks = line_breaks(encoder.tokenizer)
     for number, example in enumerate(examples, start=1):
         try:
             if isinstance(example, Labelled):
                 sequences = _labelled(example, _other_completion(examples, number - 1), encoder)
+            elif isinstance(example, Stepwise):
+                sequences = _stepwise(example, encoder, breaks)
             else:
                 sequences = _sequences(example, encoder)
             _check_length(sequences.encoded, seq_len)
@@ -108,6 +113,18 @@ def _sequences(example: Conversation | Pair, encoder: ChatEncoder) -> Sequences:
 def _labelled(example: Labelled, other: Sequence[Message], encoder: ChatEncoder) -> Sequences:
     answers = encoder.encode_answers(example.prompt, [example.completion, other], example.tools)
     return Sequences(_read_to_the_end(answers), [float(example.label)] * 2)
+
+
+def _stepwise(example: Stepwise, encoder: ChatEncoder, breaks: np.ndarray) -> Sequences:
+    (one,) = _read_to_the_end(encoder.encode_answers(example.prompt, [example.completion], example.tools))
+    ends = np.flatnonzero(step_ends(one.ids, one.trained, breaks))
+    if ends.size != len(example.steps):
+        raise BadExample(
+            "no token boundary", f"the tokenizer writes {len(example.steps)} lines with {ends.size} tokens that end one"
+        )
+    labels = np.full(one.ids.size, IGNORE)
+    labels[ends] = example.labels
+    return Sequences([one], labels.tolist())
 
 
 def _read_to_the_end(answers: Sequence[Encoded]) -> list[Encoded]:

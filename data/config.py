@@ -14,8 +14,11 @@ SourceKind = Literal["stdlib", "files", "huggingface", "task"]
 TokenizerKind = Literal["bytes", "chars", "byte_bpe", "wordpiece", "spm_bpe", "spm_unigram", "huggingface"]
 Packing = Literal["best_fit", "sequential"]
 Split = Literal["hash", "position"]
-ChatContent = Literal["conversations", "pairs", "labels", "prompts"]
-Content = Literal["text", "conversations", "pairs", "labels", "prompts"]
+ChatContent = Literal["conversations", "pairs", "labels", "steps", "prompts"]
+Content = Literal["text", "conversations", "pairs", "labels", "steps", "prompts"]
+
+# Label of a token that ends no step of a solution, or one that nobody judged.
+IGNORE = -100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ class SourceConfig:
       hub_config, hub_split, hub_revision: which part of a hub data set, pinned by revision.
       max_bytes: stop after this many bytes of text, taken in a seeded random order of documents; 0 is all.
       task, num_examples: `task`: so many training prompts of it with their solutions; for `pairs` with a wrong answer each,
-        for `labels` with a right or a wrong one.
+        for `labels` with a right or a wrong one, for `steps` with worked ones, half of which go wrong.
       held_out_split: `hash` holds whole documents out, chosen by the hash of their content; `position` holds out the last
         part of every document (nanoGPT's split of one long text).
       held_out_fraction: expected share of documents (`hash`) or exact share of characters (`position`).

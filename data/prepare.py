@@ -32,10 +32,10 @@ import tqdm
 from data.chat import BadExample, import_row, to_json
 from data.chat_encoder import DEFAULT_TEMPLATE, ChatEncoder
 from data.chat_rows import Refused, Sequences, encode_examples, encode_prompts, rendered_texts
-from data.config import ChatContent, Content, DataConfig, SourceConfig
+from data.config import IGNORE, ChatContent, Content, DataConfig, SourceConfig
 from data.prompts import PromptRows
 from data.sources import Document, RowText, check_source, identity, read_documents
-from data.storage import GROUPED, PackedRows, Split, write_documents, write_index
+from data.storage import JUDGED, PackedRows, Split, write_documents, write_index
 from data.tokenizer import Tokenizer, load_tokenizer, split_text, train_tokenizer
 
 FORMAT_VERSION = 4
@@ -404,19 +404,22 @@ def _write_sequences(
     directory: Path, split: Split, examples: Iterable[Sequences], chat: ChatEncoder, content: ChatContent
 ) -> dict[str, int]:
     labels: list[float] = []
-    counts = {"tokens": 0, "targets": 0}
+    counts = {"sequences": 0, "tokens": 0, "targets": 0}
 
     def sequences() -> Iterator[np.ndarray]:
         for example in examples:
             labels.extend(example.labels)
+            counts["sequences"] += len(example.encoded)
             counts["tokens"] += sum(one.ids.size for one in example.encoded)
             counts["targets"] += sum(int(one.trained.sum()) for one in example.encoded)
             yield from example.flagged()
 
     write_documents(directory, split, sequences(), chat.tokenizer.vocab_size, content)
-    if content in GROUPED:
+    if content in JUDGED:
         np.save(directory / f"{split}_labels.npy", np.array(labels, np.float32))
-    return {"sequences": len(labels), **counts}
+    if content == "steps":
+        counts["steps"] = sum(label != IGNORE for label in labels)
+    return counts
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:

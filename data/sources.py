@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.config import Content, SourceConfig
-from data.tasks.mistakes import mistaken
+from data.tasks.mistakes import mistaken, mistaken_steps
 
 _TEXT_SUFFIXES = (".txt", ".md")
 _FORMATS = (*_TEXT_SUFFIXES, ".jsonl", ".parquet")
@@ -67,7 +67,7 @@ def read_documents(
       seed: of the draw that `config.max_bytes` asks for.
       row_text: makes the text of a row, and then files must have rows; None takes the field `config.text_field`.
       content: what the rows of a task are to hold: `pairs` of its solution and a wrong answer, or answers with `labels`, half
-        of which are wrong.
+        of which are wrong, or `steps`, half of whose solutions go wrong.
 
     With `config.max_bytes`, local sources are read twice: once to draw documents in an order that depends on their text and
     `seed` alone, once to yield those drawn.  A hub stream is shuffled by its own buffer and read until the limit.  Either
@@ -136,6 +136,10 @@ def _task_texts(config: SourceConfig, seed: int, row_text: RowText | None, conte
         elif content == "labels":
             row["label"] = rng.random() < 0.5
             row["completion"] = row["completion"] if row["label"] else mistaken(task, example, rng)
+        elif content == "steps":
+            right = row["completion"].split("\n")
+            steps, labels = (right, [True] * len(right)) if rng.random() < 0.5 else mistaken_steps(task, example, rng)
+            row = {"prompt": example.prompt, "completions": steps, "labels": labels}
         where = f"{config.task.name} {index}"
         yield where, row_text(row, where) if row_text else row["prompt"] + row["completion"]
 

@@ -15,6 +15,9 @@ answers to a prompt are documents 2 i and 2 i + 1, always in one row, the first 
 
   <split>_labels.npy           float32 [num_documents]: what is known of a document.
   <split>_sequences.npy        int64 [num_chunks]: the document that a chunk is of.
+
+Of solutions in steps, which are one document each, the labels are float32 [num_tokens]: of every token of one document after
+another.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.config import Content, Packing
+from data.config import IGNORE, Content, Packing
 from data.packing import Pieces, pack, split_at_records
 
 RECORD_TOKENS = 8192
@@ -34,6 +37,7 @@ RECORD_TARGETS = RECORD_TOKENS - 1
 SHARD_TOKENS = 1 << 26
 TRAINED_BIT = np.uint32(1 << 31)
 GROUPED: tuple[Content, ...] = ("pairs", "labels")
+JUDGED: tuple[Content, ...] = (*GROUPED, "steps")
 
 _ID_BITS = np.int32(2**31 - 1)
 
@@ -103,14 +107,14 @@ def write_index(
     rows = np.searchsorted(pieces.row, np.arange(num_rows + 1))
     np.save(directory / f"{prefix}{split}_chunks.npy", chunks)
     np.save(directory / f"{prefix}{split}_rows.npy", rows.astype(np.int64))
-    if content in GROUPED:
+    if content in JUDGED:
         np.save(directory / f"{prefix}{split}_sequences.npy", pieces.document)
     num_targets = int(pieces.length.sum())
     fill = num_targets / (num_rows * seq_len) if num_rows else 0.0
     return {"rows": num_rows, "targets": num_targets, "fill": round(fill, 6)}
 
 
-_OPEN_FILES = ("_chunks", "_rows", "_readers", "_labels", "_sequences")
+_OPEN_FILES = ("_chunks", "_rows", "_readers", "_labels", "_sequences", "_first_tokens")
 
 
 class PackedRows:
@@ -149,7 +153,8 @@ class PackedRows:
 
         Pairs and labelled answers have `sequence_ids` int32 (the document a token is of) and `labels` float32 (what is known of
         it) too. Segments 2 k - 1 and 2 k are then two answers to one prompt: chosen and rejected, with the margin as the label;
-        or the prompt's answer, labelled 1 or 0, and the answer to another prompt. Their stop tokens are among the tokens.
+        or the prompt's answer, labelled 1 or 0, and the answer to another prompt. Their stop tokens are among the tokens. Of a
+        solution in steps, a label stands where the last token of its step is read; elsewhere there is IGNORE.
 
         Raises:
           ValueError: a record is damaged.
@@ -184,7 +189,7 @@ class PackedRows:
             return batch | {"weights": (segment_ids != 0).astype(np.float32)}
         # As int32, the highest bit is the sign.
         batch |= {"weights": (targets < 0).astype(np.float32), "tokens": tokens & _ID_BITS, "targets": targets & _ID_BITS}
-        return batch | self._of_sequences(spans, batch) if self.content in GROUPED else batch
+        return batch | self._of_sequences(spans, batch) if self.content in JUDGED else batch
 
     def _of_sequences(self, spans: list[tuple[int, int]], batch: Batch) -> Batch:
         """`sequence_ids` and `labels` of rows of chunks."""
@@ -196,7 +201,9 @@ class PackedRows:
             documents = np.r_[0, self._sequences[start:end][np.sort(of_segment)]]
             real = segment_ids[r] > 0
             sequence_ids[r, real] = documents[segment_ids[r, real]]
-            labels[r, real] = self._labels[sequence_ids[r, real]]
+            of_token = self.content == "steps"
+            place = self._first_tokens[sequence_ids[r]] + batch["positions"][r] if of_token else sequence_ids[r]
+            labels[r] = np.where(real, self._labels[place], IGNORE if of_token else 0.0)
         return {"sequence_ids": sequence_ids, "labels": labels}
 
     def _read_records(self, shard: np.ndarray, record: np.ndarray) -> list[np.ndarray]:
@@ -242,6 +249,12 @@ class PackedRows:
     @functools.cached_property
     def _labels(self) -> np.ndarray:
         return np.load(self.tokens_dir / f"{self.split}_labels.npy")
+
+    @functools.cached_property
+    def _first_tokens(self) -> np.ndarray:
+        """Place of each document's first token among all of them."""
+        sizes = np.load(self.tokens_dir / f"{self.split}_documents.npy")[:, 2]
+        return np.cumsum(sizes) - sizes
 
 
 def _token_dtype(vocab_size: int, content: Content) -> np.dtype:

@@ -163,13 +163,14 @@ def add_launch_flags(command: argparse.ArgumentParser) -> None:
 
 
 def load_run_config(path: str, overrides: list[str]) -> Any:
-    """A TrainConfig or, where the file names a task, an RLConfig."""
+    """A TrainConfig; or an RLConfig where the file names a task, and a SynthesisConfig where it names prompts."""
     from experiments.config import apply_overrides, build, load_config_file
     from train.config import TrainConfig
     from train.rl_config import RLConfig
+    from train.synthesis.config import SynthesisConfig
 
     tree = load_config_file(path)
-    kind = RLConfig if "task" in tree else TrainConfig
+    kind = RLConfig if "task" in tree else SynthesisConfig if "prompts" in tree else TrainConfig
     return build(kind, apply_overrides(tree, overrides, kind))
 
 
@@ -178,7 +179,7 @@ def load_train_config(path: str, overrides: list[str]) -> Any:
 
     config = load_run_config(path, overrides)
     if not isinstance(config, TrainConfig):
-        raise ValueError(f"{path} is a run of reinforcement learning, which this command does not know: `loam run` does")
+        raise ValueError(f"{path} is no run of pretraining or fine-tuning, and this command knows no other: `loam run` does")
     return config
 
 
@@ -198,7 +199,10 @@ def cpu_devices(config: Any, processes: int) -> int:
 def run(arguments: argparse.Namespace) -> int:
     config = load_run_config(arguments.config, arguments.overrides)
     from train.config import PREEMPTED
+    from train.synthesis.config import SynthesisConfig
 
+    if isinstance(config, SynthesisConfig):
+        return synthesize(config)
     # Until the loop takes over there is nothing to save, and the same command starts again.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
     from train.distributed import find_place, join
@@ -217,6 +221,15 @@ def run(arguments: argparse.Namespace) -> int:
     if status == 0 and group.is_first:
         print(summary(config.run_dir, write_report(config.run_dir)))
     return status
+
+
+def synthesize(config: Any) -> int:
+    from model.xla import configure
+
+    configure(cpu_devices=1, decoding=True)
+    from train.synthesis import job
+
+    return job.synthesize(config, functools.partial(print, flush=True))
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -258,13 +271,18 @@ def summary(run_dir: str, report_path: Any) -> str:
     lines.append(f"Report: {report_path}")
     with open(f"{run_dir}/config.json") as file:
         objective = json.load(file).get("objective") or {}
-    if not (objective.get("reward_model") or objective.get("outcome_model")):  # which write nothing
+    judges = ("reward_model", "outcome_model", "process_model")
+    if all(objective.get(name) is None for name in judges):  # which write nothing
         lines.append(f'Next:   loam sample {run_dir} (add --prompt="..." for one of your own)')
     return "\n".join(lines)
 
 
 def inspect(arguments: argparse.Namespace) -> int:
     config = load_run_config(arguments.config, arguments.overrides)
+    from train.synthesis.config import SynthesisConfig
+
+    if isinstance(config, SynthesisConfig):
+        raise ValueError(f"{arguments.config} makes data and trains nothing: inspect the run that it writes with")
     if arguments.topology:
         from model.chips import topology_of
 

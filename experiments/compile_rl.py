@@ -59,6 +59,8 @@ def lower(config: Any, program: str, devices: Sequence[Any]) -> tuple[Any, Any]:
         per_row: Any = jax.ShapeDtypeStruct(per_token.shape[:1], jnp.float32)
         groups: Any = jax.ShapeDtypeStruct(per_row.shape, jnp.int32)
         scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
+        parts: Any = jax.ShapeDtypeStruct((*per_row.shape, 2), jnp.float32)  # the task's verdict, and a learned one
+        of_parts: Any = jax.ShapeDtypeStruct((2,), jnp.float32)
         rollouts = Rollouts(
             mask=per_token,
             sampler_logprobs=per_token,
@@ -70,9 +72,11 @@ def lower(config: Any, program: str, devices: Sequence[Any]) -> tuple[Any, Any]:
             reference_logprobs=per_token if config.policy.kl.needs_reference else None,
             values=scores.values,
             entropies=per_token,
-            baseline=scalar if config.policy.advantage == "ema" else None,
+            baseline={"ema": scalar, "greedy": per_row}.get(config.policy.advantage),
+            parts=parts if config.policy.normalise_parts else None,
+            part_weights=of_parts if config.policy.normalise_parts else None,
         )
-        constants = jax.eval_shape(policy.prepare, rollouts, scalar)[0]
+        constants = jax.eval_shape(policy.prepare, rollouts, scalar, scalar if config.policy.entropy_target else None)[0]
         batch = rows(config.update_rows, names) | {
             name: jax.ShapeDtypeStruct((config.update_rows, config.row_tokens), leaf.dtype)
             for name, leaf in vars(constants).items()

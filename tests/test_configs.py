@@ -11,6 +11,7 @@ import pytest
 from experiments.cli import load_run_config, parse
 from model.params import abstract_params, num_parameters, param_specs
 from train.optimizer import make_optimizer, make_schedule
+from train.synthesis.config import SynthesisConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.name != "__init__.py")
@@ -29,6 +30,8 @@ def test_a_config_builds_with_its_model_and_optimizer(path):
     config = load_run_config(str(path), [])
     assert config.name == path.stem
     assert config.run_dir == f"runs/{path.stem}"
+    if isinstance(config, SynthesisConfig):  # which trains nothing
+        return
     specs = param_specs(config.model)
     assert num_parameters(specs) > 0
     tokens = config.update_rows * config.row_tokens

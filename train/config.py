@@ -249,6 +249,32 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """A teacher whose distributions are learned, token by token, beside the texts (arXiv:1503.02531).
+
+    Attributes:
+      teacher: see `TrainConfig.initial_weights`; of the same tokenizer.
+      model: its network.
+      direction: `forward` is KL(teacher, student), which covers all that the teacher does; `reverse` is KL(student, teacher),
+        which may drop what the student cannot do (arXiv:2306.08543; here on given texts, not on its own samples).
+      temperature: of both.
+      share: of the teacher in the loss; the rest is the likelihood of the texts.
+    """
+
+    teacher: str
+    model: ModelConfig
+    direction: Literal["forward", "reverse"] = "forward"
+    temperature: float = 1.0
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_choices("distillation", self)
+        check(bool(self.teacher), "distillation.teacher is empty: name the run or the model that teaches")
+        check(self.temperature > 0, f"distillation.temperature={self.temperature} must be positive")
+        check(0 < self.share <= 1, f"distillation.share={self.share} must lie in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A run that learns to write texts, or the answers in conversations, or from preferences between answers: `steps` optimizer
     updates of `batch_size` rows.
@@ -265,6 +291,7 @@ class TrainConfig:
       lora: trains adapters of the initial weights instead of the weights; None is off.
       objective: what is learned of pairs or of labelled answers; None learns to write what is read. The reference of DPO and
         KTO is the initial weights, with `lora` what the adapters adapt.
+      distillation: learns from another model too; None is off.
       xz_baseline: also report what `xz -9e` needs for each held-out document (`baseline_xz_bits_per_byte`).
     """
 
@@ -277,6 +304,7 @@ class TrainConfig:
     initial_weights: str = ""
     lora: LoraConfig | None = None
     objective: ObjectiveConfig | None = None
+    distillation: DistillationConfig | None = None
     seed: int = 0
     run_dir: str = ""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -335,6 +363,8 @@ class TrainConfig:
                 f"data.content={self.data.content!r} is not something to write: 'text' and 'conversations' are; to learn from "
                 "'pairs' or 'labels', set objective",
             )
+        if self.distillation is not None:
+            self._check_distillation(self.distillation)
         check(
             self.data.content == "text" or not self.xz_baseline,
             "xz_baseline compares texts, and data.content is not 'text': leave it out",
@@ -353,6 +383,23 @@ class TrainConfig:
             not lora.base_bits or (sizes == (1, 1, 1, 1) and not self.model.scan_layers),
             "lora.base_bits goes with model.scan_layers=False and a mesh of `data` alone: rounded weights are not split",
         )
+
+    def _check_distillation(self, distillation: DistillationConfig) -> None:
+        check(
+            distillation.model.vocab_size == self.model.vocab_size,
+            f"distillation.model.vocab_size={distillation.model.vocab_size} is not model.vocab_size={self.model.vocab_size}: "
+            "the distributions must be over the same tokens",
+        )
+        check(
+            distillation.model.max_seq_len >= self.data.seq_len,
+            f"distillation.model.max_seq_len={distillation.model.max_seq_len} is less than data.seq_len={self.data.seq_len}",
+        )
+        check(self.objective is None, "distillation learns to write, and an objective compares answers: leave one of them out")
+        check(self.lora is None, "distillation does not go with lora: leave lora out")
+        check(self.model.moe is None, "distillation does not balance experts (model.moe) of a student: take a dense model")
+        check(not self.loss.z_loss, "distillation has no z-loss: set loss.z_loss to 0")
+        sizes = (self.mesh.tensor, self.mesh.context, self.mesh.expert)
+        check(sizes == (1, 1, 1), "distillation goes with the mesh axes data and fsdp alone: set the others to 1")
 
     def _check_objective(self, objective: ObjectiveConfig) -> None:
         name = f"objective.{objective.name}"

@@ -1,7 +1,10 @@
-"""A trained reward model as a reward: it reads each sample to its last token, and its score is a part of the reward."""
+"""A trained reward model as a reward: it reads each sample to its last token, or judges its steps, and its score is a part of
+the reward."""
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,27 +14,31 @@ import numpy as np
 from jax.sharding import Mesh
 
 from data.chat_encoder import ChatEncoder
+from data.steps import line_breaks, step_ends
 from model.config import ModelConfig, check
 from model.params import Params, abstract_params, param_shardings, param_specs
 from model.sharding import TRAIN_RULES, Layout
 from train.initial import open_initial
+from train.objectives.config import StepAggregation
+from train.objectives.reward_model import solution_scores
 from train.preferences import REWARD_HEAD, answer_scores
 from train.rollouts import Samples
 from train.scalar_head import scalar_head_spec
 
 
 class LearnedReward:
-    """Scores samples with a run of `objective.reward_model` or `objective.outcome_model`.
+    """Scores samples with a run of `objective.reward_model`, `objective.outcome_model` or `objective.process_model`.
 
     Attributes:
       chat: how it was shown prompts and answers.
       params: its weights, with the head.
     """
 
-    def __init__(self, source: str, model: ModelConfig, mesh: Mesh, max_rows: int):
+    def __init__(self, source: str, model: ModelConfig, mesh: Mesh, max_rows: int, steps: StepAggregation = "min"):
         """
         Args:
           max_rows: how many samples are scored at once.
+          steps: of a process model, what the score of a sample is of the chances of its steps.
 
         Raises:
           ValueError, FileNotFoundError: it is no such run, or one of another network.
@@ -40,6 +47,7 @@ class LearnedReward:
             (Path(source) / "checkpoints").is_dir(),
             f"reward_model={source!r} is not the directory of a run: train one with objective.reward_model",
         )
+        objective = json.loads((Path(source) / "config.json").read_text()).get("objective") or {}
         opened = open_initial(source, model)
         self.chat = ChatEncoder(opened.tokenizer, opened.chat_template)
         specs = param_specs(model) | {REWARD_HEAD: scalar_head_spec(model)}
@@ -53,22 +61,29 @@ class LearnedReward:
         self.params: Params = opened.load(placed)
         self._max_rows = max_rows
         self._model = model
-        self._score = jax.jit(self._last_scores)
+        self._breaks = line_breaks(opened.tokenizer)
+        judges_steps = objective.get("process_model") is not None
+        self._score = jax.jit(functools.partial(self._scores, steps=steps if judges_steps else None))
 
-    def _last_scores(self, params: Params, rows: Mapping[str, jax.Array]) -> jax.Array:
+    def _scores(self, params: Params, rows: Mapping[str, jax.Array], steps: StepAggregation | None) -> jax.Array:
         scores = answer_scores(params, self._model, dict(rows))
+        if steps:
+            return solution_scores(scores, rows["step_ends"], steps)
         last = jnp.sum(rows["segment_ids"], axis=1) - 1
         return jnp.take_along_axis(scores, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
 
     def __call__(self, samples: Samples) -> np.ndarray:
-        """float32 [B]. A sample that was cut off has no stop token, and is judged by what there is."""
+        """float32 [B]; of a process model in [0, 1]. A sample that was cut off has no stop token, and is judged by what there
+        is: its last step ends where it does."""
         first = np.asarray(samples.tokens)[:, :1]
         # One column more than the rows of an update: there the last token is predicted, and not read.
         lengths = np.asarray(samples.segment_ids).sum(1) + 1
         tokens = np.concatenate([first, np.asarray(samples.targets)], axis=1)
         columns = np.arange(tokens.shape[1], dtype=np.int32)
         segments = (columns < lengths[:, None]).astype(np.int32)
-        rows = {"tokens": tokens, "segment_ids": segments, "positions": columns * segments}
+        written = np.pad(np.asarray(samples.mask) > 0, ((0, 0), (1, 0)))
+        ends = step_ends(tokens, written, self._breaks).astype(np.float32)
+        rows = {"tokens": tokens, "segment_ids": segments, "positions": columns * segments, "step_ends": ends}
         found = []
         for start in range(0, len(tokens), self._max_rows):
             part = {name: x[start : start + self._max_rows] for name, x in rows.items()}

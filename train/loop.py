@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from data.config import IGNORE
 from data.loader import Batches, held_out_batches, load, num_held_out_batches
 from data.prepare import PreparedData, prepare
 from inference.generate import generate
@@ -38,6 +39,7 @@ from model.flops import train_flops_per_token
 from train.baseline import xz_bits_per_byte
 from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, check_room
 from train.config import PREEMPTED, TrainConfig, check
+from train.distillation import TEACHER
 from train.distributed import ALONE, Group, global_batch, local_rows
 from train.files import only_process_in, write_atomic, write_json_atomic
 from train.initial import InitialModel, compare_initial, load_initial, open_initial
@@ -96,7 +98,12 @@ def train(config: TrainConfig, log: Log = print, group: Group | None = None, beg
         # One more than are kept exists while it is written; a short run makes fewer, and perhaps one on SIGTERM.
         copies = min(config.checkpoint.keep, math.ceil(config.steps / config.checkpoint.every)) + 1
         check_room(str(run_dir), trainer.abstract_state.saved(), copies - len(checkpoints.steps()))
+        teacher = open_initial(config.distillation.teacher, config.distillation.model) if config.distillation else None
         data = prepare_together(config, group, log, initial)
+        check(
+            teacher is None or teacher.tokenizer.fingerprint == data.tokenizer.fingerprint,
+            "distillation.teacher has another tokenizer than the data: set data.tokenizer.path to that of the teacher",
+        )
         check(
             data.tokenizer.vocab_size <= config.model.vocab_size,
             f"the tokenizer has {data.tokenizer.vocab_size} tokens, but model.vocab_size={config.model.vocab_size}: "
@@ -104,7 +111,7 @@ def train(config: TrainConfig, log: Log = print, group: Group | None = None, beg
         )
         compare_data(run_dir, data, checkpoints)
         check_prompts(config, data)
-        loop = Loop(config, data, trainer, checkpoints, log, group, began, initial)
+        loop = Loop(config, data, trainer, checkpoints, log, group, began, initial, teacher)
         stack.enter_context(contextlib.closing(loop))
         return loop.run(stack.enter_context(stop_on_signal()))
 
@@ -251,7 +258,9 @@ class Loop:
         group: Group,
         began: float,
         initial: InitialModel | None = None,
+        teacher: InitialModel | None = None,
     ):
+        self.teacher = teacher
         self.config, self.data, self.trainer, self.checkpoints = config, data, trainer, checkpoints
         self.log, self.group, self.initial = log, group, initial
         self.run_dir = pathlib.Path(config.run_dir)
@@ -337,22 +346,33 @@ class Loop:
         return state, step, collections.deque(losses, maxlen=self.config.rollback.window)
 
     def _initial_state(self) -> TrainState:
+        key, taught_by = jax.random.key(self.config.seed), self._teacher_weights(begun=False)
         if self.initial is None:
-            return self.trainer.init(jax.random.key(self.config.seed))
+            return self.trainer.init(key, taught_by)
         self.log(f"beginning with the weights of {self.config.initial_weights}")
-        return self.trainer.begin(self._initial_weights(begun=False), jax.random.key(self.config.seed))
+        return self.trainer.begin(self._initial_weights(begun=False), key, taught_by)
+
+    def _teacher_weights(self, begun: bool) -> Any:
+        if self.teacher is None:
+            return None
+        assert self.config.distillation is not None
+        weights = self.teacher.load(self.trainer.abstract_state.frozen)
+        compare_initial(self.run_dir, "teacher", self.config.distillation.teacher, weights, begun, self.group)
+        return weights
 
     def _initial_weights(self, begun: bool) -> Any:
         assert self.initial is not None
         weights = load_initial(self.initial, self.trainer)
-        if self.trainer.abstract_state.frozen is not None:
+        if self.trainer.abstract_state.frozen is not None and self.teacher is None:
             compare_initial(self.run_dir, "initial_weights", self.config.initial_weights, weights, begun, self.group)
         return weights
 
     def _frozen(self) -> Any:
-        """What the adapters of LoRA adapt, or the reference, which is in no checkpoint; kept over a rollback."""
+        """What the adapters of LoRA adapt, the reference or the teacher, which is in no checkpoint; kept over a rollback."""
         if self.trainer.abstract_state.frozen is None:
             return None
+        if self.state is None and self.teacher is not None:
+            return self._teacher_weights(begun=True)
         if self.state is None:
             return self.trainer.freeze(self._initial_weights(begun=True))
         return self.state.frozen
@@ -563,8 +583,9 @@ class Loop:
         settings, tokenizer = self.config.eval, self.data.tokenizer
         if not settings.sample_prompts:
             return
+        params = {name: leaf for name, leaf in self._eval_params().items() if name != TEACHER}
         outputs = generate(
-            self._eval_params(),
+            params,
             self.trainer.model,
             [self.data.encode_prompt(prompt) for prompt in settings.sample_prompts],
             max_tokens=settings.sample_tokens,
@@ -629,7 +650,7 @@ def evaluate(
     trainer: Trainer, params: Any, data: PreparedData, max_batches: int = 0, group: Group = ALONE, frozen: Any = None
 ) -> dict[str, float]:
     """Scores on held-out data, over all sources and for each where there are several: loss per token (nats) and bits per byte,
-    or loss and accuracy per pair or labelled answer.
+    or loss and accuracy per pair, labelled answer or labelled step.
 
     The bytes are those of the predicted tokens; a document's first token is context only. Over all sources, each weighs by all
     of its held-out tokens or answers, however many of its batches were taken. KTO's reference point is that of a batch.
@@ -645,9 +666,11 @@ def evaluate(
     totals: dict[str, list[float]] = {}
     for source in data.held_out:
         sums = []
-        counts = np.zeros((2, rows.size))  # of each row of a batch: predicted tokens and their bytes, or pairs
+        counts = np.zeros((2, rows.size))  # of each row of a batch: predicted tokens and their bytes; or pairs, or steps
         for batch in held_out_batches(data, config.data, source, batch_size, max_batches, rows=rows):
-            if config.objective:
+            if config.objective and config.objective.content == "steps":
+                counts[0] += ((batch["labels"] != IGNORE) & (batch["segment_ids"] > 0)).sum(1)
+            elif config.objective:
                 counts[0] += batch["segment_ids"].max(1) // 2
             else:
                 counts += [(n * batch["weights"]).sum(1) for n in (1, data.tokenizer.byte_lengths[batch["targets"]])]
@@ -671,10 +694,15 @@ def evaluate(
         return {f"val_loss{suffix}": loss / number, f"bits_per_byte{suffix}": loss / math.log(2) / num_bytes}
 
     held_out = {source: data.manifest["sources"][source]["held_out"] for source in totals}
-    all_of = {source: split["sequences"] // 2 if config.objective else split["targets"] for source, split in held_out.items()}
+    all_of = {source: _num_judged(split) if config.objective else split["targets"] for source, split in held_out.items()}
     weighted = [[all_of[source] / sums[0] * x for x in sums] for source, sums in totals.items()]
     result = scores([sum(column) for column in zip(*weighted, strict=True)], "")
     if len(totals) > 1:
         for source, sums in totals.items():
             result |= scores(sums, f"/{source}")
     return result
+
+
+def _num_judged(split: dict[str, Any]) -> int:
+    """Labelled steps, pairs or labelled answers, by the manifest."""
+    return split["steps"] if "steps" in split else split["sequences"] // 2

@@ -7,6 +7,8 @@ of pairs (of labelled answers), over all micro-batches and devices.
 What is a constant of the update is made before it, of the whole batch: the reference's log-probabilities, and KTO's reference
 point, which would be another loss if each micro-batch had its own.
 
+Solutions in steps are a segment each, with a label where a step ends: their normaliser is the number of labelled steps.
+
 Axes: R rows, T targets of a row, N pairs that a row has room for.
 """
 
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from data.config import IGNORE
 from model.config import ModelConfig
 from model.logprobs import token_logprobs
 from model.params import Params, ParamSpec
@@ -26,11 +29,18 @@ from model.transformer import forward
 from train.config import LossConfig
 from train.micro_batches import join_rows, split_rows
 from train.objectives.aggregate import as_float, divide, masked
-from train.objectives.config import KTOConfig, ObjectiveConfig, OutcomeModelConfig, PairConfig, RewardModelConfig
+from train.objectives.config import (
+    KTOConfig,
+    ObjectiveConfig,
+    OutcomeModelConfig,
+    PairConfig,
+    ProcessModelConfig,
+    RewardModelConfig,
+)
 from train.objectives.kto import kto_losses, kto_reference_point
 from train.objectives.pairs import PairLogprobs, preference_accuracy
 from train.objectives.preference import pair_losses, pair_metrics
-from train.objectives.reward_model import outcome_losses, pairwise_losses
+from train.objectives.reward_model import outcome_losses, pairwise_losses, process_losses
 from train.scalar_head import scalar_head, scalar_head_spec
 
 if TYPE_CHECKING:
@@ -45,6 +55,8 @@ def preference_objective(config: ObjectiveConfig, loss: LossConfig) -> Objective
             return functools.partial(_reward_sums, config=chosen)
         case OutcomeModelConfig() as chosen:
             return functools.partial(_outcome_sums, config=chosen)
+        case ProcessModelConfig():
+            return _process_sums
         case KTOConfig() as chosen:
             return functools.partial(_kto_sums, config=chosen, loss=loss)
         case chosen:
@@ -100,7 +112,7 @@ def _lengths(batch: Batch) -> jax.Array:
 
 
 def _sums(losses: jax.Array, metrics: Metrics, valid: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Of losses and metrics [R, N], over the pairs or answers that there are."""
+    """Of losses and metrics [R, N], over the pairs, answers or steps that there are."""
     total = jnp.sum(masked(losses, valid))
     sums = {name: jnp.sum(masked(x, valid)) for name, x in metrics.items()}
     return total, {"loss": total, **sums, "weight": jnp.sum(as_float(valid))}
@@ -192,6 +204,15 @@ def _outcome_sums(
         "reward": logits,
     }
     return _sums(losses, metrics, lengths > 0)
+
+
+def _process_sums(params: Params, model: ModelConfig, batch: Batch, layout: Layout | None) -> tuple[jax.Array, Metrics]:
+    """Of labelled steps. A chance above 1/2 counts as right in the accuracy."""
+    labels = jnp.where(batch["segment_ids"] > 0, batch["labels"], IGNORE)
+    logits = answer_scores(params, model, batch, layout)
+    losses, judged = process_losses(logits, labels)
+    side = jnp.where(labels > 0.5, logits, -logits)
+    return _sums(losses, {"accuracy": preference_accuracy(side, jnp.zeros_like(side)), "reward": logits}, judged)
 
 
 # --- Constants of an update -----------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from train.learned_reward import LearnedReward
 from train.loop import Log, differences, stop_on_signal
 from train.metrics import JsonlWriter, check_writers, make_writers, read_jsonl, truncate_jsonl
 from train.objectives.aggregate import normalised_apart
+from train.objectives.entropy import adapt_coefficient
 from train.objectives.grpo import group_statistics, select_groups
 from train.objectives.metrics import pass_at_k, rollout_metrics
 from train.objectives.policy_gradient import PolicyBatch, prepare
@@ -68,12 +69,15 @@ EVAL_STEP = 2**31  # Its prompts have random numbers of their own.
 
 @flax.struct.dataclass
 class Judged:
-    """Samples and what they deserve, [B] each: reward; whether it was judged; whether the answer is right."""
+    """Samples and what they deserve, [B] each: reward; whether it was judged; whether the answer is right; the reward of the
+    greedy answer to the prompt (for `advantage="greedy"`); and [B, K] what the reward is made of (for `normalise_parts`)."""
 
     samples: Samples
     rewards: Array
     valid: Array
     correct: Array
+    baseline: Array | None = None
+    parts: Array | None = None
 
 
 @flax.struct.dataclass
@@ -84,6 +88,7 @@ class RLState:
     baseline: jax.Array
     kl_coefficient: jax.Array
     ahead: Judged | None
+    entropy_coefficient: jax.Array | None = None
 
 
 def train_with_rewards(config: RLConfig, log: Log = print, group: Group | None = None, began: float | None = None) -> int:
@@ -192,7 +197,7 @@ class Policy:
             layout=layout,
             shared=config.policy.group_size if config.share_prompts else 1,
         )
-        scores = jax.lax.map(of_part, split)
+        scores = jax.lax.map(lambda part: dataclasses.replace(of_part(part), routing=None), split)
         return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scores)
 
     def whole(self, state: TrainState) -> Params:
@@ -251,7 +256,9 @@ class RLLoop:
     def _open_reward_model(self) -> LearnedReward:
         """Raises ValueError where it was shown other prompts than are drawn for, or other weights than the run began with."""
         config, source = self.config, self.config.reward_model
-        learned = LearnedReward(source, config.model, self.policy.trainer.mesh, config.rollouts.max_batch)
+        learned = LearnedReward(
+            source, config.model, self.policy.trainer.mesh, config.rollouts.max_batch, config.reward_model_steps
+        )
         example = self._examples("train", 0, 1)[0]
         theirs = learned.chat.encode_prompt([{"role": "user", "content": example.prompt}]).tolist()
         check(
@@ -287,6 +294,7 @@ class RLLoop:
             jnp.zeros(()),
             jnp.float32(config.policy.kl.reward_coefficient),
             self._no_samples() if config.rollouts.ahead else None,
+            jnp.float32(config.policy.entropy_coefficient) if config.policy.entropy_target else None,
         )
         state = RLState(fresh, *jax.device_put(more, Layout.of(trainer.mesh, TRAIN_RULES).sharding()))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._saved(state))
@@ -306,7 +314,9 @@ class RLLoop:
         ints, floats = jnp.zeros((rows, tokens), jnp.int32), jnp.zeros((rows, tokens), jnp.float32)
         flags = jnp.zeros(rows, bool)
         samples = Samples(ints, ints, ints, ints, floats, floats, flags, jnp.zeros(rows, jnp.int32))
-        return Judged(samples, jnp.zeros(rows, jnp.float32), flags, flags)
+        rewards, policy = jnp.zeros(rows, jnp.float32), self.config.policy
+        parts = jnp.zeros((rows, len(self._parts())), jnp.float32) if policy.normalise_parts else None
+        return Judged(samples, rewards, flags, flags, rewards if policy.advantage == "greedy" else None, parts)
 
     def _saved(self, state: RLState) -> RLState:
         """What a checkpoint holds."""
@@ -364,7 +374,9 @@ class RLLoop:
         known = [token for token in answer if token < self.tokenizer.vocab_size]
         return self.tokenizer.decode(known) + ("" if len(known) == len(answer) else "\ufffd")
 
-    def _draw(self, prompts: list[list[int]], count: int, step: int, first_prompt: int = 0, top_k: int = 0) -> Samples:
+    def _draw(
+        self, prompts: list[list[int]], count: int, step: int, first_prompt: int = 0, sampling: Sampling | None = None
+    ) -> Samples:
         config = self.config
         assert self.engine is not None
         return draw(
@@ -373,7 +385,7 @@ class RLLoop:
             samples=count,
             row_tokens=config.row_tokens,
             max_tokens=config.rollouts.max_tokens,
-            sampling=Sampling(temperature=config.rollouts.temperature, top_k=top_k),
+            sampling=sampling or Sampling(temperature=config.rollouts.temperature),
             stop_ids=self.stop_ids,
             seed=config.seed,
             step=step,
@@ -404,12 +416,21 @@ class RLLoop:
             examples = self._examples("train", first, wanted)
             with self.phase("rollout"):
                 prompts = [self._prompt(example) for example in examples]
-                samples = self._draw(prompts, size, step, number * wanted, config.rollouts.top_k)
+                drawn_so = Sampling(temperature=config.rollouts.temperature, top_k=config.rollouts.top_k)
+                samples = self._draw(prompts, size, step, number * wanted, drawn_so)
             with self.phase("reward"):
                 rewards, right, judged = self._judge(samples, examples)
+            valid, baseline, parts = rewards.valid, None, None
+            if config.policy.advantage == "greedy":
+                greedy = self._greedy_rewards(prompts, examples, step)
+                judged |= {"reward/greedy": float(greedy.total.mean())}
+                # Without its baseline a prompt is left out.
+                baseline, valid = np.repeat(greedy.total.astype(np.float32), size), valid & np.repeat(greedy.valid, size)
+            if config.policy.normalise_parts:
+                parts = np.nan_to_num(np.stack([*rewards.parts.values()], axis=1)).astype(np.float32)
             metrics = metrics or judged  # Of the first round: what prompts of the task get, not those that were chosen.
             samples = dataclasses.replace(samples, group=samples.group + number * wanted)
-            found.append(Judged(samples, rewards.total.astype(np.float32), rewards.valid, right))
+            found.append(Judged(samples, rewards.total.astype(np.float32), valid, right, baseline, parts))
             together = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
             if not resample:
                 break
@@ -427,8 +448,20 @@ class RLLoop:
         together = dataclasses.replace(together, samples=dataclasses.replace(together.samples, group=group))
         if config.shuffle_rewards:
             order = np.random.default_rng([config.seed, step, 1]).permutation(len(together.rewards))
-            together = dataclasses.replace(together, rewards=together.rewards[order], valid=together.valid[order])
+            together = dataclasses.replace(
+                together,
+                rewards=together.rewards[order],
+                valid=together.valid[order],
+                parts=None if together.parts is None else together.parts[order],
+            )
         return together, metrics
+
+    def _greedy_rewards(self, prompts: list[list[int]], examples: list[Example], step: int) -> Rewards:
+        """Of the most likely answer to each prompt, token by token."""
+        with self.phase("rollout"):
+            samples = self._draw(prompts, 1, step, sampling=Sampling(temperature=0.0))
+        with self.phase("reward"):
+            return self._judge(samples, examples)[0]
 
     # --- Running --------------------------------------------------------------------------------------------------
 
@@ -494,14 +527,14 @@ class RLLoop:
             )
         with self.phase("update"):
             sums = jax.device_get(self._update(judged.samples, constants, step))
-        self._adapt(judged, metrics)
+        updated = {name: float(np.mean([update[name] for update in sums])) for name in sums[0]}
+        self._adapt(judged, metrics, updated["entropy"])
         if coming is not None:
             with self.phase("wait"):
                 following, self.ahead_metrics = coming.result()
             self.state = dataclasses.replace(self.state, ahead=following)
         lengths = judged.samples.mask.sum(1)
         metrics |= rollout_metrics(judged.rewards, judged.correct, lengths, judged.samples.truncated, judged.valid)
-        updated = {name: float(np.mean([update[name] for update in sums])) for name in sums[0]}
         return {**drawn_metrics, **{name: float(value) for name, value in metrics.items()}, **updated}, int(lengths.sum())
 
     def _rows(self, samples: Samples) -> dict[str, np.ndarray]:
@@ -526,9 +559,11 @@ class RLLoop:
             reference_logprobs=reference,
             values=now.values,
             entropies=now.entropies,
-            baseline=self.state.baseline if config.policy.advantage == "ema" else None,
+            baseline=self.state.baseline if config.policy.advantage == "ema" else judged.baseline,
+            parts=judged.parts,
+            part_weights=None if judged.parts is None else jnp.asarray([part.weight for part in self._parts()], jnp.float32),
         )
-        constants, metrics = self.policy.prepare(scored, self.state.kl_coefficient)
+        constants, metrics = self.policy.prepare(scored, self.state.kl_coefficient, self.state.entropy_coefficient)
         if not config.rollouts.score:  # Nothing was compared.
             metrics = {name: value for name, value in metrics.items() if not name.startswith("mismatch")}
         return constants, metrics
@@ -541,7 +576,7 @@ class RLLoop:
             for field in dataclasses.fields(PolicyBatch)
             if (value := getattr(constants, field.name)) is not None
         }
-        for name in ("weights", "kl_weights", "token_weights"):
+        for name in batch.keys() & {"weights", "kl_weights", "token_weights", "entropy_weights"}:
             batch[name] = batch[name] * np.float32(config.minibatches)
         sums = []
         for epoch in range(config.policy.updates_per_batch):
@@ -560,8 +595,8 @@ class RLLoop:
                 sums.append(metrics)
         return sums
 
-    def _adapt(self, judged: Judged, metrics: dict[str, Any]) -> None:
-        """The baseline and the coefficient of the next step."""
+    def _adapt(self, judged: Judged, metrics: dict[str, Any], entropy: float) -> None:
+        """The baseline and the coefficients of the next step."""
         policy = self.config.policy
         if policy.advantage == "ema":
             baseline = update_ema(self.state.baseline, judged.rewards, judged.valid, policy.ema_decay)
@@ -572,6 +607,13 @@ class RLLoop:
             )
             self.state = dataclasses.replace(self.state, kl_coefficient=jnp.asarray(adapted, jnp.float32))
             metrics["kl_coefficient"] = adapted
+        if policy.entropy_target:
+            assert self.state.entropy_coefficient is not None
+            adapted = adapt_coefficient(
+                self.state.entropy_coefficient, jnp.float32(entropy), policy.entropy_target, policy.entropy_step
+            )
+            metrics["entropy_coefficient"] = float(self.state.entropy_coefficient)  # of this step
+            self.state = dataclasses.replace(self.state, entropy_coefficient=adapted)
 
     def _save(self, complete: bool) -> None:
         self.metrics.flush()

@@ -8,7 +8,7 @@ import dataclasses
 from data.config import TaskConfig
 from model.config import LoraConfig, ModelConfig, check
 from train.config import CheckpointConfig, DeadlineConfig, MeshConfig, OptimizerConfig, WriterName
-from train.objectives.config import PolicyConfig
+from train.objectives.config import PolicyConfig, StepAggregation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,9 @@ class RLConfig:
     Attributes:
       initial_weights: the policy to begin with, and the reference of a KL penalty: see `TrainConfig.initial_weights`.
       chat: prompts are a user's message in the model's chat template; otherwise bare text.
-      reward_model: directory of a run of `objective.reward_model` or `objective.outcome_model`, of the same network, tokenizer
-        and prompts: its score is a part of the reward (`reward/learned`). Empty is none.
+      reward_model: directory of a run of `objective.reward_model`, `objective.outcome_model` or `objective.process_model`, of
+        the same network, tokenizer and prompts: its score is a part of the reward (`reward/learned`). Empty is none.
+      reward_model_steps: of a process model, what an answer's score is of the chances that its steps are right.
       task_weight, reward_model_weight: of the task's own verdict in the reward, and of the learned score. Without weight the
         verdict is still reported (`reward/right`): the true reward beside the learned one.
       policy: the objective (`train/objectives/config.py` has the well-known ones).
@@ -99,6 +100,7 @@ class RLConfig:
     reward_model: str = ""
     task_weight: float = 1.0
     reward_model_weight: float = 1.0
+    reward_model_steps: StepAggregation = "min"
     policy: PolicyConfig = PolicyConfig()
     rollouts: RolloutConfig = RolloutConfig()
     minibatches: int = 1
@@ -169,8 +171,8 @@ class RLConfig:
             "policy.bugs=('micro_batch_normaliser',) needs micro-batches: set accumulation above 1",
         )
         check(
-            self.policy.advantage != "greedy",
-            "policy.advantage='greedy' needs a greedy answer to each prompt, which the pipeline does not draw: take 'rloo'",
+            not self.policy.normalise_parts or (bool(self.reward_model) and self.task_weight > 0),
+            "policy.normalise_parts is for rewards of several parts: set reward_model, and task_weight above 0",
         )
         check(
             self.task_weight >= 0 and (self.task_weight > 0 or bool(self.reward_model)),
@@ -182,7 +184,10 @@ class RLConfig:
             "policy.advantage='maxrl' divides by the mean reward, and learned scores may be negative: leave reward_model out",
         )
         check(self.mesh.context == 1, "mesh.context: reinforcement learning does not split rows; set it to 1")
-        check(self.model.moe is None, "reinforcement learning does not balance experts (model.moe): take a dense model")
+        check(
+            self.lora is None or (self.model.moe is None and self.model.mla is None),
+            "lora does not go with model.moe or model.mla",
+        )
         check(
             self.rollouts.temperature == 1 or (not self.model.logit_soft_cap and not self.model.head_bias),
             f"rollouts.temperature={self.rollouts.temperature} cannot be applied by the trainer to capped logits, or to logits "

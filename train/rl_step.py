@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from model.config import ModelConfig
 from model.kernels.xla_attention import SHARED
 from model.logprobs import token_logprobs
+from model.moe import Routing
 from model.params import Params
 from model.sharding import Layout
 from model.transformer import forward
@@ -32,11 +33,13 @@ POLICY_FIELDS = tuple(field.name for field in dataclasses.fields(PolicyBatch))
 @flax.struct.dataclass
 class Scores:
     """float32 [B, T], of each target: its log-probability, the entropy it was drawn with (None where unknown), both 0 where no
-    answer can be, and the value of the state before it (None without a value function)."""
+    answer can be, and the value of the state before it (None without a value function). What routers of experts did is of all
+    tokens together."""
 
     logprobs: jax.Array
     entropies: jax.Array | None
     values: jax.Array | None
+    routing: Routing | None = None
 
 
 def score(
@@ -62,21 +65,21 @@ def score(
     first = jnp.argmax(rows["mask"] > 0, axis=1).reshape(-1, shared)
     first = jnp.broadcast_to(jnp.max(first, axis=1, keepdims=True), first.shape).reshape(-1)
     if shared > 1:
-        answers = _hidden_of_groups(params, model, rows, first, max_tokens, layout, shared)
+        answers, routing = _hidden_of_groups(params, model, rows, first, max_tokens, layout, shared)
     else:
-        hidden, _, _ = forward(params, model, rows["tokens"], rows["positions"], rows["segment_ids"], layout=layout)
+        hidden, _, routing = forward(params, model, rows["tokens"], rows["positions"], rows["segment_ids"], layout=layout)
         answers = _window(hidden, first, max_tokens)
     targets = _window(rows["targets"], first, max_tokens)
     out = token_logprobs(params, model, answers / temperature, targets, chunk_tokens, layout)
     width = rows["targets"].shape[1]
     put = jax.vmap(lambda x, start: jax.lax.dynamic_update_slice(jnp.zeros(width, x.dtype), x, (start,)))
     values = put(scalar_head(params["value_head"], answers), first) if "value_head" in params else None
-    return Scores(put(out.logprobs, first), put(out.entropy, first), values)
+    return Scores(put(out.logprobs, first), put(out.entropy, first), values, routing)
 
 
 def _hidden_of_groups(
     params: Params, model: ModelConfig, rows: Batch, first: jax.Array, max_tokens: int, layout: Layout | None, shared: int
-) -> jax.Array:
+) -> tuple[jax.Array, Routing | None]:
     """Hidden states [B, max_tokens, D] from which the answers are predicted, `shared` of them side by side in one row: their
     prompt but its last token once, and after it each answer as a segment of its own that sees the prompt."""
     groups, prefix = len(first) // shared, rows["tokens"].shape[1] - max_tokens
@@ -91,8 +94,8 @@ def _hidden_of_groups(
     segments = in_row(of_prompt, "segment_ids")
     answer = jnp.repeat(jnp.arange(shared, dtype=jnp.int32), max_tokens)
     segments = segments.at[:, prefix:].add(jnp.where(segments[:, prefix:] > 0, answer, 0))
-    hidden, _, _ = forward(params, model, tokens, positions, segments, layout=layout)
-    return hidden[:, prefix:].reshape(len(first), max_tokens, -1)
+    hidden, _, routing = forward(params, model, tokens, positions, segments, layout=layout)
+    return hidden[:, prefix:].reshape(len(first), max_tokens, -1), routing
 
 
 def _window(x: jax.Array, first: jax.Array, size: int) -> jax.Array:
@@ -103,10 +106,23 @@ def _window(x: jax.Array, first: jax.Array, size: int) -> jax.Array:
 def policy_objective(
     params: Params, model: ModelConfig, batch: Batch, layout: Layout | None, *, config: RLConfig
 ) -> tuple[jax.Array, Metrics]:
-    """The loss of some of an update's rows, and what is reported: sums, for the weights in the batch hold the normaliser."""
+    """The loss of some of an update's rows, and what is reported: sums, for the weights in the batch hold the normaliser.
+
+    The routers' losses are means over all that these rows read, and count by the share of the update's actions that is in them.
+    """
     rollouts = config.rollouts
     # Micro-batches take their rows in turn, and so as many of each group.
     shared = config.policy.group_size // config.accumulation if config.share_prompts else 1
     scores = score(params, model, batch, rollouts.temperature, rollouts.max_tokens, config.chunk_tokens, layout, shared)
     constants = PolicyBatch(**{name: batch.get(name) for name in POLICY_FIELDS})  # pyright: ignore[reportArgumentType]
-    return policy_sums(config.policy, constants, scores.logprobs, scores.entropies, scores.values)
+    total, sums = policy_sums(config.policy, constants, scores.logprobs, scores.entropies, scores.values)
+    if scores.routing is None:
+        return total, sums
+    assert model.moe is not None
+    share = jnp.sum(constants.token_weights)
+    router = {
+        "balance_loss": model.moe.balance_loss * share * jnp.sum(scores.routing.balance_loss),
+        "router_z_loss": model.moe.z_loss * share * jnp.sum(scores.routing.z_loss),
+    }
+    total += sum(router.values())
+    return total, sums | router | {"loss": total, "expert_load": scores.routing.load}

@@ -24,6 +24,7 @@ from model.ring_attention import zigzag
 from model.sharding import TRAIN_RULES, Layout, check_mesh, constrain, make_mesh, resolve_sizes
 from model.transformer import activations, forward
 from train.config import DEFAULT_RULES, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from train.distillation import TEACHER, distillation_sums
 from train.micro_batches import split_rows
 from train.optimizer import make_optimizer, make_schedule
 from train.preferences import constants_of_update, head_specs, preference_objective
@@ -39,7 +40,8 @@ class TrainState:
     """All that changes from step to step. `step` counts finished updates; `ema` is None when it is off.
 
     With LoRA, `params` are the adapters, and `frozen` what they adapt; with an objective that compares with a reference,
-    `frozen` is that. It is part of the state, because a step is a function of it, but it never changes and is not saved.
+    `frozen` is that; with a teacher it is the teacher. It is part of the state, because a step is a function of it, but it
+    never changes and is not saved.
     """
 
     params: Params
@@ -107,6 +109,10 @@ def next_token_objective(loss: LossConfig) -> Objective:
     return objective
 
 
+def _trained_alone(params: Params, _: Params | None) -> Params:
+    return params
+
+
 def gradient_sums(
     params: Params,
     batch: Batch,
@@ -115,16 +121,17 @@ def gradient_sums(
     model: ModelConfig,
     objective: Objective,
     accumulation: int,
-    lora: LoraConfig | None = None,
+    whole: Callable[[Params, Params | None], Params] = _trained_alone,
     layout: Layout | None = None,
 ) -> tuple[Params, Metrics]:
     """Gradients and metrics of a batch, added up over `accumulation` micro-batches.
 
-    With `lora`, `params` are adapters of the `frozen` network.
+    Args:
+      whole: what the objective reads, of `params` and `frozen`: with LoRA `params` are adapters of the frozen network.
     """
 
     def of_rows(params: Params, micro: Batch) -> tuple[jax.Array, Metrics]:
-        return objective(adapt(frozen, params, lora) if lora else params, model, micro, layout)
+        return objective(whole(params, frozen), model, micro, layout)
 
     gradient = jax.grad(of_rows, has_aux=True)
     if accumulation == 1:
@@ -263,8 +270,8 @@ class Trainer:
     Attributes:
       model: the network that is computed: that of the config or, over a rounded base, one with a head of its own.
       specs: of what is trained.
-      init: with new weights.
-      begin: with these weights; the key draws the adapters of LoRA.
+      init: (key) -> state with new weights; with a teacher, (key, its parameters).
+      begin: (weights, key) -> state with these; the key draws the adapters of LoRA. With a teacher its parameters as well.
       freeze: weights -> `TrainState.frozen`, where that is not None.
       whole: (params or their average, frozen) -> parameters of `model`.
       step: (state, batch) -> (state, metrics); consumes the state.
@@ -278,8 +285,8 @@ class Trainer:
     model: ModelConfig
     specs: Params
     mesh: Mesh
-    init: Callable[[jax.Array], TrainState]
-    begin: Callable[[Params, jax.Array], TrainState]
+    init: Callable[..., TrainState]
+    begin: Callable[..., TrainState]
     freeze: Callable[[Params], Params]
     whole: Callable[[Params, Params | None], Params]
     step: Any
@@ -294,6 +301,9 @@ class Trainer:
 def make_trainer(config: TrainConfig, devices: Sequence[Any] | None = None) -> Trainer:
     """The trainer of a run that learns to write what it reads, or from preferences; see `make_trainer_of`."""
     weights = param_specs(config.model) | head_specs(config.objective, config.model)
+    if config.distillation is not None:
+        objective = functools.partial(distillation_sums, config=config.distillation, loss=config.loss)
+        return make_trainer_of(config, objective, weights, devices, teacher=config.distillation.model)
     if config.objective is None:
         return make_trainer_of(config, next_token_objective(config.loss), weights, devices)
     objective = preference_objective(config.objective, config.loss)
@@ -306,12 +316,14 @@ def make_trainer_of(
     weights: Params,
     devices: Sequence[Any] | None = None,
     prepare: Prepare | None = None,
+    teacher: ModelConfig | None = None,
 ) -> Trainer:
     """Builds mesh, optimizer and compiled functions. Nothing is allocated.
 
     Args:
       weights: tree of ParamSpec: the parameters of `config.model`, and perhaps others that the objective reads.
       prepare: adds to a batch what is a constant of its update; the initial weights are then kept, as its reference.
+      teacher: a network whose parameters are `TrainState.frozen`, and which the objective reads as `params[TEACHER]`.
 
     Raises:
       ValueError: the mesh does not fit the devices, the batch or a parameter does not divide over it, or the attention backend
@@ -344,6 +356,9 @@ def make_trainer_of(
         abstract_frozen = jax.eval_shape(freeze, abstract_params(weights))
         of_frozen = jax.tree.map(lambda _: replicated, abstract_frozen) if lora and lora.base_bits else of_weights
         freeze = jax.jit(freeze, out_shardings=of_frozen)
+    elif teacher:
+        of_teacher = param_specs(teacher)
+        abstract_frozen, of_frozen = abstract_params(of_teacher), param_shardings(of_teacher, layout)
     network = dataclasses.replace(model, tie_embeddings=False) if lora and lora.base_bits else model
     abstract = jax.eval_shape(state_of, abstract_params(specs), abstract_frozen)
     of_opt_state = opt_state_shardings(abstract.opt_state, specs, of_params, replicated)
@@ -351,11 +366,13 @@ def make_trainer_of(
     shardings = abstract.replace(params=of_params, opt_state=of_opt_state, ema=of_ema, step=replicated, frozen=of_frozen)
     make_state = jax.jit(state_of, out_shardings=shardings)
 
-    def begin(base: Params, key: jax.Array) -> TrainState:
-        frozen = freeze(base) if lora or prepare else None
+    def begin(base: Params, key: jax.Array, taught_by: Params | None = None) -> TrainState:
+        frozen = freeze(base) if lora or prepare else taught_by
         return make_state(init_params(specs, key, of_params) if lora else base, frozen)
 
     def whole(params: Params, frozen: Params | None) -> Params:
+        if teacher:
+            return params | {TEACHER: frozen}
         return adapt(frozen, params, lora) if lora else params
 
     def with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -371,7 +388,7 @@ def make_trainer_of(
         model=network,
         objective=objective,
         accumulation=config.accumulation,
-        lora=lora,
+        whole=whole,
         layout=None if by_replica else of_step,
     )
     if by_replica:
@@ -394,7 +411,7 @@ def make_trainer_of(
         model=network,
         specs=specs,
         mesh=mesh,
-        init=lambda key: begin(init_params(weights, key, of_weights), key),
+        init=lambda key, taught_by=None: begin(init_params(weights, key, of_weights), key, taught_by),
         begin=begin,
         freeze=freeze,
         whole=whole,

@@ -11,17 +11,32 @@ _MAX_TRIES = 200
 
 
 def mistaken(task: Task, example: Example, rng: random.Random) -> str:
-    """A completion that scores below 1: the right answer with one character left out, doubled, exchanged or moved.
+    """A completion that scores below 1: what the task says is tempting, or else the right answer with one character left out,
+    doubled, exchanged or moved.
 
     Raises:
       ValueError: none of many tries is wrong.
     """
+    if "tempting" in example.metadata:
+        return wrap(example.metadata["tempting"], task.answer_format)
     for _ in range(_MAX_TRIES):
         answer = _slip(example.answer, rng)
         completion = wrap(answer, task.answer_format)
         if answer.strip() and task.score(completion, example).reward < 1:
             return completion
     raise ValueError(f"{task}: changing a character of {example.answer!r} never makes it wrong; give wrong answers in a file")
+
+
+def mistaken_steps(task: Task, example: Example, rng: random.Random) -> tuple[list[str], list[bool]]:
+    """The lines of the task's worked solution up to one with a slip, the first wrong step, at which annotators stop
+    (arXiv:2305.20050); and whether each is right."""
+    steps = task.solution(example).split("\n")
+    wrong = rng.randrange(len(steps))
+    for _ in range(_MAX_TRIES):
+        step = _slip(steps[wrong], rng)
+        if step.strip() and step != steps[wrong]:
+            return [*steps[:wrong], step], [True] * wrong + [False]
+    raise ValueError(f"{task}: changing a character of {steps[wrong]!r} never makes it another step")
 
 
 def _slip(answer: str, rng: random.Random) -> str:

@@ -12,6 +12,7 @@ from data.tasks.constraints import Constraints
 from data.tasks.countdown import Countdown
 from data.tasks.gcd import Gcd
 from data.tasks.gsm8k import Gsm8k
+from data.tasks.guarded_reverse import GuardedReverse
 from data.tasks.json_schema import JsonSchema
 from data.tasks.letter_count import LetterCount
 from data.tasks.python_programs import PythonPrograms
@@ -23,6 +24,7 @@ from data.tasks.worth import Worth
 
 TASKS: dict[str, type[Task]] = {
     "reverse": Reverse,
+    "guarded_reverse": GuardedReverse,
     "addition": Addition,
     "sort": Sort,
     "gcd": Gcd,

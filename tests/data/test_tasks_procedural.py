@@ -21,8 +21,10 @@ from data.tasks.brackets import Brackets
 from data.tasks.constraints import Constraints
 from data.tasks.countdown import Countdown, evaluate
 from data.tasks.gcd import Gcd
+from data.tasks.guarded_reverse import GuardedReverse
 from data.tasks.json_schema import JsonSchema
 from data.tasks.letter_count import LetterCount
+from data.tasks.mistakes import mistaken
 from data.tasks.registry import TASKS, make_task
 from data.tasks.reverse import Reverse
 from data.tasks.sort import Sort
@@ -46,6 +48,8 @@ TASKS_HERE = [
     JsonSchema(),
     JsonSchema(answer_format="tags"),
     Worth(),
+    GuardedReverse(),
+    GuardedReverse(answer_format="tags", share=1.0),
 ]
 every_task = pytest.mark.parametrize("task", TASKS_HERE, ids=lambda task: f"{type(task).__name__}-{task.answer_format}")
 
@@ -431,3 +435,24 @@ RECORDED = [
     "brackets 8: []()",
     "count u in uuu = ",
 ]
+
+
+def test_what_is_forbidden_is_declined_and_the_tempting_answer_is_wrong():
+    task = GuardedReverse(min_length=3, max_length=6, alphabet="abcd")
+    seen = Counter()
+    for i in range(200):
+        example = task.example(i, 0)
+        is_forbidden = "dad" in example.problem
+        seen[is_forbidden] += 1
+        assert example.answer == ("reserved" if is_forbidden else example.problem[::-1])
+        assert ("tempting" in example.metadata) == is_forbidden
+        wrong = mistaken(task, example, random.Random(i))
+        assert task.score(wrong, example).reward == 0
+        if is_forbidden:
+            assert wrong == example.problem[::-1]
+    assert 60 < seen[True] < 140
+    assert {"dad" in GuardedReverse(share=share).example(i, 0).problem for share in (0.0,) for i in range(50)} == {False}
+    for options in ({"forbidden": "xyz9"}, {"min_length": 2}, {"refusal": "a dad"}, {"share": 1.5}):
+        (name,) = options
+        with pytest.raises(ValueError, match="forbidden" if name == "min_length" else name):
+            GuardedReverse(**options)

@@ -253,10 +253,12 @@ def test_dynamic_sampling_takes_the_first_informative_prompts_and_tells_what_is_
 def test_rewards_of_several_kinds_are_normalised_each_or_summed():
     kinds, coefficients = np.asarray([[0.0, 0, 1, 1], [0, 100, 0, 100]]), np.asarray([1.0, 2.0])
     same = np.zeros(4, int)
-    each = multi_reward_advantages(kinds, coefficients, same, ONES, "group", normalise_each=True)
+    each = multi_reward_advantages(kinds, coefficients, same, ONES, "group")
     close(each, 3**0.5 / 2 * np.asarray([-3, 1, -1, 3]), rtol=1e-3)
-    summed = multi_reward_advantages(kinds, coefficients, same, ONES, "group", normalise_each=False)
-    close(summed, group_advantages(kinds[0] + 2 * kinds[1], same, ONES, "group"))
+    rollouts = make_rollouts(rewards=coefficients @ kinds, groups=same, parts=kinds.T, part_weights=coefficients)
+    apart, summed = (run_prepare(PolicyConfig(scale="group", normalise_parts=n), rollouts, 0.0)[0] for n in (True, False))
+    close(apart.advantages, MASK * np.asarray(each)[:, None])
+    close(summed.advantages, MASK * np.asarray(group_advantages(kinds[0] + 2 * kinds[1], same, ONES, "group"))[:, None])
 
 
 def test_bad_rewards_are_left_out_and_counted():

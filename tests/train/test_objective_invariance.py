@@ -33,7 +33,7 @@ from train.objectives.config import (
     dapo,
     dr_grpo,
 )
-from train.objectives.distillation import forward_kl_losses, reverse_kl_losses, sequence_losses
+from train.objectives.distillation import forward_kl_losses, reverse_kl_losses
 from train.objectives.kto import kto_losses, kto_reference_point, mismatched_rows
 from train.objectives.pairs import pair_logprobs
 from train.objectives.policy_gradient import Rollouts, policy_sums, prepare
@@ -79,7 +79,7 @@ PAIRS = {
     "orpo": ORPOConfig(),
     "cpo": CPOConfig(),
 }
-OTHERS = ["kto", "reward_pairs", "reward_rankings", "outcome", "process", "distil_forward", "distil_reverse", "distil_sequence"]
+OTHERS = ["kto", "reward_pairs", "reward_rankings", "outcome", "process", "distil_forward", "distil_reverse"]
 
 
 def make_data() -> dict[str, np.ndarray]:
@@ -185,8 +185,6 @@ def loss(name, weights, data, constants):
             which, losses = "rows", outcome_losses(scores, data["desirable"])
         case "process":
             which, losses = "step_ends", process_losses(values, data["step_labels"])[0]
-        case "distil_sequence":
-            which, losses = "tokens", sequence_losses(logprobs)
         case _:
             objective = forward_kl_losses if name == "distil_forward" else reverse_kl_losses
             logits = visible(jnp.einsum("d,btdv->btv", weights, data["feature_logits"]))

@@ -19,12 +19,13 @@ from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.tokenizer import load_tokenizer
 from experiments.report import write_report
 from inference.engine import Token
-from model.config import LoraConfig, ModelConfig
+from model.config import LoraConfig, ModelConfig, MoeConfig
 from model.params import init_params, param_specs, unstack_layers
 from model.transformer import forward, unembed
 from tests.networks import random_params
 from train import rl
 from train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from train.initial import open_initial
 from train.loop import train
 from train.metrics import read_jsonl
 from train.objectives.config import (
@@ -34,6 +35,7 @@ from train.objectives.config import (
     MAXRL,
     PPO,
     REINFORCE,
+    REMAX,
     ImportanceConfig,
     KLConfig,
     ObjectiveConfig,
@@ -45,6 +47,7 @@ from train.rl_step import score
 from train.rollouts import prompt_seed, to_rows
 
 MODEL = ModelConfig(vocab_size=32, num_layers=1, d_model=32, num_heads=2, d_ff=64, max_seq_len=32)
+EXPERTS = dataclasses.replace(MODEL, moe=MoeConfig(num_experts=4, experts_per_token=2, d_ff=32, balance_loss=0.5, z_loss=0.1))
 TASK = TaskConfig("reverse", (("min_length", 1), ("max_length", 2), ("alphabet", "ab"), ("template", "{text}=")))
 ONE_DEVICE = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, schedule=ScheduleConfig("constant", warmup="0 %"))
 
@@ -322,7 +325,11 @@ def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_pa
         ({"minibatches": 3}, "not divisible by minibatches=3"),
         ({"rollouts": RolloutConfig(max_tokens=60)}, r"exceed model\.max_seq_len=32"),
         ({"policy": PolicyConfig(aggregation="dr_grpo", max_length=7)}, r"policy\.max_length=7 is not rollouts\.max_tokens=6"),
-        ({"policy": dataclasses.replace(REINFORCE, advantage="greedy")}, "greedy"),
+        ({"lora": LoraConfig(), "model": EXPERTS}, r"lora does not go with model\.moe"),
+        (
+            {"policy": PolicyConfig(scale="group", normalise_parts=True)},
+            r"policy\.normalise_parts is for rewards of several parts: set reward_model",
+        ),
         ({"rollouts": RolloutConfig(4, 6, 6, ahead=True)}, r"set policy\.importance\.level"),
         ({"policy": dataclasses.replace(PPO, group_size=4), "lora": LoraConfig()}, r"policy\.value needs a head"),
         ({"task_weight": 0.0}, "task_weight=0.0 must be >= 0, and above 0 unless a reward_model judges"),
@@ -556,3 +563,121 @@ def test_without_scoring_the_sampler_speaks_for_the_trainer(warm_start, tmp_path
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-8), name
     assert any(record["grad_norm"] > 0 for record in without)
     assert not any(name.startswith("mismatch") for record in without for name in record)
+
+
+def watch_constants(monkeypatch):
+    """What each step's rewards and constants were."""
+    seen, real = [], rl.RLLoop._constants
+
+    def constants(self, judged):
+        found = real(self, judged)
+        seen.append((judged, jax.device_get(found[0]), self))
+        return found
+
+    monkeypatch.setattr(rl.RLLoop, "_constants", constants)
+    return seen
+
+
+def most_likely(read, prompt, most, stop_id):
+    """The greedy answer, by a forward pass over the whole text for each token; without its stop token."""
+    ids, size = list(prompt), MODEL.max_seq_len
+    while len(ids) - len(prompt) < most:
+        real = (np.arange(size) < len(ids)).astype(np.int32)[None]
+        ids.append(int(np.argmax(read(np.pad(ids, (0, size - len(ids)))[None], real)[0, len(ids) - 1])))
+        if ids[-1] == stop_id:
+            return ids[len(prompt) : -1]
+    return ids[len(prompt) :]
+
+
+def test_the_greedy_baseline_is_the_reward_of_the_most_likely_answer(warm_start, tmp_path, monkeypatch):
+    seen = watch_constants(monkeypatch)
+    policy = dataclasses.replace(REMAX, group_size=2)
+    rollouts = RolloutConfig(prompts=6, max_prompt_tokens=6, max_tokens=6, max_batch=8, verifiers=1)
+    (record,) = run(job(warm_start, tmp_path / "run", policy=policy, rollouts=rollouts, steps=1))
+    ((judged, constants, loop),) = seen
+    weights = open_initial(str(warm_start), MODEL).load(loop.policy.trainer.abstract_weights)
+    task = TASK.make()
+    places = np.arange(MODEL.max_seq_len)[None]
+    read = jax.jit(lambda tokens, real: unembed(weights, MODEL, forward(weights, MODEL, tokens, places, real)[0]))
+    for row, baseline in enumerate(judged.baseline):
+        example = task.example(row // 2, 0)
+        answer = most_likely(read, loop._prompt(example), 6, loop.tokenizer.eos_id)
+        assert baseline == task.score(loop._text(answer), example).reward
+        expected = (judged.rewards[row] - baseline) * judged.samples.mask[row]
+        np.testing.assert_allclose(constants.advantages[row], expected, atol=1e-7)
+    assert record["reward/greedy"] == pytest.approx(judged.baseline.mean())
+    assert np.ptp(judged.baseline) > 0
+    assert np.any(constants.advantages)
+
+
+@pytest.mark.slow
+def test_a_greedy_baseline_goes_on_to_the_same_bits_with_answers_drawn_ahead(warm_start, tmp_path, monkeypatch):
+    changes = {
+        "policy": PolicyConfig(advantage="greedy", group_size=2, importance=ImportanceConfig("token")),
+        "rollouts": RolloutConfig(6, 6, 6, ahead=True, max_batch=8, verifiers=1),
+    }
+    straight = run(job(warm_start, tmp_path / "straight", **changes))
+    stopped, calls = job(warm_start, tmp_path / "stopped", **changes), iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "stop_on_signal", lambda: StopAfter(1, calls))
+        assert rl.train_with_rewards(stopped, log=lambda _: None) == 42
+    assert run(stopped) == straight
+
+
+@pytest.mark.slow
+def test_parts_of_the_reward_are_normalised_apart(warm_start, scorer, tmp_path, monkeypatch):
+    seen = watch_constants(monkeypatch)
+    policy = PolicyConfig(group_size=4, scale="group", normalise_parts=True)
+    options = {"reward_model": scorer("parts", BARE), "task_weight": 2.0, "reward_model_weight": 0.5, "policy": policy}
+    run(job(warm_start, tmp_path / "run", steps=1, **options))
+    ((judged, constants, _),) = seen
+    np.testing.assert_allclose(judged.parts @ [2.0, 0.5], judged.rewards, rtol=1e-5)
+    apart = judged.parts.astype(np.float64).reshape(-1, 4, 2)
+    normalised = (apart - apart.mean(1, keepdims=True)) / (apart.std(1, ddof=1, keepdims=True) + 1e-4)
+    expected = (normalised @ [2.0, 0.5]).reshape(-1)
+    np.testing.assert_allclose(constants.advantages, expected[:, None] * judged.samples.mask, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_entropy_bonus_rises_below_its_target_and_continues_with_a_run(warm_start, tmp_path, monkeypatch):
+    """By the step's own entropy, whatever the gradients do."""
+    policy = PolicyConfig(group_size=4, entropy_coefficient=0.01, entropy_target=100.0, entropy_step=0.25)
+    config = job(warm_start, tmp_path / "run", policy=policy)
+    calls = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "stop_on_signal", lambda: StopAfter(1, calls))
+        assert rl.train_with_rewards(config, log=lambda _: None) == 42
+    metrics = run(config)
+    assert [record["entropy_coefficient"] for record in metrics] == pytest.approx([0.01, 0.26, 0.51])
+    for record in metrics:
+        assert record["loss"] == pytest.approx(
+            record["policy_loss"] - record["entropy_coefficient"] * record["entropy"], rel=1e-4, abs=1e-6
+        )
+
+
+@pytest.fixture(scope="module")
+def expert_start(tmp_path_factory):
+    """The warm start of a network with experts."""
+    directory = tmp_path_factory.mktemp("experts")
+    source = SourceConfig("reverse", "task", task=TASK, num_examples=200, held_out_fraction=0.1)
+    data = DataConfig((source,), tokenizer=TokenizerConfig("chars"), seq_len=16, cache_dir=str(directory / "cache"))
+    options = {"run_dir": str(directory / "run"), "writers": (), "optimizer": OptimizerConfig(learning_rate=1e-2)}
+    assert train(TrainConfig("experts", EXPERTS, data, steps=8, batch_size=8, **options), log=lambda _: None) == 0
+    return directory / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{}, {"accumulation": 4}, {"share_prompts": True}], ids=["plain", "parts", "shared prompts"]
+)
+def test_experts_are_routed_alike_by_sampler_and_trainer_and_are_balanced(expert_start, tmp_path, changes):
+    metrics = run(job(expert_start, tmp_path / "run", model=EXPERTS, steps=2, **changes))
+    for record in metrics:
+        assert record["mismatch_max"] < 1e-5
+        assert abs(record["update_kl"]) < 1e-9
+        assert record["balance_loss"] >= 0.5 * 0.99  # of one layer: 1 where all experts have the same share
+        assert record["loss"] == pytest.approx(
+            record["policy_loss"] + record["balance_loss"] + record["router_z_loss"], rel=1e-4, abs=1e-6
+        )
+        assert record["load_imbalance"] >= 1
+    assert metrics[0]["grad_norm"] > 0

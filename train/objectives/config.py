@@ -24,6 +24,7 @@ Scale = Literal["none", "group", "batch"]
 Truncation = Literal["keep", "mask", "zero_reward", "penalty", "soft_penalty"]
 ZeroVariance = Literal["keep", "drop", "resample"]
 Bug = Literal["k1_in_loss", "truncated_sampling", "stop_token_untrained", "micro_batch_normaliser"]
+StepAggregation = Literal["min", "product", "last"]
 DPOKind = Literal["sigmoid", "conservative", "robust", "hinge", "ipo"]
 
 GROUP_ADVANTAGES = ("rloo", "group", "maxrl")
@@ -137,7 +138,11 @@ class PolicyConfig:
         penalty that rises from 0 to 1 over the last `overlong_cache` tokens before the limit.
       zero_variance: groups whose rewards are all equal: `keep` them in the denominators, `drop` them, or sample other prompts
         until there are enough (`resample`, which is `drop` here).
+      normalise_parts: each part of the reward has advantages of its own, scaled by its own deviation, and those are weighed
+        and added (GDPO, arXiv:2601.05242), so that no part is drowned by one of larger spread; otherwise the sum has them.
       entropy_coefficient: bonus on the entropy of the whole distribution.
+      entropy_target, entropy_step: nats per token; after a step whose entropy is below the target the coefficient is raised by
+        `entropy_step`, above it lowered (arXiv:2505.22312); target 0 keeps it fixed.
       entropy_fraction: train only on this share of tokens, those of highest entropy (arXiv:2506.01939).
       updates_per_batch: optimizer updates made of one batch of rollouts.
       bugs: what is wrong on purpose, in a study of what it does.
@@ -162,7 +167,10 @@ class PolicyConfig:
     importance: ImportanceConfig = ImportanceConfig()
     value: ValueConfig | None = None
     ema_decay: float = 0.95
+    normalise_parts: bool = False
     entropy_coefficient: float = 0.0
+    entropy_target: float = 0.0
+    entropy_step: float = 0.005
     entropy_fraction: float = 1.0
     updates_per_batch: int = 1
     bugs: tuple[Bug, ...] = ()
@@ -231,6 +239,21 @@ class PolicyConfig:
             "policy.advantage='gae' needs policy.value, and no other advantage uses one",
         )
         check(
+            self.advantage != "greedy" or self.truncation in ("keep", "mask"),
+            f"policy.truncation={self.truncation!r} changes the rewards of samples, and not that of the greedy answer, which "
+            "advantage='greedy' subtracts: take 'keep' or 'mask'",
+        )
+        check(
+            not self.normalise_parts or (self.scale != "none" and self.zero_variance == "keep"),
+            "policy.normalise_parts divides each part of the reward by its deviation: set advantage='group', scale='group' or "
+            "'batch', and zero_variance='keep'",
+        )
+        check(
+            not self.normalise_parts or (not self.kl.reward_coefficient and self.truncation in ("keep", "mask")),
+            "policy.normalise_parts is of the parts alone, and kl.reward_coefficient and policy.truncation change their sum: "
+            "take kl.loss_coefficient, and truncation 'keep' or 'mask'",
+        )
+        check(
             self.advantage != "maxrl"
             or (not self.kl.reward_coefficient and self.truncation not in ("penalty", "soft_penalty")),
             "policy.advantage='maxrl' divides by the mean reward, so no reward may be negative: no kl.reward_coefficient, no "
@@ -253,6 +276,10 @@ class PolicyConfig:
             "otherwise be 0",
         )
         check(self.entropy_coefficient >= 0, f"policy.entropy_coefficient={self.entropy_coefficient} must be >= 0 (0 is off)")
+        check(
+            self.entropy_target >= 0 and self.entropy_step > 0,
+            f"policy.entropy_target={self.entropy_target} must be >= 0 (0 is off), entropy_step={self.entropy_step} positive",
+        )
         check(0 < self.entropy_fraction <= 1, f"policy.entropy_fraction={self.entropy_fraction} must lie in (0, 1]")
         check(
             not self.kl.loss_coefficient
@@ -412,12 +439,19 @@ class OutcomeModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessModelConfig:
+    """Whether each step of a solution is right, judged where it ends (arXiv:2305.20050); labels may be chances, such as the
+    share of continuations that succeed (arXiv:2312.08935)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     """What is learned from preferences: exactly one of these is set.
 
     Attributes:
       dpo, simpo, orpo, cpo, reward_model: of pairs (`data.content="pairs"`).
       kto, outcome_model: of answers that are each desirable or not (`data.content="labels"`).
+      process_model: of solutions whose steps are each right or not (`data.content="steps"`).
     """
 
     dpo: DPOConfig | None = None
@@ -427,6 +461,7 @@ class ObjectiveConfig:
     kto: KTOConfig | None = None
     reward_model: RewardModelConfig | None = None
     outcome_model: OutcomeModelConfig | None = None
+    process_model: ProcessModelConfig | None = None
 
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]
@@ -434,7 +469,7 @@ class ObjectiveConfig:
         check(len(found) == 1, f"objective has {' and '.join(found) or 'nothing'}: set exactly one of {', '.join(names)}")
 
     @property
-    def chosen(self) -> PairConfig | KTOConfig | RewardModelConfig | OutcomeModelConfig:
+    def chosen(self) -> PairConfig | KTOConfig | RewardModelConfig | OutcomeModelConfig | ProcessModelConfig:
         return next(value for field in dataclasses.fields(self) if (value := getattr(self, field.name)) is not None)
 
     @property
@@ -442,8 +477,10 @@ class ObjectiveConfig:
         return next(field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None)
 
     @property
-    def content(self) -> Literal["pairs", "labels"]:
+    def content(self) -> Literal["pairs", "labels", "steps"]:
         """What `data.content` must be."""
+        if self.process_model:
+            return "steps"
         return "labels" if self.kto or self.outcome_model else "pairs"
 
     @property
@@ -454,4 +491,4 @@ class ObjectiveConfig:
     @property
     def has_head(self) -> bool:
         """Whether answers are scored, rather than written."""
-        return self.reward_model is not None or self.outcome_model is not None
+        return any(part is not None for part in (self.reward_model, self.outcome_model, self.process_model))

@@ -1,4 +1,5 @@
-"""Distillation from a teacher: of its distributions, token by token, or of what it wrote.
+"""Distillation of a teacher's distributions, token by token. What a teacher wrote is learned like any text: see
+`train/synthesis/best_of.py`.
 
 All [..., V] logits are of one vocabulary. Losses are per token, to be weighed by `train.objectives.aggregate.token_weights`.
 """
@@ -30,8 +31,3 @@ def reverse_kl_losses(student_logits: jax.Array, teacher_logits: jax.Array, temp
     """
     teacher = jax.lax.stop_gradient(jax.nn.log_softmax(teacher_logits / temperature))
     return temperature**2 * _kl(jax.nn.log_softmax(student_logits / temperature), teacher)
-
-
-def sequence_losses(logprobs: jax.Array) -> jax.Array:
-    """Negative log-likelihood of the teacher's tokens (arXiv:1606.07947)."""
-    return -logprobs

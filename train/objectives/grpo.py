@@ -75,12 +75,10 @@ def maxrl_advantages(rewards: jax.Array, groups: jax.Array, valid: jax.Array) ->
 
 
 def multi_reward_advantages(
-    rewards: jax.Array, coefficients: jax.Array, groups: jax.Array, valid: jax.Array, scale: Scale, normalise_each: bool
+    rewards: jax.Array, coefficients: jax.Array, groups: jax.Array, valid: jax.Array, scale: Scale
 ) -> jax.Array:
-    """Advantages [B] of rewards [K, B] with coefficients [K]: of the sum, or the sum of each kind's own (GDPO,
-    arXiv:2601.05242), where a kind of small spread is not drowned by another."""
-    if not normalise_each:
-        return group_advantages(coefficients @ rewards, groups, valid, scale)
+    """Advantages [B] of rewards [K, B]: the sum, with coefficients [K], of each kind's own (GDPO, arXiv:2601.05242), where a
+    kind of small spread is not drowned by another."""
     return coefficients @ jax.vmap(lambda kind: group_advantages(kind, groups, valid, scale))(rewards)
 
 

@@ -16,7 +16,13 @@ from train.objectives.aggregate import as_float, masked, masked_mean, sequence_s
 from train.objectives.cispo import cispo_losses
 from train.objectives.config import PolicyConfig
 from train.objectives.entropy import high_entropy_mask
-from train.objectives.grpo import group_advantages, group_statistics, maxrl_advantages, overlong_penalty
+from train.objectives.grpo import (
+    group_advantages,
+    group_statistics,
+    maxrl_advantages,
+    multi_reward_advantages,
+    overlong_penalty,
+)
 from train.objectives.gspo import gspo_losses, sequence_log_ratio
 from train.objectives.importance import importance_weights, log_ratio
 from train.objectives.kl import kl_losses, kl_values
@@ -43,6 +49,7 @@ class Rollouts:
       values: [B, T], of the state before each token.
       entropies: [B, T], of the policy before its first update, for `entropy_fraction` < 1.
       baseline: scalar for `ema`, or rewards [B] of greedy answers for `greedy`.
+      parts, part_weights: [B, K] and [K], what the rewards are the sum of, for `normalise_parts`.
     """
 
     mask: jax.Array
@@ -56,6 +63,8 @@ class Rollouts:
     values: jax.Array | None = None
     entropies: jax.Array | None = None
     baseline: jax.Array | None = None
+    parts: jax.Array | None = None
+    part_weights: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -66,6 +75,7 @@ class PolicyBatch:
       weights: of the policy loss, importance weights included.
       kl_weights: of the KL loss: the same aggregation, over all actions.
       token_weights: a mean over all actions, of entropy, values and what is reported.
+      entropy_weights: the same times the coefficient of the bonus, if there is one.
     """
 
     mask: jax.Array
@@ -77,13 +87,20 @@ class PolicyBatch:
     reference_logprobs: jax.Array | None
     old_values: jax.Array | None
     returns: jax.Array | None
+    entropy_weights: jax.Array | None = None
 
 
-def prepare(config: PolicyConfig, rollouts: Rollouts, kl_coefficient: jax.Array | float) -> tuple[PolicyBatch, Metrics]:
+def prepare(
+    config: PolicyConfig,
+    rollouts: Rollouts,
+    kl_coefficient: jax.Array | float,
+    entropy_coefficient: jax.Array | float | None = None,
+) -> tuple[PolicyBatch, Metrics]:
     """Constants of the update and metrics of the rollouts.
 
     Args:
       kl_coefficient: of k1 in the reward; `config.kl.reward_coefficient`, or what has become of it.
+      entropy_coefficient: what has become of `config.entropy_coefficient`; None is that itself.
     """
     counts = as_float(rollouts.valid) * jnp.isfinite(rollouts.rewards)
     if config.advantage == "maxrl":
@@ -116,16 +133,19 @@ def prepare(config: PolicyConfig, rollouts: Rollouts, kl_coefficient: jax.Array 
     if config.entropy_fraction < 1:
         trained = high_entropy_mask(_given(rollouts.entropies, "entropies"), trained, config.entropy_fraction)
     importance = importance_weights(config.importance, rollouts.trainer_logprobs, rollouts.sampler_logprobs, mask)
+    of_tokens = token_weights(mask, "token_mean")
+    bonus = config.entropy_coefficient if entropy_coefficient is None else entropy_coefficient
     batch = PolicyBatch(
         mask=mask,
         old_logprobs=masked(rollouts.trainer_logprobs, mask),
         advantages=masked(advantages, mask),
         weights=token_weights(trained, config.aggregation, config.max_length) * importance,
         kl_weights=token_weights(actions, config.aggregation, config.max_length) * importance,
-        token_weights=token_weights(mask, "token_mean"),
+        token_weights=of_tokens,
         reference_logprobs=rollouts.reference_logprobs,
         old_values=None if rollouts.values is None else masked(rollouts.values, mask),
         returns=returns,
+        entropy_weights=bonus * of_tokens if config.entropy_coefficient or config.entropy_target else None,
     )
     return jax.lax.stop_gradient(batch), metrics | {
         "zero_variance_fraction": masked_mean(as_float(equal), counts),
@@ -167,6 +187,10 @@ def _advantages(
     """[B, T]."""
     returns = sequence_sums(per_token, mask)
     match config.advantage:
+        case "group" if config.normalise_parts:
+            parts, part_weights = _given(rollouts.parts, "parts"), _given(rollouts.part_weights, "part_weights")
+            advantages = multi_reward_advantages(parts.T, part_weights, rollouts.groups, counts, config.scale)
+            return masked(advantages[:, None], mask)
         case "group":
             advantages = group_advantages(returns, rollouts.groups, counts, config.scale)
             return masked(advantages[:, None], mask)
@@ -195,7 +219,7 @@ def policy_sums(
 
     Args:
       logprobs: [B, T], of the policy that is trained; differentiable, like the other two.
-      entropies: [B, T], reported, and rewarded by `entropy_coefficient`.
+      entropies: [B, T], reported, and rewarded by `PolicyBatch.entropy_weights`.
       values: [B, T], for `gae`.
     """
     mask, weights = batch.mask, batch.token_weights
@@ -224,7 +248,8 @@ def policy_sums(
         total += config.kl.loss_coefficient * sums["kl_loss"]
     if entropies is not None:
         sums["entropy"] = weighted_sum(weights, entropies)
-        total -= config.entropy_coefficient * sums["entropy"]
+        if batch.entropy_weights is not None:
+            total -= weighted_sum(batch.entropy_weights, entropies)
     if config.value is not None:
         values, old_values = masked(_given(values, "values"), mask), _given(batch.old_values, "values")
         of_value = value_losses(values, old_values, _given(batch.returns, "returns"), config.value.clip)

@@ -7,17 +7,13 @@ Axes: N pairs or rankings, K answers of a ranking, B answers, T tokens.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
+from data.config import IGNORE
 from train.objectives.aggregate import as_float, divide, masked, sequence_sums
-from train.objectives.config import RewardModelConfig
+from train.objectives.config import RewardModelConfig, StepAggregation
 from train.objectives.ppo import last_action
-
-# Label of tokens that end no step.
-IGNORE = -100
 
 
 def last_token_scores(scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -62,7 +58,7 @@ def process_losses(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax
     return masked(outcome_losses(masked(logits, mask), masked(labels, mask)), mask), mask
 
 
-def solution_scores(logits: jax.Array, step_ends: jax.Array, aggregation: Literal["min", "product", "last"]) -> jax.Array:
+def solution_scores(logits: jax.Array, step_ends: jax.Array, aggregation: StepAggregation) -> jax.Array:
     """Score [B] in [0, 1] of a solution, of its steps' logits [B, T] where `step_ends` is 1; 1 if it has no steps."""
     log_p = masked(jax.nn.log_sigmoid(masked(logits, step_ends)), step_ends)
     match aggregation:

@@ -1,0 +1,156 @@
+"""Learning from a teacher's distributions: the loss in float64, a run that comes nearer and goes on, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import scipy.special
+
+from data.config import DataConfig, SourceConfig, TokenizerConfig
+from model.config import LoraConfig, ModelConfig
+from model.transformer import forward, unembed
+from tests.networks import random_params
+from train import loop
+from train.checkpoint import Checkpoints
+from train.config import (
+    CheckpointConfig,
+    DistillationConfig,
+    EvalConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from train.distillation import TEACHER, distillation_sums
+from train.metrics import read_jsonl
+
+TAUGHT_BY = ModelConfig(vocab_size=258, num_layers=2, d_model=24, num_heads=2, d_ff=32, max_seq_len=64)
+MODEL = ModelConfig(vocab_size=258, num_layers=1, d_model=16, num_heads=2, d_ff=32, max_seq_len=64)
+FAST = OptimizerConfig(learning_rate=1e-2, weight_decay=0.0, schedule=ScheduleConfig("constant", warmup="0 %"))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 258, (3, 21)).astype(np.int32)
+    segments = np.where(np.arange(20) < np.array([[20], [13], [0]]), 1, 0).astype(np.int32)
+    weights = (segments * (random.random((3, 20)) < 0.6)).astype(np.float32)
+    places = np.broadcast_to(np.arange(20, dtype=np.int32), (3, 20)) * segments
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": segments,
+        "positions": places,
+        "weights": weights,
+    }
+
+
+@pytest.fixture(scope="module")
+def networks():
+    student, teacher = random_params(MODEL), random_params(TAUGHT_BY)
+    return {**jax.tree.map(np.asarray, student), TEACHER: jax.tree.map(np.asarray, teacher)}
+
+
+def logits_of(params, model, rows):
+    hidden = forward(params, model, rows["tokens"], rows["positions"], rows["segment_ids"])[0]
+    return np.asarray(unembed(params, model, hidden), np.float64)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_loss_is_that_of_numpy_in_float64_whole_and_in_chunks(rows, networks, direction):
+    config = DistillationConfig("x", TAUGHT_BY, direction, temperature=1.7, share=0.3)
+    student = logits_of({name: leaf for name, leaf in networks.items() if name != TEACHER}, MODEL, rows)
+    teacher = logits_of(networks[TEACHER], TAUGHT_BY, rows)
+    log_p, log_q = (scipy.special.log_softmax(x / 1.7, axis=-1) for x in (student, teacher))
+    first, second = (log_q, log_p) if direction == "forward" else (log_p, log_q)
+    divergence = 1.7**2 * (np.exp(first) * (first - second)).sum(-1)
+    likelihood = np.take_along_axis(scipy.special.log_softmax(student, axis=-1), rows["targets"][..., None], -1)[..., 0]
+    nll, kl = (float((rows["weights"] * x).sum()) for x in (-likelihood, divergence))
+    assert kl > 1
+
+    def loss(params, chunk):
+        return distillation_sums(params, MODEL, rows, None, config=config, loss=LossConfig(chunk_tokens=chunk))
+
+    gradients = []
+    for chunk in (0, 18):
+        (total, sums), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(networks, chunk)
+        assert float(total) == pytest.approx(0.7 * nll + 0.3 * kl, rel=1e-5)
+        assert float(sums["loss"]) == pytest.approx(nll, rel=1e-5)
+        assert float(sums["teacher_kl"]) == pytest.approx(kl, rel=1e-5)
+        assert float(sums["weight"]) == rows["weights"].sum()
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient.pop(TEACHER)))
+        gradients.append(gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *gradients)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients[0]))
+
+
+def job(directory, **options):
+    path = directory / "chats.jsonl"
+    if not path.exists():
+        chats = [{"prompt": f"q{i}", "completion": f"{i}{i}"} for i in range(40)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in chats))
+    data = DataConfig(
+        (SourceConfig("made", "files", path=str(path), held_out_fraction=0.2),),
+        content="conversations",
+        tokenizer=TokenizerConfig("bytes"),
+        seq_len=64,
+        cache_dir=str(directory / "cache"),
+        loader_threads=0,
+    )
+    settings = {"checkpoint": CheckpointConfig(every=2), "eval": EvalConfig(every=100), "optimizer": FAST, "writers": ()}
+    settings |= {"run_dir": str(directory / "run"), "model": MODEL, "data": data, "steps": 4, "batch_size": 8}
+    return TrainConfig(**({"name": "taught"} | settings | options))
+
+
+def params_of(config):
+    state = Checkpoints(f"{config.run_dir}/checkpoints", keep=None).restore_newest
+    trainer = loop.make_trainer(config)
+    return state({"params": trainer.abstract_state.params}, print, partial=True)[0]["params"]
+
+
+@pytest.mark.slow
+def test_a_student_comes_nearer_to_its_teacher_and_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    quiet = {"log": lambda _: None}
+    assert loop.train(job(tmp_path, model=TAUGHT_BY, run_dir=str(tmp_path / "teacher"), steps=20), **quiet) == 0
+    taught = DistillationConfig(str(tmp_path / "teacher"), TAUGHT_BY, share=1.0)
+    eval_config = EvalConfig(every=100, sample_prompts=("q1",), sample_tokens=4)
+    straight = job(tmp_path, distillation=taught, run_dir=str(tmp_path / "straight"), steps=20, eval=eval_config)
+    assert loop.train(straight, **quiet) == 0
+    records = [record for record in read_jsonl(tmp_path / "straight/metrics.jsonl") if "loss" in record]
+    assert records[-1]["teacher_kl"] < records[0]["teacher_kl"] / 4
+    assert records[-1]["loss"] < records[0]["loss"]  # the texts', of which it only knows what the teacher does
+    stopped = dataclasses.replace(straight, run_dir=str(tmp_path / "stopped"))
+    calls = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_check_loss", lambda self, step, metrics: next(calls) < 5 or exit_now())
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(stopped, **quiet)
+    assert loop.train(stopped, **quiet) == 0
+    jax.tree.map(np.testing.assert_array_equal, params_of(stopped), params_of(straight))
+    path = tmp_path / "stopped/teacher.json"
+    path.write_text(json.dumps({"source": "x", "digest": "0" * 64}))
+    with pytest.raises(ValueError, match=r"teacher no longer holds the weights"):
+        loop.train(stopped, **quiet)
+
+
+def exit_now():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": dataclasses.replace(MODEL, vocab_size=300)}, r"distillation\.model\.vocab_size=258 is not"),
+        ({"lora": LoraConfig(), "initial_weights": "x"}, "leave lora out"),
+        ({"loss": LossConfig(z_loss=1e-4)}, r"loss\.z_loss"),
+        ({"mesh": MeshConfig(1, tensor=2)}, "mesh axes data and fsdp alone"),
+    ],
+)
+def test_what_a_teacher_does_not_go_with_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        job(tmp_path, distillation=DistillationConfig("x", TAUGHT_BY), **options)
+    with pytest.raises(ValueError, match=r"distillation\.share=0"):
+        DistillationConfig("x", TAUGHT_BY, share=0)

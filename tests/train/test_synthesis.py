@@ -1,0 +1,416 @@
+"""Data made by a model: what is kept, by hand; conversations with a scripted model; and whole jobs that are stopped."""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from data.chat import import_row
+from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
+from data.overlap import common_subsequence, rouge_l, words
+from data.prepare import prepare
+from model.config import ModelConfig
+from train.config import CheckpointConfig, EvalConfig, TrainConfig
+from train.loop import train
+from train.metrics import read_jsonl
+from train.synthesis import job
+from train.synthesis.best_of import select
+from train.synthesis.config import (
+    BestOfConfig,
+    CritiqueConfig,
+    InstructionConfig,
+    Principle,
+    PromptConfig,
+    SynthesisConfig,
+)
+from train.synthesis.critique import criticise
+from train.synthesis.instructions import first_line, refusal, write_instructions
+from train.synthesis.writer import Answer, Writer
+
+MODEL = ModelConfig(vocab_size=260, num_layers=1, d_model=16, num_heads=2, d_ff=32, max_seq_len=96)
+TASK = TaskConfig("reverse", (("min_length", 1), ("max_length", 2), ("alphabet", "ab"), ("template", "{text}=")))
+
+
+# --- Similarity -----------------------------------------------------------------------------------------------------------
+
+
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
+    assert words("The cat's 2 mats, naïve_ÉTÉ!") == ["the", "cat", "s", "2", "mats", "naïve", "été"]
+    assert rouge_l("police killed the gunman".split(), "police kill the gunman".split()) == 3 / 4
+    assert rouge_l("police killed the gunman".split(), "the gunman kill police".split()) == 2 / 4
+    assert rouge_l("a b c d e f".split(), "a c e".split()) == pytest.approx(2 * 3 / 9)
+    assert rouge_l([], ["a"]) == rouge_l(["a"], []) == 0
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        a, b = (rng.integers(0, 3, rng.integers(0, 7)).tolist() for _ in range(2))
+        subsequences = [{tuple(part) for n in range(len(x) + 1) for part in itertools.combinations(x, n)} for x in (a, b)]
+        assert common_subsequence(a, b) == max(len(part) for part in subsequences[0] & subsequences[1])
+
+
+# --- Best of n ------------------------------------------------------------------------------------------------------------
+
+ANSWERS = [Answer("a", True), Answer("b", True), Answer("a", True), Answer("cut", False), Answer(" ", True), Answer("c", True),
+           Answer("d", True)]  # fmt: skip
+SCORES = [0.5, 1.0, 0.9, 2.0, 2.0, math.nan, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        (BestOfConfig(7, "best"), ["b"]),
+        (BestOfConfig(7, "best", min_score=1.5), []),
+        (BestOfConfig(7, "right", min_score=1.0), ["b", "d"]),
+        (BestOfConfig(7, "right", min_score=0.0), ["b", "d", "a"]),
+        (BestOfConfig(7, "right", min_score=0.0, max_kept=2), ["b", "d"]),
+        (BestOfConfig(7, "all"), ["b", "d", "a"]),
+        (BestOfConfig(7, "pairs"), [("b", "a")]),
+        (BestOfConfig(7, "pairs", min_score=1.5), []),
+    ],
+)
+def test_what_is_kept_of_answers(config, kept):
+    rows, counts = select(config, "p", ANSWERS, SCORES)
+    if config.keep == "pairs":
+        assert [(row["chosen"], row["rejected"]) for row in rows] == kept
+        assert all((row["score_chosen"], row["score_rejected"]) == (1.0, 0.5) for row in rows)
+    else:
+        assert [row["completion"] for row in rows] == kept
+        assert [row["score"] for row in rows] == [dict(zip("bda", (1.0, 1.0, 0.5), strict=True))[text] for text in kept]
+    left_out = {name: counts[name] for name in ("answers", "truncated", "empty", "unjudged", "duplicate")}
+    assert left_out == {"answers": 7, "truncated": 1, "empty": 1, "unjudged": 1, "duplicate": 1}
+    for row in rows:
+        import_row(row, "pairs" if config.keep == "pairs" else "conversations")
+
+
+def test_answers_that_are_equally_good_are_no_pair():
+    rows, counts = select(BestOfConfig(2, "pairs"), "p", [Answer("a", True), Answer("b", True)], [1.0, 1.0])
+    assert rows == []
+    assert counts["prompts_without_a_pair"] == 1
+
+
+# --- Critique and revision ------------------------------------------------------------------------------------------------
+
+PRINCIPLES = (Principle("bad?", "anew!", "which?"), Principle("wrong?", "again!", "who?"))
+
+
+def test_a_revision_follows_from_critique_and_is_preferred_in_both_orders_or_not_at_all():
+    """Prompt i is answered "answer i"; the model prefers the longer, the left by one more letter; prompt 3's critique is cut
+    off, prompt 4 stays as it was."""
+    revisions = {0: "much longer revision 0", 1: "r", 2: "answer_2", 4: "answer 4"}
+    seen = []
+
+    def write(conversations, stage, numbers):
+        seen.append((stage, list(numbers), conversations))
+        of_stage = {
+            0: lambda i: Answer(f"answer {i}", True),
+            1: lambda i: Answer(f"critique {i}", i != 3),
+            2: lambda i: Answer(revisions[i], True),
+        }
+        return [of_stage[stage](number - 10) for number in numbers]
+
+    def weigh(conversations, replies):
+        assert replies == ("A", "B")
+        found = []
+        for ((message,),) in zip(conversations, strict=True):
+            _, _, rest = message["content"].partition("Answer A: ")
+            a, _, rest = rest.partition("\n\nAnswer B: ")
+            b = rest.partition("\n\n")[0]
+            found.append([len(a) + 1, len(b)])
+        return np.array(found, float)
+
+    prompts = [[{"role": "user", "content": f"q{i}"}] for i in range(5)]
+    rows, counts = criticise(CritiqueConfig(PRINCIPLES), prompts, 10, 0, write, weigh)
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("much longer revision 0", "answer 0"), ("answer 1", "r")]
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    longer = len("much longer revision 0") - len("answer 0")
+    assert rows[0]["score_chosen"] == pytest.approx((sigmoid(longer + 1) + sigmoid(longer - 1)) / 2)
+    assert counts == {
+        "prompts": 5, "truncated": 1, "unchanged": 1, "undecided": 1, "revision_preferred": 1, "original_preferred": 1,
+    }  # fmt: skip
+    assert [(stage, numbers) for stage, numbers, _ in seen] == [
+        (0, [*range(10, 15)]),
+        (1, [*range(10, 15)]),
+        (2, [10, 11, 12, 14]),
+    ]
+    said = [message["content"] for message in seen[2][2][1]]
+    principle = next(p for p in PRINCIPLES if p.critique == said[2])
+    assert said == ["q1", "answer 1", principle.critique, "critique 1", principle.revision]
+    for row in rows:
+        import_row(row, "pairs")
+    anew = criticise(CritiqueConfig(PRINCIPLES), prompts[1:2], 11, 0, write, weigh)[0]
+    assert anew == rows[1:]  # whatever else was in its round
+
+
+def test_without_preferences_the_revision_is_chosen():
+    def write(conversations, stage, numbers):
+        return [None if number == 1 else Answer(f"{stage}", True) for number in numbers]
+
+    rows, counts = criticise(
+        CritiqueConfig(PRINCIPLES, revisions=2, min_preference=0), [[{"role": "user", "content": "q"}]] * 2, 0, 0, write, None
+    )
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("4", "0")]
+    assert counts == {"prompts": 2, "too_long": 1, "revision_preferred": 1}
+
+
+# --- Instructions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("Name three animals of the sea.", ""),
+        ("Name it.", "too_few_words"),
+        ("one " * 151, "too_many_words"),
+        ("? what is this thing", "no_sentence"),
+        ("Describe this Picture to me", "forbidden"),
+        ("Write a very short poem about rain", "similar"),  # 2 x 6 / 13
+        ("Write a song about wet rain", ""),  # 2 x 4 / 12 = 0.67
+    ],
+)
+def test_an_instruction_is_left_out_by_name(text, why):
+    known = [words("Write a short poem about rain"), words("Add two numbers")]
+    assert refusal(InstructionConfig(1), text, known) == why
+
+
+def test_the_first_line_without_its_number_is_the_instruction():
+    assert first_line("\n 5. Do this.\n6. And that.") == "Do this."
+    assert first_line("- Do this") == "Do this"
+    assert first_line("3 men and a boat") == "3 men and a boat"
+    assert first_line(" \n") == ""
+
+
+def test_new_instructions_are_told_from_known_ones_and_from_each_other_and_answered():
+    written = [
+        "5. Sing a song of sixpence now",
+        "Sing the song of sixpence now",
+        "",
+        "Count all the sheep here",
+        "Cut the grass well",
+    ]
+
+    def write(conversations, stage, numbers):
+        if stage == 0:
+            assert all(len(talk) == 1 and talk[0]["content"].endswith("3. ") for talk in conversations)
+            return [Answer(written[number - 10], True) for number in numbers]
+        return [
+            Answer(f"answer to {talk[0]['content']}", number != 13) for talk, number in zip(conversations, numbers, strict=True)
+        ]
+
+    arguments = {"seeds": ["Seed one is here", "Seed\ntwo is there"], "known": ["Known thing of old"], "write": write}
+    rows, counts = write_instructions(InstructionConfig(3, shown=2), round_number=2, batch=5, seed=0, **arguments)
+    assert [row["prompt"] for row in rows] == ["Sing a song of sixpence now"]
+    assert rows[0]["completion"] == "answer to Sing a song of sixpence now"
+    # The last one is more than the two that are wanted beside the known one.
+    assert counts == {"written": 5, "similar": 1, "too_few_words": 1, "unanswered": 1}
+    import_row(rows[0], "conversations")
+
+
+# --- Whole jobs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run with a chat template, hardly trained."""
+    directory = tmp_path_factory.mktemp("writer")
+    rows = [{"prompt": f"q{i}", "completion": f"{i}"} for i in range(30)]
+    (directory / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(
+        (SourceConfig("made", "files", path=str(directory / "chats.jsonl"), held_out_fraction=0.2),),
+        content="conversations",
+        tokenizer=TokenizerConfig("bytes"),
+        seq_len=96,
+        cache_dir=str(directory / "cache"),
+        loader_threads=0,
+    )
+    options = {
+        "run_dir": str(directory / "run"),
+        "writers": (),
+        "checkpoint": CheckpointConfig(every=2),
+        "eval": EvalConfig(100),
+    }
+    assert train(TrainConfig("writer", MODEL, data, steps=2, batch_size=8, **options), log=lambda _: None) == 0
+    return directory / "run"
+
+
+HOSTILE = 'Say <eos> {{ 7 * 7 }} {0}\n"\\'
+
+
+def config_of(begun, run_dir, **options):
+    settings = {
+        "prompts": PromptConfig(texts=(HOSTILE, *(f"q{i}" for i in range(6)))),
+        "chat": True,
+        "best_of": BestOfConfig(2, "all"),
+        "batch": 2,
+        "max_prompt_tokens": 60,
+        "max_tokens": 30,
+        "max_batch": 4,
+        "verifiers": 1,
+    }
+    return SynthesisConfig(
+        **({"name": "made", "model": MODEL, "initial_weights": str(begun), "run_dir": str(run_dir)} | settings | options)
+    )
+
+
+def run(config, stop_after=99, monkeypatch=None):
+    calls = itertools.count(1)
+
+    @contextlib.contextmanager
+    def stop():
+        yield lambda: next(calls) > stop_after
+
+    if monkeypatch is None:
+        return job.synthesize(config, log=lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "stop_on_signal", stop)
+        return job.synthesize(config, log=lambda _: None)
+
+
+def short_answers(monkeypatch):
+    """A model that ends: what it drew, up to the eighth token, and then a stop."""
+    real = Writer._answer
+
+    def answer(self, tokens):
+        tokens = [*tokens[:8]]
+        return dataclasses.replace(real(self, tokens), complete=True)
+
+    monkeypatch.setattr(Writer, "_answer", answer)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_stopped_ends_with_the_same_data_and_draws_nothing_twice(begun, tmp_path, monkeypatch):
+    short_answers(monkeypatch)
+    drawn, real = collections.Counter(), Writer.draw
+
+    def draw(self, conversations, stage, numbers):
+        drawn.update(numbers)
+        return real(self, conversations, stage, numbers)
+
+    monkeypatch.setattr(Writer, "draw", draw)
+    assert run(config_of(begun, tmp_path / "straight")) == 0
+    drawn.clear()
+    stopped = config_of(begun, tmp_path / "stopped")
+    assert run(stopped, 2, monkeypatch) == 42
+    assert not (tmp_path / "stopped/dataset.jsonl").exists()
+    with (tmp_path / "stopped/rounds.jsonl").open("a") as file:
+        file.write('{"rows": [{"torn')
+    assert run(dataclasses.replace(stopped, max_batch=3)) == 0  # which changes nothing
+    assert drawn == dict.fromkeys(range(7), 1)
+    texts = [(tmp_path / name / "dataset.jsonl").read_bytes() for name in ("straight", "stopped")]
+    assert texts[0] == texts[1]
+    result = json.loads((tmp_path / "stopped/result.json").read_text())
+    assert result["rounds"] == 4
+    assert result["prompts"] == 7
+    assert result["answers"] == 14
+    rows = read_jsonl(tmp_path / "stopped/dataset.jsonl")
+    assert result["rows"] == len(rows) == 14 - result.get("duplicate", 0) - result.get("empty", 0)
+    with pytest.raises(ValueError, match=r"another config; different are seed\."):
+        run(dataclasses.replace(stopped, seed=1))
+    # What is in the rows is text, also what looks like something else, and fine-tuning reads it.
+    assert HOSTILE in {row["prompt"] for row in rows}
+    source = SourceConfig("made", "files", path=str(tmp_path / "stopped/dataset.jsonl"), held_out_fraction=0.3)
+    data = DataConfig(
+        (source,), content="conversations", tokenizer=TokenizerConfig("bytes"), seq_len=96, cache_dir=str(tmp_path / "cache")
+    )
+    prepared = prepare(data, log=lambda _: None)
+    parts = prepared.manifest["sources"]["made"]
+    assert parts["train"]["sequences"] + parts["held_out"]["sequences"] + sum(parts["refused"].values()) == len(rows)
+
+
+def test_a_special_token_in_a_prompt_is_text(begun, tmp_path):
+    writer = Writer(config_of(begun, tmp_path))
+    ids = writer.encode([{"role": "user", "content": HOSTILE}])
+    assert writer.tokenizer.decode(ids[1:]).count(HOSTILE) == 1
+    assert ids.count(257) == 1  # that of the template, after the message
+    assert writer.encode([{"role": "user", "content": "x" * 60}]) is None
+    # Both replies after the same words: the sum over what can come is at most 1.
+    found = writer.weigh([[{"role": "user", "content": "a"}], [{"role": "user", "content": "x" * 60}]], ("A", "B"))
+    assert np.exp(found[0]).sum() < 1
+    assert np.isnan(found[1]).all()
+
+
+@pytest.mark.slow
+def test_the_best_of_n_is_that_by_the_verifier(begun, tmp_path, monkeypatch):
+    """Each byte "a" or "b" that it draws stands for an answer: a random model writes them seldom enough to differ."""
+    short_answers(monkeypatch)
+    prompts = PromptConfig(task=TASK, number=4)
+    config = config_of(begun, tmp_path / "run", prompts=prompts, best_of=BestOfConfig(4, "best"), chat=False)
+    assert run(config) == 0
+    rows = {row["prompt"]: row for row in read_jsonl(tmp_path / "run/dataset.jsonl")}
+    task, writer = TASK.make(), Writer(config, 4)
+    for number in range(4):
+        example = task.example(number, 0)
+        (answers,) = writer.draw([[{"role": "user", "content": example.prompt}]], 0, [number])
+        scores = {answer.text: task.score(answer.text, example).reward for answer in answers if answer.text.strip()}
+        assert rows[example.prompt]["score"] == max(scores.values())
+        assert rows[example.prompt]["completion"] in scores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["critique", "instructions"])
+def test_other_methods_resume_to_the_same_data(begun, tmp_path, monkeypatch, method):
+    short_answers(monkeypatch)
+    methods = {
+        "critique": CritiqueConfig(PRINCIPLES, min_preference=0.501),
+        "instructions": InstructionConfig(5, shown=2, min_words=1, max_rounds=4),
+    }
+    options = {"best_of": None, method: methods[method], "model": dataclasses.replace(MODEL, max_seq_len=200)}
+    options |= {"max_prompt_tokens": 160}
+    assert run(config_of(begun, tmp_path / "straight", **options)) == 0
+    assert run(config_of(begun, tmp_path / "stopped", **options), 1, monkeypatch) == 42
+    assert run(config_of(begun, tmp_path / "stopped", **options)) == 0
+    straight, stopped = ((tmp_path / name / "dataset.jsonl").read_bytes() for name in ("straight", "stopped"))
+    assert straight == stopped
+    assert straight.count(b"\n") > 0
+
+
+def test_files_of_prompts_are_read_and_what_is_none_is_left_out(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "a"}, {"nothing": 1}, {"messages": [{"role": "user", "content": "b"}]}, {"prompt": "c"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of("x", tmp_path, prompts=PromptConfig(path=str(path), number=2))
+    assert [asked.messages[0]["content"] for asked in job.read_prompts(config)] == ["a", "b"]
+    path.write_text('{"nothing": 1}\n')
+    with pytest.raises(ValueError, match="no prompt that can be used; left out: {'unknown layout': 1}"):
+        list(job.read_prompts(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"prompts": PromptConfig(texts=("a",)), "best_of": BestOfConfig(2, "best")},
+            r"set one of them, or best_of\.keep='all'",
+        ),
+        ({"best_of": None}, "nothing to do"),
+        ({"critique": CritiqueConfig(PRINCIPLES)}, "best_of and critique"),
+        ({"max_tokens": 90}, r"exceed model\.max_seq_len=96"),
+        ({"temperature": 0.0}, "draws the same answer again"),
+        ({"reward_model": "x"}, "reward_model is for best_of that keeps by a score"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_when_the_config_is_read(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of("x", tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PromptConfig(), "prompts has nothing"),
+        (lambda: PromptConfig(texts=("a",), path="b"), "prompts has path and texts"),
+        (lambda: PromptConfig(task=TASK), r"set prompts\.number"),
+        (lambda: BestOfConfig(keep="right"), r"needs best_of\.min_score"),
+        (lambda: BestOfConfig(1, "pairs"), r"set best_of\.samples >= 2"),
+        (lambda: CritiqueConfig(()), "principles is empty"),
+        (lambda: CritiqueConfig(PRINCIPLES, min_preference=0.4), r"min_preference=0\.4"),
+        (lambda: Principle("a", " ", "b"), "revision is empty"),
+        (lambda: InstructionConfig(1, min_words=9, max_words=8), "min_words is more"),
+    ],
+)
+def test_parts_of_a_config_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
