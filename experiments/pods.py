@@ -67,7 +67,7 @@ Made by `make pods` with libtpu, the TPU compiler, on a machine without a TPU. *
 and MFU are its estimate** (cycles of its operations over the clock, bundles of our kernels times the tiles they visit for one
 document as long as the row, and collectives by their bytes over the links where no work covers them). Nothing here was
 measured on a TPU: contention for HBM, stalls and stragglers are not in it. MaxText's numbers are measurements.
-Compiling was timed by the wall clock, beside other work on the machine: for tpu7x on a share of one core.
+Compiling was timed by the wall clock on one core, the machine's other one being at work.
 
 """
 

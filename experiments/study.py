@@ -52,6 +52,7 @@ class Run:
     config: a file of `configs/`.
     overrides: of the command line, `--config.key=value`.
     after: the run whose weights this one begins with; None takes what the config says.
+    reads: further overrides, each with `{}` for the directory of a run that has to be finished before.
     """
 
     name: str
@@ -59,13 +60,21 @@ class Run:
     seed: int = 0
     overrides: tuple[str, ...] = ()
     after: Run | None = None
+    reads: tuple[tuple[str, Run], ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Run, ...]:
+        """The runs that this one needs."""
+        return (*((self.after,) if self.after else ()), *(run for _, run in self.reads))
 
     @functools.cache  # noqa: B019, a study has few runs and is asked for their keys after each of them
     def key(self) -> str:
         """Equal for runs that compute the same."""
-        config = load_run_config(self.config, self._words("unknown"))
+        config = self._config()
         fields = {name: value for name, value in chosen(config).items() if name not in _UNKEYED}
-        inputs = {"config": fields, "after": self.after.key() if self.after else config.initial_weights}
+        inputs: dict[str, Any] = {"config": fields, "after": self.after.key() if self.after else config.initial_weights}
+        if self.reads:
+            inputs["reads"] = [run.key() for _, run in self.reads]
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
 
     def directory(self, root: pathlib.Path) -> pathlib.Path:
@@ -73,13 +82,18 @@ class Run:
 
     def words(self, root: pathlib.Path) -> list[str]:
         """Arguments of `loam`."""
-        weights = str(self.after.directory(root)) if self.after else ""
         directory = f"--config.run_dir={self.directory(root)}"
-        return ["run", f"--config={self.config}", *self._words(weights), directory, "--config.writers=()"]
+        words = self._words(lambda run: str(run.directory(root)))
+        quiet = ["--config.writers=()"] if hasattr(self._config(), "writers") else []
+        return ["run", f"--config={self.config}", *words, directory, *quiet]
 
-    def _words(self, weights: str) -> list[str]:
-        start = [f"--config.initial_weights={weights}"] if self.after else []
-        return [*self.overrides, f"--config.seed={self.seed}", *start]
+    def _config(self) -> Any:
+        """Its config, as far as the directories of other runs are not in it."""
+        return load_run_config(self.config, self._words(lambda _: "unknown"))
+
+    def _words(self, place: Callable[[Run], str]) -> list[str]:
+        start = [f"--config.initial_weights={place(self.after)}"] if self.after else []
+        return [*self.overrides, f"--config.seed={self.seed}", *start, *(word.format(place(run)) for word, run in self.reads)]
 
 
 def finished(run: Run, root: pathlib.Path) -> bool:
@@ -90,7 +104,7 @@ def with_inputs(runs: Iterable[Run]) -> list[Run]:
     """The runs, each behind those it begins with, and none twice."""
     ordered: list[Run] = []
     for run in runs:
-        for one in (*(with_inputs([run.after]) if run.after else ()), run):
+        for one in (*with_inputs(run.inputs), run):
             if one not in ordered:
                 ordered.append(one)
     names = [(run.name, run.seed) for run in ordered]
@@ -148,7 +162,7 @@ def execute(
     running: dict[concurrent.futures.Future[None], Run] = {}
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
-            ready = [run for run in waiting if run.after is None or finished(run.after, root)]
+            ready = [run for run in waiting if all(finished(one, root) for one in run.inputs)]
             for run in ready[: jobs - len(running)]:
                 waiting.remove(run)
                 running[pool.submit(one, run)] = run
@@ -229,6 +243,7 @@ def write(study: Study, runs: Sequence[Run], root: pathlib.Path, results: pathli
                 "config": run.config,
                 "overrides": list(run.overrides),
                 "after": run.after.key() if run.after else None,
+                **({"reads": [one.key() for _, one in run.reads]} if run.reads else {}),
                 "result": outcome(run, root),
             }
             for run in done

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import famous_bugs, reward_frontier, rl_curves
+from experiments import famous_bugs, over_optimisation, reward_frontier, rl_curves
 from experiments.cli import load_run_config, parse
 from experiments.study import Run, Study, by_name, execute, figure, finished, main, mean_and_error, with_inputs
 
 ROOT = Path(__file__).parents[2]
 START = Run("start", "configs/pretrain_reverse.py")
-STUDIES = {study.name: study for study in (rl_curves.STUDY, famous_bugs.STUDY, reward_frontier.STUDY)}
+STUDIES = {study.name: study for study in (rl_curves.STUDY, famous_bugs.STUDY, reward_frontier.STUDY, over_optimisation.STUDY)}
 every_study = pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
 
 
@@ -48,14 +48,21 @@ class FakeLoam:
             return 1
         directory.mkdir(parents=True)
         at = {"eval/pass@1": lambda step: 0.3 + 0.1 * config.seed + 0.05 * step}
-        both = {"reward/total": 0.5 + 0.1 * config.seed, "reference_kl": 2.0}
+        both = dict.fromkeys(("reward/total", "reward/right", "reward/learned"), 0.5 + 0.1 * config.seed) | {
+            "reference_kl": 2.0
+        }
         steps = [{"step": step, "loss": 1.0, **both} for step in (1, 2)]
         evaluations = [{"step": step, "eval/pass@1": at["eval/pass@1"](step)} for step in (0, 2)]
         write_lines(directory / "metrics.jsonl", [*steps, *evaluations])
         write_lines(
             directory / "timing.jsonl", [{"step": step, "step_seconds": seconds} for step, seconds in ((1, 3.0), (2, 6.0))]
         )
-        result = {"eval/pass@1": at["eval/pass@1"](2), "initial_eval/pass@1": at["eval/pass@1"](0), "eval/length": 7.0}
+        result = {
+            "eval/pass@1": at["eval/pass@1"](2),
+            "initial_eval/pass@1": at["eval/pass@1"](0),
+            "eval/length": 7.0,
+            "val_accuracy": 0.5,
+        }
         (directory / "result.json").write_text(json.dumps({**result, "drawn_tokens": 100, "train_seconds": 9.0}))
         return 0
 
