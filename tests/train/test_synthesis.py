@@ -334,19 +334,30 @@ def test_a_special_token_in_a_prompt_is_text(begun, tmp_path):
 
 @pytest.mark.slow
 def test_the_best_of_n_is_that_by_the_verifier(begun, tmp_path, monkeypatch):
-    """Each byte "a" or "b" that it draws stands for an answer: a random model writes them seldom enough to differ."""
-    short_answers(monkeypatch)
-    prompts = PromptConfig(task=TASK, number=4)
-    config = config_of(begun, tmp_path / "run", prompts=prompts, best_of=BestOfConfig(4, "best"), chat=False)
+    """Of a model whose bytes stand for a or b, so that it is right at times."""
+    real = Writer._answer
+
+    def answer(self, tokens):
+        text = "".join("ab"[token.token % 2] for token in tokens[:2])
+        return dataclasses.replace(real(self, tokens), text=text, complete=True)
+
+    monkeypatch.setattr(Writer, "_answer", answer)
+    prompts = PromptConfig(task=TASK, number=9)
+    config = config_of(begun, tmp_path / "run", prompts=prompts, best_of=BestOfConfig(2, "best"), chat=False)
     assert run(config) == 0
-    rows = {row["prompt"]: row for row in read_jsonl(tmp_path / "run/dataset.jsonl")}
-    task, writer = TASK.make(), Writer(config, 4)
-    for number in range(4):
+    rows = read_jsonl(tmp_path / "run/dataset.jsonl")
+    task, writer = TASK.make(), Writer(config, 2)
+    for number, row in enumerate(rows):
         example = task.example(number, 0)
         (answers,) = writer.draw([[{"role": "user", "content": example.prompt}]], 0, [number])
-        scores = {answer.text: task.score(answer.text, example).reward for answer in answers if answer.text.strip()}
-        assert rows[example.prompt]["score"] == max(scores.values())
-        assert rows[example.prompt]["completion"] in scores
+        scores = {answer.text: task.score(answer.text, example).reward for answer in answers}
+        assert row["prompt"] == example.prompt
+        assert row["score"] == max(scores.values()) == scores[row["completion"]]
+    assert {row["score"] for row in rows} == {0.0, 1.0}
+    right = dataclasses.replace(config, best_of=BestOfConfig(2, "right", min_score=1.0), run_dir=str(tmp_path / "right"))
+    assert run(right) == 0
+    kept = [row["completion"] for row in read_jsonl(tmp_path / "right/dataset.jsonl")]
+    assert kept == [row["completion"] for row in rows if row["score"] == 1]
 
 
 @pytest.mark.slow
@@ -354,7 +365,7 @@ def test_the_best_of_n_is_that_by_the_verifier(begun, tmp_path, monkeypatch):
 def test_other_methods_resume_to_the_same_data(begun, tmp_path, monkeypatch, method):
     short_answers(monkeypatch)
     methods = {
-        "critique": CritiqueConfig(PRINCIPLES, min_preference=0.501),
+        "critique": CritiqueConfig(PRINCIPLES, min_preference=0),
         "instructions": InstructionConfig(5, shown=2, min_words=1, max_rounds=4),
     }
     options = {"best_of": None, method: methods[method], "model": dataclasses.replace(MODEL, max_seq_len=200)}
