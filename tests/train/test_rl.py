@@ -18,6 +18,7 @@ import pytest
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.tokenizer import load_tokenizer
 from experiments.report import write_report
+from experiments.sampling import open_any
 from inference.engine import Token
 from model.config import LoraConfig, ModelConfig, MoeConfig
 from model.params import init_params, param_specs, unstack_layers
@@ -681,3 +682,19 @@ def test_experts_are_routed_alike_by_sampler_and_trainer_and_are_balanced(expert
         )
         assert record["load_imbalance"] >= 1
     assert metrics[0]["grad_norm"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_what_was_learned_by_rewards_is_gone_on_with_and_sampled_from(warm_start, tmp_path, lora):
+    """The weights that the run ends with: what its engine would decode next."""
+    run(job(warm_start, tmp_path / "first", steps=1, lora=lora))
+    last = []
+    with rl.open_loop(job(warm_start, tmp_path / "first", steps=1, lora=lora), lambda _: None, None, 0.0) as loop:
+        last.append(jax.device_get(loop.policy.hand_over(loop.policy.whole(loop.state.train))))
+    opened = open_initial(str(tmp_path / "first"), MODEL).load(
+        rl.Policy(job(warm_start, tmp_path / "x")).trainer.abstract_weights
+    )
+    for found in (opened, open_any(str(tmp_path / "first")).params):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), jax.device_get(found), last[0])
+    assert run(job(tmp_path / "first", tmp_path / "second", steps=1))

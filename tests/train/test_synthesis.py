@@ -141,8 +141,11 @@ def test_a_revision_follows_from_critique_and_is_preferred_in_both_orders_or_not
     assert said == ["q1", "answer 1", principle.critique, "critique 1", principle.revision]
     for row in rows:
         import_row(row, "pairs")
-    anew = criticise(CritiqueConfig(PRINCIPLES), prompts[1:2], 11, 0, write, weigh)[0]
+    talks = seen[1][2]
+    anew = criticise(CritiqueConfig(PRINCIPLES), prompts[1:], 11, 0, write, weigh)[0]
     assert anew == rows[1:]  # whatever else was in its round
+    assert seen[-2][2] == talks[1:]  # the principle too
+    assert len({talk[-1]["content"] for talk in talks}) == 2
 
 
 def test_without_preferences_the_revision_is_chosen():
