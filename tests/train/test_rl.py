@@ -41,8 +41,10 @@ from train.objectives.config import (
     KLConfig,
     ObjectiveConfig,
     PolicyConfig,
+    ProcessModelConfig,
     RewardModelConfig,
 )
+from train.preferences import answer_scores
 from train.rl_config import RLConfig, RLEvalConfig, RolloutConfig
 from train.rl_step import score
 from train.rollouts import prompt_seed, to_rows
@@ -250,14 +252,17 @@ BARE = (
 )
 
 
+PAIRWISE = ObjectiveConfig(reward_model=RewardModelConfig())
+
+
 @pytest.fixture(scope="module")
 def scorer(warm_start):
     """Makes a reward model that begins with the warm start and was shown a chat template."""
 
-    def make(name, template):
+    def make(name, template, objective=PAIRWISE):
         source = SourceConfig("reverse", "task", task=TASK, num_examples=200, held_out_fraction=0.4)
         cache = str(warm_start.parent / "cache")
-        data = DataConfig((source,), seq_len=16, cache_dir=cache, content="pairs", chat_template=template)
+        data = DataConfig((source,), seq_len=16, cache_dir=cache, content=objective.content, chat_template=template)
         config = TrainConfig(
             name,
             MODEL,
@@ -265,7 +270,7 @@ def scorer(warm_start):
             steps=8,
             batch_size=8,
             initial_weights=str(warm_start),
-            objective=ObjectiveConfig(reward_model=RewardModelConfig()),
+            objective=objective,
             run_dir=str(warm_start.parent / name),
             writers=(),
             optimizer=OptimizerConfig(learning_rate=1e-2),
@@ -289,6 +294,33 @@ def test_a_reward_model_judges_with_the_task_and_without(warm_start, scorer, tmp
     assert together[0]["reward/right"] == metrics[0]["reward/right"]  # the same samples
     assert together[0]["reward/total"] == pytest.approx(
         together[0]["reward/right"] + 0.5 * together[0]["reward/learned"], abs=1e-6
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", ["min", "product"])
+def test_a_process_model_judges_by_the_chance_that_steps_are_right(warm_start, scorer, tmp_path, steps, monkeypatch):
+    seen = watch_constants(monkeypatch)
+    model = scorer(f"process_{steps}", BARE, ObjectiveConfig(process_model=ProcessModelConfig()))
+    options = {"reward_model": model, "reward_model_steps": steps, "task_weight": 0.0}
+    (record,) = run(job(warm_start, tmp_path / "run", steps=1, **options))
+    ((judged, _, loop),) = seen
+    assert np.all((judged.rewards > 0) & (judged.rewards < 1))
+    assert np.ptp(judged.rewards) > 0
+    assert record["reward/total"] == pytest.approx(float(judged.rewards.mean()), rel=1e-5)
+    # Of an answer in one line there is one step, whatever is made of several.
+    last = answer_scores(loop.learned.params, MODEL, *whole_rows(judged.samples))
+    places = judged.samples.segment_ids.sum(1)
+    chances = 1 / (1 + np.exp(-np.asarray(last, np.float64)[np.arange(len(places)), places]))
+    np.testing.assert_allclose(judged.rewards, chances, rtol=1e-5)
+
+
+def whole_rows(samples):
+    """Prompts and answers with their last tokens, which rows of an update only predict."""
+    tokens = np.concatenate([samples.tokens[:, :1], samples.targets], axis=1)
+    places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return (
+        {"tokens": tokens, "positions": places, "segment_ids": (places <= samples.segment_ids.sum(1)[:, None]).astype(int)},
     )
 
 
