@@ -27,10 +27,11 @@ from model.lora import adapter_specs
 from model.params import Params, abstract_params, param_specs
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check
-from train.initial import merged_weights
+from train.initial import in_checkpoint, merged_weights, of_checkpoint
+from train.rl_config import RLConfig
 
 
-def open_run(run_dir: Path, step: int) -> tuple[TrainConfig, Tokenizer, Params]:
+def open_run(run_dir: Path, step: int) -> tuple[TrainConfig | RLConfig, Tokenizer, Params]:
     """The config, tokenizer and weights of a run; the moving average of the weights if it keeps one.
 
     Args:
@@ -41,11 +42,10 @@ def open_run(run_dir: Path, step: int) -> tuple[TrainConfig, Tokenizer, Params]:
     """
     if not (run_dir / "config.json").is_file():
         raise FileNotFoundError(f"{run_dir} is not the directory of a run (it has no config.json): give one under runs/")
-    config = build(TrainConfig, json.loads((run_dir / "config.json").read_text()))
+    config, there = _config_of(run_dir), json.loads((run_dir / "config.json").read_text())
     tokenizer = load_tokenizer(run_dir / "tokenizer")
-    name = "ema" if config.optimizer.ema_decay else "params"
     specs = adapter_specs(config.model, config.lora) if config.lora else param_specs(config.model)
-    abstract = {name: abstract_params(specs)}
+    abstract = in_checkpoint(there, abstract_params(specs))
     checkpoints = Checkpoints(str(run_dir / "checkpoints"), keep=None)
     if step >= 0:
         steps = checkpoints.steps()
@@ -56,11 +56,16 @@ def open_run(run_dir: Path, step: int) -> tuple[TrainConfig, Tokenizer, Params]:
         if restored is None:
             raise FileNotFoundError(f"{run_dir} has no checkpoint yet: wait for the first, or run its config")
         state = restored[0]
-    params = state[name]
+    params = of_checkpoint(there, state)
     return config, tokenizer, _merged(params, config) if config.lora else params
 
 
-def _merged(adapters: Params, config: TrainConfig) -> Params:
+def _config_of(run_dir: Path) -> TrainConfig | RLConfig:
+    there = json.loads((run_dir / "config.json").read_text())
+    return build(RLConfig if "task" in there else TrainConfig, there)
+
+
+def _merged(adapters: Params, config: TrainConfig | RLConfig) -> Params:
     """The initial weights of a run with its adapters in them."""
     assert config.lora is not None
     weights, here = param_specs(config.model), jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -174,4 +179,5 @@ def _prompts_of(source: str) -> list[str]:
     """Those a run samples from."""
     if not _is_run(source):
         return []
-    return list(build(TrainConfig, json.loads((Path(source) / "config.json").read_text())).eval.sample_prompts)
+    config = _config_of(Path(source))
+    return list(config.eval.sample_prompts) if isinstance(config, TrainConfig) else []

@@ -43,7 +43,8 @@ def stages(seed: int, quick: bool) -> list[Run]:
     toy, toy_rl = (TOY_START, TOY_RL) if quick else ((), ())
     short = (("min_length", 3), ("max_length", 5), ("alphabet", "abcdefgh"))
     texts = (*NETWORK, *TOKENIZER, f"--config.data.sources.0.task.options={short}", *toy)
-    rewards = (*NETWORK, "--config.chat=True", "--config.rollouts.max_prompt_tokens=48", *guarded(0.5), *toy_rl)
+    length = ("--config.steps=150", "--config.eval.every=30", "--config.eval.prompts=256", *toy_rl)
+    rewards = (*NETWORK, "--config.chat=True", "--config.rollouts.max_prompt_tokens=48", *guarded(0.5), *length)
     run = Run("pretrain", "configs/pretrain_reverse.py", seed, texts)
     found = [run]
     for name, config in (("sft", "sft_reverse"), ("preference", "dpo_reverse"), ("safety", "dpo_guarded_reverse")):
@@ -54,7 +55,7 @@ def stages(seed: int, quick: bool) -> list[Run]:
 
 def measured(stage: Run, quick: bool) -> list[Run]:
     """The evaluations after a stage."""
-    toy = TOY_RL if quick else ()
+    toy = TOY_RL if quick else ("--config.eval.prompts=256",)
     chat = ("--config.chat=True",) if stage.name != "pretrain" else ()
     one = (*NETWORK, *chat, "--config.rollouts.max_prompt_tokens=48", *toy, "--config.steps=1", "--config.rollouts.prompts=2")
     return [

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -65,6 +66,25 @@ def open_initial(source: str, config: ModelConfig) -> InitialModel:
     return InitialModel(described.tokenizer, described.chat_template or "", load)
 
 
+def in_checkpoint(run: Mapping[str, Any], weights: Params) -> Params:
+    """A tree with `weights` where a checkpoint of a run has those to go on with: their moving average if it keeps one.
+
+    Args:
+      run: the run's config.json.
+    """
+    tree = {_name_of_weights(run): weights}
+    return {"train": tree} if "task" in run else tree  # The state of reinforcement learning has that of the trainer in it.
+
+
+def of_checkpoint(run: Mapping[str, Any], tree: Params) -> Params:
+    """The weights in a tree of `in_checkpoint`."""
+    return (tree["train"] if "task" in run else tree)[_name_of_weights(run)]
+
+
+def _name_of_weights(run: Mapping[str, Any]) -> str:
+    return "ema" if run["optimizer"]["ema_decay"] else "params"
+
+
 def _open_run(directory: Path, config: ModelConfig) -> InitialModel:
     there = json.loads((directory / "config.json").read_text())
     here = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -74,13 +94,13 @@ def _open_run(directory: Path, config: ModelConfig) -> InitialModel:
         if name not in _FREE_FIELDS and here[name] != there["model"].get(name)
     ]
     check(not different, f"initial_weights={str(directory)!r} is another network than the config: {', '.join(different)}")
-    name = "ema" if there["optimizer"]["ema_decay"] else "params"
 
     def load(abstract: Params) -> Params:
-        restored = Checkpoints(str(directory / "checkpoints"), keep=None).restore_newest({name: abstract}, print, partial=True)
+        found = Checkpoints(str(directory / "checkpoints"), keep=None)
+        restored = found.restore_newest(in_checkpoint(there, abstract), print, partial=True)
         if restored is None:
             raise FileNotFoundError(f"initial_weights={str(directory)!r} has no checkpoint yet: let that run make one")
-        return restored[0][name]
+        return of_checkpoint(there, restored[0])
 
     def load_merged(abstract: Params) -> Params:
         assert lora is not None

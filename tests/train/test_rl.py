@@ -18,6 +18,7 @@ import pytest
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.tokenizer import load_tokenizer
 from experiments.report import write_report
+from experiments.sampling import open_any
 from inference.engine import Token
 from model.config import LoraConfig, ModelConfig, MoeConfig
 from model.params import init_params, param_specs, unstack_layers
@@ -40,8 +41,10 @@ from train.objectives.config import (
     KLConfig,
     ObjectiveConfig,
     PolicyConfig,
+    ProcessModelConfig,
     RewardModelConfig,
 )
+from train.preferences import answer_scores
 from train.rl_config import RLConfig, RLEvalConfig, RolloutConfig
 from train.rl_step import score
 from train.rollouts import prompt_seed, to_rows
@@ -249,14 +252,17 @@ BARE = (
 )
 
 
+PAIRWISE = ObjectiveConfig(reward_model=RewardModelConfig())
+
+
 @pytest.fixture(scope="module")
 def scorer(warm_start):
     """Makes a reward model that begins with the warm start and was shown a chat template."""
 
-    def make(name, template):
+    def make(name, template, objective=PAIRWISE):
         source = SourceConfig("reverse", "task", task=TASK, num_examples=200, held_out_fraction=0.4)
         cache = str(warm_start.parent / "cache")
-        data = DataConfig((source,), seq_len=16, cache_dir=cache, content="pairs", chat_template=template)
+        data = DataConfig((source,), seq_len=16, cache_dir=cache, content=objective.content, chat_template=template)
         config = TrainConfig(
             name,
             MODEL,
@@ -264,7 +270,7 @@ def scorer(warm_start):
             steps=8,
             batch_size=8,
             initial_weights=str(warm_start),
-            objective=ObjectiveConfig(reward_model=RewardModelConfig()),
+            objective=objective,
             run_dir=str(warm_start.parent / name),
             writers=(),
             optimizer=OptimizerConfig(learning_rate=1e-2),
@@ -288,6 +294,33 @@ def test_a_reward_model_judges_with_the_task_and_without(warm_start, scorer, tmp
     assert together[0]["reward/right"] == metrics[0]["reward/right"]  # the same samples
     assert together[0]["reward/total"] == pytest.approx(
         together[0]["reward/right"] + 0.5 * together[0]["reward/learned"], abs=1e-6
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", ["min", "product"])
+def test_a_process_model_judges_by_the_chance_that_steps_are_right(warm_start, scorer, tmp_path, steps, monkeypatch):
+    seen = watch_constants(monkeypatch)
+    model = scorer(f"process_{steps}", BARE, ObjectiveConfig(process_model=ProcessModelConfig()))
+    options = {"reward_model": model, "reward_model_steps": steps, "task_weight": 0.0}
+    (record,) = run(job(warm_start, tmp_path / "run", steps=1, **options))
+    ((judged, _, loop),) = seen
+    assert np.all((judged.rewards > 0) & (judged.rewards < 1))
+    assert np.ptp(judged.rewards) > 0
+    assert record["reward/total"] == pytest.approx(float(judged.rewards.mean()), rel=1e-5)
+    # Of an answer in one line there is one step, whatever is made of several.
+    last = answer_scores(loop.learned.params, MODEL, *whole_rows(judged.samples))
+    places = judged.samples.segment_ids.sum(1)
+    chances = 1 / (1 + np.exp(-np.asarray(last, np.float64)[np.arange(len(places)), places]))
+    np.testing.assert_allclose(judged.rewards, chances, rtol=1e-5)
+
+
+def whole_rows(samples):
+    """Prompts and answers with their last tokens, which rows of an update only predict."""
+    tokens = np.concatenate([samples.tokens[:, :1], samples.targets], axis=1)
+    places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return (
+        {"tokens": tokens, "positions": places, "segment_ids": (places <= samples.segment_ids.sum(1)[:, None]).astype(int)},
     )
 
 
@@ -681,3 +714,19 @@ def test_experts_are_routed_alike_by_sampler_and_trainer_and_are_balanced(expert
         )
         assert record["load_imbalance"] >= 1
     assert metrics[0]["grad_norm"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_what_was_learned_by_rewards_is_gone_on_with_and_sampled_from(warm_start, tmp_path, lora):
+    """The weights that the run ends with: what its engine would decode next."""
+    run(job(warm_start, tmp_path / "first", steps=1, lora=lora))
+    last = []
+    with rl.open_loop(job(warm_start, tmp_path / "first", steps=1, lora=lora), lambda _: None, None, 0.0) as loop:
+        last.append(jax.device_get(loop.policy.hand_over(loop.policy.whole(loop.state.train))))
+    opened = open_initial(str(tmp_path / "first"), MODEL).load(
+        rl.Policy(job(warm_start, tmp_path / "x")).trainer.abstract_weights
+    )
+    for found in (opened, open_any(str(tmp_path / "first")).params):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), jax.device_get(found), last[0])
+    assert run(job(tmp_path / "first", tmp_path / "second", steps=1))

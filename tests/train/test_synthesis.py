@@ -14,10 +14,16 @@ from data.chat import import_row
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.overlap import common_subsequence, rouge_l, words
 from data.prepare import prepare
+from experiments.cli import main
 from model.config import ModelConfig
-from train.config import CheckpointConfig, EvalConfig, TrainConfig
+from model.transformer import forward
+from train.checkpoint import Checkpoints
+from train.config import CheckpointConfig, EvalConfig, OptimizerConfig, TrainConfig
 from train.loop import train
 from train.metrics import read_jsonl
+from train.objectives.config import ObjectiveConfig, RewardModelConfig
+from train.preferences import REWARD_HEAD
+from train.step import make_trainer
 from train.synthesis import job
 from train.synthesis.best_of import select
 from train.synthesis.config import (
@@ -141,8 +147,11 @@ def test_a_revision_follows_from_critique_and_is_preferred_in_both_orders_or_not
     assert said == ["q1", "answer 1", principle.critique, "critique 1", principle.revision]
     for row in rows:
         import_row(row, "pairs")
-    anew = criticise(CritiqueConfig(PRINCIPLES), prompts[1:2], 11, 0, write, weigh)[0]
+    talks = seen[1][2]
+    anew = criticise(CritiqueConfig(PRINCIPLES), prompts[1:], 11, 0, write, weigh)[0]
     assert anew == rows[1:]  # whatever else was in its round
+    assert seen[-2][2] == talks[1:]  # the principle too
+    assert len({talk[-1]["content"] for talk in talks}) == 2
 
 
 def test_without_preferences_the_revision_is_chosen():
@@ -334,19 +343,30 @@ def test_a_special_token_in_a_prompt_is_text(begun, tmp_path):
 
 @pytest.mark.slow
 def test_the_best_of_n_is_that_by_the_verifier(begun, tmp_path, monkeypatch):
-    """Each byte "a" or "b" that it draws stands for an answer: a random model writes them seldom enough to differ."""
-    short_answers(monkeypatch)
-    prompts = PromptConfig(task=TASK, number=4)
-    config = config_of(begun, tmp_path / "run", prompts=prompts, best_of=BestOfConfig(4, "best"), chat=False)
+    """Of a model whose bytes stand for a or b, so that it is right at times."""
+    real = Writer._answer
+
+    def answer(self, tokens):
+        text = "".join("ab"[token.token % 2] for token in tokens[:2])
+        return dataclasses.replace(real(self, tokens), text=text, complete=True)
+
+    monkeypatch.setattr(Writer, "_answer", answer)
+    prompts = PromptConfig(task=TASK, number=9)
+    config = config_of(begun, tmp_path / "run", prompts=prompts, best_of=BestOfConfig(2, "best"), chat=False)
     assert run(config) == 0
-    rows = {row["prompt"]: row for row in read_jsonl(tmp_path / "run/dataset.jsonl")}
-    task, writer = TASK.make(), Writer(config, 4)
-    for number in range(4):
+    rows = read_jsonl(tmp_path / "run/dataset.jsonl")
+    task, writer = TASK.make(), Writer(config, 2)
+    for number, row in enumerate(rows):
         example = task.example(number, 0)
         (answers,) = writer.draw([[{"role": "user", "content": example.prompt}]], 0, [number])
-        scores = {answer.text: task.score(answer.text, example).reward for answer in answers if answer.text.strip()}
-        assert rows[example.prompt]["score"] == max(scores.values())
-        assert rows[example.prompt]["completion"] in scores
+        scores = {answer.text: task.score(answer.text, example).reward for answer in answers}
+        assert row["prompt"] == example.prompt
+        assert row["score"] == max(scores.values()) == scores[row["completion"]]
+    assert {row["score"] for row in rows} == {0.0, 1.0}
+    right = dataclasses.replace(config, best_of=BestOfConfig(2, "right", min_score=1.0), run_dir=str(tmp_path / "right"))
+    assert run(right) == 0
+    kept = [row["completion"] for row in read_jsonl(tmp_path / "right/dataset.jsonl")]
+    assert kept == [row["completion"] for row in rows if row["score"] == 1]
 
 
 @pytest.mark.slow
@@ -354,7 +374,7 @@ def test_the_best_of_n_is_that_by_the_verifier(begun, tmp_path, monkeypatch):
 def test_other_methods_resume_to_the_same_data(begun, tmp_path, monkeypatch, method):
     short_answers(monkeypatch)
     methods = {
-        "critique": CritiqueConfig(PRINCIPLES, min_preference=0.501),
+        "critique": CritiqueConfig(PRINCIPLES, min_preference=0),
         "instructions": InstructionConfig(5, shown=2, min_words=1, max_rounds=4),
     }
     options = {"best_of": None, method: methods[method], "model": dataclasses.replace(MODEL, max_seq_len=200)}
@@ -365,6 +385,67 @@ def test_other_methods_resume_to_the_same_data(begun, tmp_path, monkeypatch, met
     straight, stopped = ((tmp_path / name / "dataset.jsonl").read_bytes() for name in ("straight", "stopped"))
     assert straight == stopped
     assert straight.count(b"\n") > 0
+
+
+@pytest.mark.slow
+def test_the_best_of_n_is_that_by_a_reward_model(begun, tmp_path, monkeypatch):
+    pairs = [{"prompt": f"q{i}", "chosen": "a" * (1 + i % 3), "rejected": "b"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    data = DataConfig(
+        (SourceConfig("made", "files", path=str(tmp_path / "pairs.jsonl"), held_out_fraction=0.2),),
+        content="pairs",
+        seq_len=96,
+        cache_dir=str(tmp_path / "cache"),
+        loader_threads=0,
+    )
+    options = {
+        "run_dir": str(tmp_path / "scorer"),
+        "writers": (),
+        "checkpoint": CheckpointConfig(every=8),
+        "eval": EvalConfig(100),
+    }
+    options |= {"objective": ObjectiveConfig(reward_model=RewardModelConfig()), "initial_weights": str(begun)}
+    options |= {"optimizer": OptimizerConfig(learning_rate=1e-2)}
+    assert train(TrainConfig("scorer", MODEL, data, steps=8, batch_size=8, **options), log=lambda _: None) == 0
+    short_answers(monkeypatch)
+    config = config_of(begun, tmp_path / "run", best_of=BestOfConfig(3, "best"), reward_model=str(tmp_path / "scorer"))
+    assert run(config) == 0
+    rows, writer = read_jsonl(tmp_path / "run/dataset.jsonl"), Writer(config, 3)
+    trainer = make_trainer(TrainConfig("scorer", MODEL, data, steps=8, batch_size=8, **options))
+    found = Checkpoints(str(tmp_path / "scorer/checkpoints"), keep=None)
+    params = found.restore_newest({"params": trainer.abstract_state.params}, print, partial=True)[0]["params"]
+    for number, row in enumerate(rows):
+        talk = [{"role": "user", "content": row["prompt"]}]
+        (answers,) = writer.draw([talk], 0, [number])
+        scores = {}
+        for answer in answers:
+            ids = np.array([[*writer.encode(talk), *(token.token for token in answer.tokens)]])
+            read = forward(params, MODEL, ids, np.arange(ids.size)[None], np.ones_like(ids))[0]
+            scores[answer.text] = float(np.asarray(read[0, -1]) @ np.asarray(params[REWARD_HEAD])[:, 0])
+        assert row["completion"] == max(scores, key=scores.__getitem__)
+        assert row["score"] == pytest.approx(max(scores.values()), abs=1e-5)
+    assert len({row["score"] for row in rows}) > 2
+
+
+@pytest.mark.slow
+def test_the_command_makes_data_and_says_what_it_cannot_do_with_such_a_config(begun, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("model.xla.configure", lambda *_, **__: None)  # jax has begun here
+    path = tmp_path / "made.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\nfrom model.config import ModelConfig\n\ndef get_config():\n"
+        "    config = ConfigDict()\n"
+        "    config.model = ModelConfig(vocab_size=260, num_layers=1, d_model=16, num_heads=2, d_ff=32, max_seq_len=96)\n"
+        "    config.prompts = {'texts': ('a', 'b')}\n    config.best_of = {'samples': 1, 'keep': 'all'}\n"
+        "    config.max_prompt_tokens, config.max_tokens, config.chat = 60, 8, True\n"
+        f"    config.initial_weights = {str(begun)!r}\n    config.run_dir = {str(tmp_path / 'run')!r}\n    return config\n"
+    )
+    assert main(["run", f"--config={path}", "--config.batch=1"]) == 0
+    assert len(read_jsonl(tmp_path / "run/rounds.jsonl")) == 2
+    assert json.loads((tmp_path / "run/result.json").read_text())["answers"] == 2
+    assert main(["inspect", f"--config={path}"]) == 1
+    assert "makes data and trains nothing" in capsys.readouterr().err
+    assert main(["launch", f"--config={path}", "--on=local", "--dry-run"]) == 1
+    assert "no run of pretraining or fine-tuning" in capsys.readouterr().err
 
 
 def test_files_of_prompts_are_read_and_what_is_none_is_left_out(tmp_path):
