@@ -55,6 +55,14 @@ REFUSED = {
     "ramp_longer_than_answers": ("overlong_cache", {"truncation": "soft_penalty", "max_length": 8, "overlong_cache": 9}),
     "unknown_name": ("policy.aggregation='mean'", {"aggregation": "mean"}),
     "no_tokens": ("entropy_fraction", {"entropy_fraction": 0.0}),
+    "greedy_with_penalty": ("that of the greedy answer", {"advantage": "greedy", "truncation": "zero_reward"}),
+    "parts_without_scale": ("normalise_parts", {"normalise_parts": True}),
+    "parts_that_are_dropped": ("normalise_parts", {"normalise_parts": True, "scale": "group", "zero_variance": "drop"}),
+    "parts_with_kl_in_reward": (
+        "normalise_parts",
+        {"normalise_parts": True, "scale": "batch", "kl": KLConfig(reward_coefficient=0.1)},
+    ),
+    "entropy_without_a_step": ("entropy_step", {"entropy_target": 1.0, "entropy_step": 0.0}),
 }
 
 

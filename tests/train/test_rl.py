@@ -25,7 +25,7 @@ from model.params import init_params, param_specs, unstack_layers
 from model.transformer import forward, unembed
 from tests.networks import random_params
 from train import rl
-from train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from train.config import CheckpointConfig, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from train.initial import open_initial
 from train.loop import train
 from train.metrics import read_jsonl
@@ -730,3 +730,16 @@ def test_what_was_learned_by_rewards_is_gone_on_with_and_sampled_from(warm_start
     for found in (opened, open_any(str(tmp_path / "first")).params):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), jax.device_get(found), last[0])
     assert run(job(tmp_path / "first", tmp_path / "second", steps=1))
+
+
+@pytest.mark.slow
+def test_experts_on_eight_devices_learn_what_they_do_on_one(expert_start, tmp_path, monkeypatch):
+    """Half of the experts live on each second device in training, and all on each while it decodes."""
+    settings = {"steps": 2, "policy": PolicyConfig(group_size=4, scale="group"), "model": EXPERTS}
+    many = run(job(expert_start, tmp_path / "many", mesh=MeshConfig(data=4, expert=2), **settings))
+    monkeypatch.setattr(rl, "Policy", functools.partial(rl.Policy, devices=jax.devices()[:1]))
+    one = run(job(expert_start, tmp_path / "one", **settings))
+    for record, alone in zip(many, one, strict=True):
+        assert record["mismatch_max"] < 1e-5
+        for name in ("reward_mean", "length_mean", "policy_loss", "balance_loss", "grad_norm", "entropy", "param_norm"):
+            assert record[name] == pytest.approx(alone[name], rel=2e-4, abs=1e-6), name
