@@ -708,7 +708,8 @@ def test_experts_are_routed_alike_by_sampler_and_trainer_and_are_balanced(expert
     for record in metrics:
         assert record["mismatch_max"] < 1e-5
         assert abs(record["update_kl"]) < 1e-9
-        assert record["balance_loss"] >= 0.5 * 0.99  # of one layer: 1 where all experts have the same share
+        # Of one layer, times 0.5: 1 where all experts have the same share, and little more, whatever the micro-batches.
+        assert 0.5 * 0.99 <= record["balance_loss"] < 0.5 * 2
         assert record["loss"] == pytest.approx(
             record["policy_loss"] + record["balance_loss"] + record["router_z_loss"], rel=1e-4, abs=1e-6
         )
