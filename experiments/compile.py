@@ -480,7 +480,10 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
         return changes | {"model.remat": remat, "batch_size": rows * shards(mesh) * config.accumulation}
 
     def fits(changes: Mapping[str, Any], mesh: dict[str, int]) -> bool:
-        changed = changed_config(config, changes)
+        try:
+            changed = changed_config(config, changes)
+        except ValueError:  # Some jobs go with some axes only.
+            return False
         arrays = weights + activations(changed.batch_size // changed.accumulation, changed.data.seq_len)
         if mesh_problem(arrays, TRAIN_RULES, mesh):
             return False

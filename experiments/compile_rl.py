@@ -41,11 +41,14 @@ def lower(config: Any, program: str, devices: Sequence[Any]) -> tuple[Any, Any]:
     trainer = policy.trainer
     params = policy.whole(trainer.abstract_state)
 
+    def row(count: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, config.row_tokens), dtype, sharding=trainer.batch_sharding)
+
     def rows(count: int, names: Sequence[str]) -> dict[str, jax.ShapeDtypeStruct]:
-        return dict.fromkeys(names, jax.ShapeDtypeStruct((count, config.row_tokens), jnp.int32))
+        return dict.fromkeys(names, row(count, jnp.int32))
 
     names = ("tokens", "targets", "segment_ids", "positions")
-    to_score = rows(config.num_rows, names) | {"mask": jax.ShapeDtypeStruct((config.num_rows, config.row_tokens), jnp.float32)}
+    to_score = rows(config.num_rows, names) | {"mask": row(config.num_rows, jnp.float32)}
     if program == "hand_over":
         lowered = policy.hand_over.lower(params)
     elif program == "decode":
@@ -78,9 +81,7 @@ def lower(config: Any, program: str, devices: Sequence[Any]) -> tuple[Any, Any]:
         )
         constants = jax.eval_shape(policy.prepare, rollouts, scalar, scalar if config.policy.entropy_target else None)[0]
         batch = rows(config.update_rows, names) | {
-            name: jax.ShapeDtypeStruct((config.update_rows, config.row_tokens), leaf.dtype)
-            for name, leaf in vars(constants).items()
-            if leaf is not None
+            name: row(config.update_rows, leaf.dtype) for name, leaf in vars(constants).items() if leaf is not None
         }
         lowered = trainer.step.lower(trainer.abstract_state, batch)
     return lowered, trainer.mesh

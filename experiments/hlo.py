@@ -164,11 +164,13 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     index = counter.attribute("index")
     if last is None or not index or direction not in ("LT", "LE", "NE"):
         return None
-    first = _constant(computation, _element(computation, computation[loop.operands[0]], int(index))) or 0
+    first = _constant(computation, _element(computation, computation[loop.operands[0]], int(index)))
     root = next(i for i in body.values() if i.is_root)
     step_of = _element(body, root, int(index))
     steps = [_constant(body, body[name]) for name in step_of.operands if name in body] if step_of.opcode == "add" else []
-    step = next((value for value in steps if value), 1)
+    step = next((value for value in steps if value), None)
+    if first is None or step is None or step < 0:
+        return None
     return max(0, math.ceil((last + (direction == "LE") - first) / step))
 
 

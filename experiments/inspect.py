@@ -31,10 +31,8 @@ def describe(config: TrainConfig | RLConfig) -> str:
     for name, tree in (("parameters", state.params), ("optimizer state", state.opt_state), ("moving average", state.ema)):
         lines.append(f"  {name:<28}{_device_bytes(tree) / 2**20:>14,.1f} MiB")
     if state.frozen is not None:
-        lines.append(f"  {'frozen':<28}{_device_bytes(state.frozen) / 2**20:>14,.1f} MiB")
-    lines.append(f"  {'gradients':<28}{_device_bytes(state.params) / 2**20:>14,.1f} MiB")
-    if config.lora:
         lines.append(f"  {'frozen weights':<28}{_device_bytes(state.frozen) / 2**20:>14,.1f} MiB")
+    lines.append(f"  {'gradients':<28}{_device_bytes(state.params) / 2**20:>14,.1f} MiB")
     if isinstance(config, RLConfig):
         held = plan_sampler(config, trainer.mesh.shape)
         lines += [f"  {name:<28}{size / 2**20:>14,.1f} MiB" for name, size in held.items()]

@@ -94,8 +94,9 @@ own FLOPs at peak: what is masked, computed again, or waits for an MXU.
 
 A collective is exposed as far as the device waits for it; each piece of work covers one collective at a time. Gathers that
 XLA has made all-reduces of shards padded with zeros count whole, whatever stands beside them: they move twice the bytes.
-What stays exposed of the gathers of dense models is at the head and at the beginning of each layer, where the body of the loop
-over layers has no work yet: the compiler does not begin it in the layer before.
+What stays exposed of the gathers of dense models is at the head and at the beginning of each layer, forward and recomputed,
+where the body of the loop over layers has no work yet: the compiler does not begin it in the layer before. On the whole of a
+slice of v5e or v6e gradients are summed on every device and not scattered; the exposed collectives are mostly those.
 
 | config | matmuls | matmul speed | recomputed | attention | experts | other | exposed collectives | of these gathers |
 |---|---|---|---|---|---|---|---|---|
@@ -114,7 +115,6 @@ more. All seconds are estimates.
 
 Most of the update's time are exposed gathers and scatters of activations over `tensor`, 18 of 27 s: the axis is as large as
 decoding wants it, and larger than the trainer does. A mesh of its own for the sampler would spare them; there is none yet.
-Score and update were compiled when the head still read prompts too; now it reads answers alone, so that they take less.
 
 """
 COLUMNS_OF_RL = (

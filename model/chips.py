@@ -117,13 +117,15 @@ class Topology:
             return tuple(side == 16 for side in self.shape)
         return (all(side % 4 == 0 for side in self.shape),) * 3
 
-    def rings(self, coordinates: Collection[Sequence[int]]) -> list[tuple[int, int]]:
-        """(chips, links) along every dimension in which these chips differ: 2 links where they close a ring, else 1."""
+    def rings(self, coordinates: Collection[Sequence[int]]) -> list[tuple[int, float]]:
+        """(chips, links) along every dimension in which these chips differ: 2 links where they close a ring, else 1; a part of
+        them where the chips stand apart, for others, which do the same, stand between them and share the links."""
         found = []
         for side, wraps, places in zip(self.shape, self.wraps, zip(*coordinates, strict=True), strict=False):
-            chips = len(set(places))
-            if chips > 1:
-                found.append((chips, 2 if wraps and chips == side else 1))
+            lines = sorted(set(places))
+            if len(lines) > 1:
+                apart = min(after - before for before, after in itertools.pairwise(lines))
+                found.append((len(lines), (2 if wraps and apart * len(lines) == side else 1) / apart))
         return found
 
 

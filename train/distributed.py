@@ -103,8 +103,16 @@ def _detect(start_seconds: float) -> Place:
             "--processes=N and --process-id=I to each of them, or --processes=1 to run alone."
         ) from error
     coordinator, processes, process_id, devices = found
-    if coordinator is None or process_id is None or processes in (None, 1):
+    if processes == 1 or (coordinator, processes, process_id) == (None, None, None):
         return Place()
+    if coordinator is None or processes is None or process_id is None:
+        known = {"the coordinator": coordinator, "how many processes there are": processes, "which this one is": process_id}
+        missing = " and ".join(name for name, value in known.items() if value is None)
+        raise RuntimeError(
+            f"the environment describes a cluster (JAX_COORDINATOR_ADDRESS={address or ''}), but does not say {missing}: "
+            "alone, each process would train by itself into one run_dir. Give --coordinator=HOST:PORT, --processes=N and "
+            "--process-id=I to each of them, or --processes=1 to run alone."
+        )
     return Place(coordinator, processes, process_id, None if devices is None else tuple(devices))
 
 

@@ -543,7 +543,7 @@ class RLLoop:
     def _constants(self, judged: Judged) -> tuple[PolicyBatch, dict[str, jax.Array]]:
         """Advantages and weights, of the whole batch."""
         config, samples = self.config, judged.samples
-        rows = self._rows(samples) | {"mask": samples.mask}
+        rows = jax.device_put(self._rows(samples) | {"mask": samples.mask}, self.policy.trainer.batch_sharding)
         now = Scores(samples.behavior_logprobs, None, None)
         if config.rollouts.score:
             now = self.policy.score(self.policy.whole(self.state.train), rows)

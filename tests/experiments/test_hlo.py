@@ -99,6 +99,21 @@ def test_a_loop_of_unknown_length_is_named_and_counted_as_it_is_said_to_be(trips
     assert [one.times for one in collectives.find(module, lambda _: 1.0)] == [trips]
 
 
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        ("tuple(%one, %y)", "tuple(%given, %y)"),  # from a number that is not known
+        ("%next = s32[] add(%n, %two)", "%next = s32[] multiply(%n, %two)"),
+        ("%next = s32[] add(%n, %two)", "%next = s32[] add(%n, %n)"),
+    ],
+)
+def test_a_counter_that_is_not_understood_is_no_guess(text, instead):
+    given = "  %given = s32[] get-tuple-element(%l), index=0\n  %y = bf16"
+    module = NESTED.replace("KNOWN", KNOWN).replace("  %y = bf16", given)
+    assert hlo.work(hlo.parse(module)).unknown_loops == ()
+    assert hlo.work(hlo.parse(module.replace(text, instead))).unknown_loops == ("inner",)
+
+
 def test_a_collective_has_bytes_axis_and_count():
     (found,) = collectives.find(hlo.parse(NESTED.replace("KNOWN", KNOWN)), lambda _: 7.0)
     assert found.cycles == found.exposed_cycles == 7

@@ -82,6 +82,23 @@ def test_rings_close_where_the_torus_does():
     assert pod.rings([(1, 2, 3), (1, 2, 3)]) == []
 
 
+def test_chips_that_stand_apart_share_the_links_between_them():
+    """Every chip of a ring of 16 sends to the one 8 places on, or 4 places, and so on around: counted link by link."""
+    ring = topology_of("v6e:16x16")
+    for apart in (1, 2, 4, 8):
+        members = 16 // apart
+        # A reduce-scatter in both directions: each chip sends half of its (members - 1) / members each way, `apart` links on.
+        load = np.zeros((16, 2))
+        for chip in range(16):
+            for direction in (0, 1):
+                for hop in range(apart):
+                    place = (chip + hop) % 16 if direction == 0 else (chip - 1 - hop) % 16
+                    load[place, direction] += (members - 1) / members / 2
+        ((found, links),) = ring.rings([(place, 3) for place in range(0, 16, apart)])
+        assert found == members
+        assert (members - 1) / members / links == pytest.approx(load.max())
+
+
 ASK = """
 import json, re
 import jax

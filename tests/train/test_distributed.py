@@ -403,6 +403,15 @@ def test_flags_win_over_the_environment_and_without_either_a_process_is_alone(mo
     assert find_place(None, None, None, 1.0) == Place()
 
 
+def test_an_environment_that_tells_half_of_a_place_is_refused(monkeypatch):
+    """Each process would train alone."""
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.2:8476")
+    with pytest.raises(RuntimeError, match="does not say how many processes there are and which this one is: alone, each"):
+        find_place(None, None, None, 1.0)
+    assert find_place(None, 1, None, 1.0) == Place()
+    assert find_place("10.0.0.2:8476", 4, 3, 1.0) == Place("10.0.0.2:8476", 4, 3)
+
+
 def test_a_tpu_worker_on_gke_is_found(monkeypatch):
     monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
     monkeypatch.setattr("jax._src.clusters.cluster.running_in_cloud_tpu_vm", True)
