@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from model.xla import configure, restart_with_huge_pages
+from model.xla import configure, num_cores, restart_with_huge_pages
 
 PROMPT, NEW, PREFILL, GROUP = 64, 32, 512, 16
 QUANTISED = "smollm2-135m-instruct"
@@ -90,14 +90,14 @@ def main() -> None:
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
-    from experiments.bench_infer import num_threads, read_bandwidth
+    from experiments.bench_infer import read_bandwidth
     from inference.engine import Engine, EngineConfig, Request
     from inference.sampling import Sampling
     from model.convert.huggingface import load
     from model.params import num_parameters, param_specs
     from model.quantize import quantize
 
-    threads = num_threads()
+    threads = num_cores()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49_152}

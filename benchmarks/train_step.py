@@ -33,7 +33,7 @@ import numpy as np
 
 from experiments.cli import configure_jax, load_train_config
 from model.config import ModelConfig
-from model.xla import MALLOC_SETTINGS
+from model.xla import MALLOC_SETTINGS, num_cores
 from train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,10 +163,6 @@ class Torch:
         begin = time.perf_counter()
         losses = [self.trainer.step(*next(self.batches), next(self.learning_rates)) for _ in range(steps)]
         return {"seconds": time.perf_counter() - begin, "losses": losses}
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def serve(side: str, config: TrainConfig, exchange: Path) -> None:

@@ -10,21 +10,20 @@ import argparse
 import concurrent.futures
 import dataclasses
 import json
-import os
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.sampling import open_any
+from experiments.sampling import open_to_decode
 from inference.engine import Engine, EngineConfig, Request
 from inference.sampling import Sampling
 from model.chips import chip_of
 from model.config import ModelConfig, check
 from model.flops import forward_flops_per_token
 from model.params import Params, unstack_layers
-from model.quantize import quantize
+from model.xla import num_cores
 from train.peak import peak_flops
 
 _GREEDY = Sampling(temperature=0.0)
@@ -48,16 +47,12 @@ class Measured:
     bandwidth_share: float
 
 
-def num_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def read_bandwidth(megabytes: int = 256) -> float:
-    """Bytes a second: of a TPU's data sheet, or what threads read together that each sum an array of their own."""
+def read_bandwidth(megabytes: int = 256, num_devices: int = 1) -> float:
+    """Bytes a second: of so many TPUs' data sheet, or what threads read together that each sum an array of their own."""
     chip = chip_of(jax.devices()[0].device_kind)
     if chip:
-        return chip.hbm_bandwidth * len(jax.devices())
-    threads = num_threads()
+        return chip.hbm_bandwidth * num_devices
+    threads = num_cores()
     arrays = [np.ones(megabytes << 18, np.float32) for _ in range(threads)]
     best = 0.0
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -104,17 +99,15 @@ def bench(arguments: argparse.Namespace) -> None:
     """Prints a table and one line of JSON.
 
     Raises:
-      ValueError, FileNotFoundError: see `open_any`; numbers that leave nothing to measure.
+      ValueError, FileNotFoundError: see `open_to_decode`; numbers that leave nothing to measure.
     """
     batches = sorted({int(size) for size in arguments.batch_sizes.split(",")})
     check(batches[0] > 0, f"--batch-sizes={arguments.batch_sizes} must be positive")
     check(arguments.prompt_tokens > 1 and arguments.new_tokens > 1, "--prompt-tokens and --new-tokens must be at least 2")
-    loaded = open_any(arguments.source)
+    loaded = open_to_decode(arguments)
     params, config = unstack_layers(loaded.params, loaded.config)
-    if arguments.bits:
-        params, config = quantize(params, config, arguments.bits)
     prompt, new = arguments.prompt_tokens, arguments.new_tokens
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(num_devices=arguments.tensor)
     results = []
     for batch in batches:
         page_size = EngineConfig.page_size
@@ -125,7 +118,7 @@ def bench(arguments: argparse.Namespace) -> None:
         results.append(measure(engine, batch, prompt, new, bandwidth))
     one = results[0]
     prefill_flops = forward_flops_per_token(config, prompt) * prompt * one.batch
-    prefill_share = prefill_flops / one.first_token_seconds / peak_flops(jax.devices(), config.dtype)
+    prefill_share = prefill_flops / one.first_token_seconds / peak_flops(jax.devices()[: arguments.tensor], config.dtype)
     print(f"{loaded.name}: {jax.devices()[0].device_kind}, memory {bandwidth / 1e9:.1f} GB/s")
     print(f"{'batch':>5} {'first token':>12} {'per token':>12} {'tokens/s':>10} {'of bandwidth':>13}")
     for row in results:
@@ -136,7 +129,8 @@ def bench(arguments: argparse.Namespace) -> None:
     summary: dict[str, Any] = {
         "benchmark": "bench-infer",
         "model": loaded.name,
-        "bits": arguments.bits or jax.tree.leaves(loaded.params)[0].dtype.itemsize * 8,
+        "dtype": arguments.dtype or config.dtype,
+        "tensor": arguments.tensor,
         "prompt_tokens": prompt,
         "new_tokens": new,
         "bandwidth_bytes_per_second": bandwidth,

@@ -6,6 +6,9 @@
     /help, /quit
 
 A model without a chat template is not one that was taught to answer: it continues what is typed.
+
+The n-th answer of a talk is drawn with seed + n - 1, after /reset too: what is asked again is answered anew, and the same lines
+get the same talk again.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data.chat_template import encode_chat
-from experiments.sampling import open_any
+from experiments.sampling import open_to_decode
 from inference.engine import Engine, EngineConfig, Request
 from inference.models import LoadedModel
 from inference.sampling import Sampling
@@ -43,6 +46,7 @@ class Conversation:
         config = EngineConfig(max_batch=1, cache_tokens=tokens)
         self._service = Service(Engine(loaded.params, loaded.config, config, vocab_size=loaded.tokenizer.vocab_size))
         self.messages: list[Message] = []
+        self._num_answers = 0
 
     def reset(self, system: str = "") -> None:
         self.messages = [{"role": "system", "content": system}] if system else []
@@ -63,9 +67,10 @@ class Conversation:
             self._sampling,
             max_tokens=min(self._max_tokens, room),
             stop_ids=self._loaded.stop_ids,
-            seed=self._seed,
+            seed=(self._seed + self._num_answers) % 2**32,
             watch=answers.watch,
         )
+        self._num_answers += 1
         said = ""
         stream = self._service.stream(request)
         try:
@@ -93,11 +98,12 @@ def chat(
     """Answers `--prompt` and ends, or talks until the end of the input.
 
     Raises:
-      ValueError, FileNotFoundError: see `open_any`, `Sampling` and `Request`.
+      ValueError, FileNotFoundError: see `open_to_decode`, `Sampling` and `Request`.
     """
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p)
+    check(0 <= arguments.seed < 2**32, f"--seed={arguments.seed} must lie in [0, 2^32)")
     check(arguments.max_tokens > 0, f"--max-tokens={arguments.max_tokens} must be positive")
-    loaded = open_any(arguments.source)
+    loaded = open_to_decode(arguments)
     conversation = Conversation(loaded, sampling, arguments.max_tokens, arguments.seed, arguments.context)
     conversation.reset(arguments.system)
     try:

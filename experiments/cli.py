@@ -96,6 +96,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     sample.add_argument("--top-k", type=int, default=0, help="0 is off")
     sample.add_argument("--top-p", type=float, default=1.0, help="1 is off")
     sample.add_argument("--seed", type=int, default=0)
+    add_decoding_flags(sample)
     sample.add_argument("--step", type=int, default=-1, help="of the checkpoint; default the newest")
     chat = commands.add_parser("chat", help="talk with a model in the terminal")
     chat.add_argument("source", metavar="MODEL", help=model_help)
@@ -106,14 +107,15 @@ def parse(words: list[str]) -> argparse.Namespace:
     chat.add_argument("--top-k", type=int, default=0, help="0 is off")
     chat.add_argument("--top-p", type=float, default=0.95, help="1 is off; default 0.95")
     chat.add_argument("--min-p", type=float, default=0.0, help="0 is off")
-    chat.add_argument("--seed", type=int, default=0)
+    chat.add_argument("--seed", type=int, default=0, help="of the first answer; the next has the next; default 0")
+    add_decoding_flags(chat)
     chat.add_argument("--context", type=int, default=8192, help="tokens of the conversation, at most; default 8192")
     bench = commands.add_parser("bench-infer", help="measure how fast a model is decoded here")
     bench.add_argument("source", metavar="MODEL", help=model_help)
     bench.add_argument("--batch-sizes", default="1,8,32", metavar="N,N", help="default 1,8,32")
     bench.add_argument("--prompt-tokens", type=int, default=128, help="default 128")
     bench.add_argument("--new-tokens", type=int, default=32, help="default 32")
-    bench.add_argument("--bits", type=int, default=0, choices=[4, 8], help="round the weights first")
+    add_decoding_flags(bench)
     parity = commands.add_parser("parity", help="compare what a model is decoded with and what the trainer computes")
     parity.add_argument("source", metavar="MODEL", help=model_help)
     parity.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of activations; default float32")
@@ -150,6 +152,20 @@ def parse(words: list[str]) -> argparse.Namespace:
     if arguments.command in TAKE_A_CONFIG:
         arguments.overrides += overrides
     return arguments
+
+
+def add_decoding_flags(command: argparse.ArgumentParser) -> None:
+    kinds = "of weights and activations; int8 and int4 round the weights alone; default that of a run's config, else float32"
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "int8", "int4"], help=kinds)
+    devices = "devices over which heads and MLPs lie (cores, on a CPU); default 1"
+    command.add_argument("--tensor", type=int, default=1, metavar="N", help=devices)
+
+
+def configure_to_decode(arguments: argparse.Namespace) -> None:
+    """A CPU becomes as many devices as are asked for and it has cores."""
+    from model.xla import configure, num_cores
+
+    configure(cpu_devices=max(1, min(arguments.tensor, num_cores())), decoding=True)
 
 
 def add_launch_flags(command: argparse.ArgumentParser) -> None:
@@ -306,9 +322,7 @@ def compile_for_slice(arguments: argparse.Namespace) -> int:
 
 
 def sample(arguments: argparse.Namespace) -> int:
-    from model.xla import configure
-
-    configure(cpu_devices=1, decoding=True)
+    configure_to_decode(arguments)
     from experiments import sampling
 
     for prompt, text in sampling.sample(arguments):
@@ -317,9 +331,7 @@ def sample(arguments: argparse.Namespace) -> int:
 
 
 def chat(arguments: argparse.Namespace) -> int:
-    from model.xla import configure
-
-    configure(cpu_devices=1, decoding=True)
+    configure_to_decode(arguments)
     from experiments import chat
 
     chat.chat(arguments)
@@ -327,9 +339,7 @@ def chat(arguments: argparse.Namespace) -> int:
 
 
 def bench_infer(arguments: argparse.Namespace) -> int:
-    from model.xla import configure
-
-    configure(cpu_devices=1, decoding=True)
+    configure_to_decode(arguments)
     from experiments import bench_infer
 
     bench_infer.bench(arguments)

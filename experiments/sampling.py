@@ -21,10 +21,13 @@ from inference.generate import generate
 from inference.models import LoadedModel, locate, open_model
 from inference.sampling import Sampling
 from model.attention import runs_on
+from model.config import DType, ModelConfig
 from model.convert import gguf, huggingface
 from model.convert.gguf_file import read_gguf
 from model.lora import adapter_specs
-from model.params import Params, abstract_params, param_specs
+from model.params import Params, abstract_params, dimensions, param_shardings, param_specs, unstack_layers
+from model.quantize import Bits, quantize
+from model.sharding import DECODE_RULES, MESH_AXES, Layout, Rules, indivisible, make_mesh
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check
 from train.initial import in_checkpoint, merged_weights, of_checkpoint
@@ -77,8 +80,12 @@ def _is_run(source: str) -> bool:
     return any((Path(source) / part).is_dir() for part in ("checkpoints", "tokenizer"))
 
 
-def open_any(source: str, step: int = -1) -> LoadedModel:
+def open_any(source: str, step: int = -1, dtype: DType | None = None, tensor: int = 1) -> LoadedModel:
     """A run of ours, or what `inference.models.open_model` opens.
+
+    Args:
+      dtype: of activations and parameters; None is that of a run's config, else float32.
+      tensor: over how many devices it lies, see `tensor_shardings`.
 
     Raises:
       ValueError, FileNotFoundError: see `open_run` and `open_model`.
@@ -90,7 +97,8 @@ def open_any(source: str, step: int = -1) -> LoadedModel:
                 "model's directory, or a .gguf file"
             )
         check(step < 0, f"--step is for runs, and {source} is none: leave it out")
-        return open_model(source)
+        kind = dtype or "float32"
+        return open_model(source, dtype=kind, param_dtype=kind, place=lambda config: tensor_shardings(config, tensor))
     config, tokenizer, params = open_run(Path(source), step)
     stop_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     template = load_chat_template(Path(source) / "tokenizer") or None
@@ -99,7 +107,53 @@ def open_any(source: str, step: int = -1) -> LoadedModel:
     # A run of a TPU is opened elsewhere too.
     own = runs_on(config.model.attention_backend, jax.devices()[0].platform)
     model = config.model if own else dataclasses.replace(config.model, attention_backend="xla")
+    if dtype:
+        model = dataclasses.replace(model, dtype=dtype, param_dtype=dtype)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    if shardings := tensor_shardings(model, tensor):
+        params = jax.device_put(params, shardings)
     return LoadedModel(params, model, tokenizer, template, stop_ids, Path(source).resolve().name)
+
+
+def tensor_shardings(config: ModelConfig, tensor: int) -> Params | None:
+    """Where each parameter lies if heads and MLPs lie over `tensor` devices, and the vocabulary where they divide it; None for
+    one device.
+
+    Raises:
+      ValueError: there are not so many devices, or they do not divide the network.
+    """
+    specs, devices = param_specs(config), jax.devices()
+
+    def rules(count: int) -> Rules:
+        return DECODE_RULES if config.vocab_size % count == 0 else DECODE_RULES | {"vocab": ()}
+
+    def problem(count: int) -> str:
+        return indivisible(dimensions(specs), rules(count), dict.fromkeys(MESH_AXES, 1) | {"tensor": count})
+
+    check(tensor > 0, f"--tensor={tensor} must be positive")
+    if tensor > len(devices) or problem(tensor):
+        fitting = ", ".join(str(n) for n in range(1, len(devices) + 1) if not problem(n))
+        reason = problem(tensor) or f"there are {len(devices)} {devices[0].platform} devices here"
+        raise ValueError(f"--tensor={tensor} does not fit: {reason}. It may be {fitting}")
+    if tensor == 1:
+        return None
+    mesh = make_mesh(dict.fromkeys(MESH_AXES, 1) | {"tensor": tensor}, devices[:tensor])
+    return param_shardings(specs, Layout.of(mesh, rules(tensor)))
+
+
+def open_to_decode(arguments: argparse.Namespace) -> LoadedModel:
+    """The MODEL of a command, with its `--dtype`, `--tensor` and, where it has one, `--step`.
+
+    Raises:
+      ValueError, FileNotFoundError: see `open_any`, `tensor_shardings` and `quantize`.
+    """
+    step, dtype = getattr(arguments, "step", -1), arguments.dtype
+    bits: dict[str, Bits] = {"int8": 8, "int4": 4}
+    loaded = open_any(arguments.source, step, None if dtype in bits else dtype, arguments.tensor)
+    if dtype not in bits:
+        return loaded
+    params, config = quantize(*unstack_layers(loaded.params, loaded.config), bits[dtype])
+    return dataclasses.replace(loaded, params=params, config=config)
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -155,10 +209,10 @@ def sample(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """(prompt, continuation) for each prompt.
 
     Raises:
-      ValueError, FileNotFoundError: as `open_any`, or a sampling option is off limits.
+      ValueError, FileNotFoundError: as `open_to_decode`, or a sampling option is off limits.
     """
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    loaded = open_any(arguments.source, arguments.step)
+    loaded = open_to_decode(arguments)
     tokenizer = loaded.tokenizer
     prompts = arguments.prompt or _prompts_of(arguments.source) or ["The "]
     outputs = generate(

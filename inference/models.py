@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +95,27 @@ def describe_model(source: str | Path) -> ModelDescription:
     return ModelDescription(file, config, tokenizer, template, stop_ids, name)
 
 
-def open_model(source: str | Path, *, dtype: DType = "float32", param_dtype: DType = "float32") -> LoadedModel:
+def open_model(
+    source: str | Path,
+    *,
+    dtype: DType = "float32",
+    param_dtype: DType = "float32",
+    place: Callable[[ModelConfig], Params | None] = lambda config: None,
+) -> LoadedModel:
     """Opens a model.
 
     Args:
       source: a directory with config.json and safetensors files, a .gguf file, or a name of the store.
       dtype, param_dtype: of activations and of parameters.
+      place: a NamedSharding for each parameter of a network; None is the default device.
 
     Raises:
       ValueError: there is none, or it cannot be read; the message names the file and what is wrong with it.
     """
     found = describe_model(source)
     config = dataclasses.replace(found.config, dtype=dtype, param_dtype=param_dtype)
-    return LoadedModel(found.load(config), config, found.tokenizer, found.chat_template, found.stop_ids, found.name)
+    params = found.load(config, place(config))
+    return LoadedModel(params, config, found.tokenizer, found.chat_template, found.stop_ids, found.name)
 
 
 def _gguf_stop_ids(file: GgufFile, tokenizer: HuggingFaceTokenizer) -> frozenset[int]:

@@ -87,7 +87,11 @@ def configure(cpu_devices: int, *, decoding: bool = False) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_devices_for(rows: int) -> int:
     """As many CPU devices as there are cores for this process, and as divide `rows`: each runs its own share of a batch."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(n for n in range(1, cores + 1) if rows % n == 0)
+    return max(n for n in range(1, num_cores() + 1) if rows % n == 0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.tokenizer import open_huggingface_tokenizer
-from experiments import bench_infer, chat
+from experiments import bench_infer, chat, sampling
 from experiments.chat import Conversation
 from inference.models import LoadedModel
 from inference.sampling import Sampling
@@ -42,9 +42,18 @@ def loaded(tmp_path_factory):
 
 def talk(monkeypatch, loaded, lines, **options):
     """What is written when these lines are typed."""
-    monkeypatch.setattr(chat, "open_any", lambda source: loaded)
-    defaults = {"prompt": None, "system": "", "max_tokens": 12, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    arguments = types.SimpleNamespace(source="tiny", seed=0, context=512, **(defaults | options))
+    monkeypatch.setattr(chat, "open_to_decode", lambda arguments: loaded)
+    defaults = {
+        "prompt": None,
+        "seed": 0,
+        "system": "",
+        "max_tokens": 12,
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+    }
+    arguments = types.SimpleNamespace(source="tiny", context=512, **(defaults | options))
     typed, written = iter(lines), []
 
     def read(_prompt):
@@ -74,6 +83,20 @@ def test_a_conversation_is_remembered_saved_and_forgotten(monkeypatch, loaded, t
     # After /reset the answer is what it is without the system's message.
     assert written.endswith(alone.split("\n", 1)[1])
     assert messages[2]["content"] in written
+
+
+def test_what_is_asked_again_is_answered_anew_and_the_same_talk_is_the_same(monkeypatch, loaded):
+    def answers(*lines, **options):
+        return talk(monkeypatch, loaded, lines, temperature=1.0, **options).split("\n", 1)[1]
+
+    thrice = answers("Hi", "/reset", "Hi", "/system", "Hi")  # the same prompt each time
+    assert thrice == answers("Hi", "/reset", "Hi", "/system", "Hi")
+    firsts = [answers("Hi", seed=seed) for seed in range(3)]
+    assert len(set(firsts)) == 3
+    assert thrice == "".join(firsts)
+    assert answers("Hi", "/reset", "Hi", seed=2**32 - 1) == answers("Hi", seed=2**32 - 1) + firsts[0]
+    with pytest.raises(ValueError, match=r"--seed=-1 must lie in \[0, 2\^32\)"):
+        answers("Hi", seed=-1)
 
 
 def test_the_model_reads_the_whole_conversation_through_its_template(loaded):
@@ -108,11 +131,12 @@ def test_a_model_without_a_template_continues(monkeypatch, loaded):
     assert talk(monkeypatch, bare, [], prompt="def main(")
 
 
-@pytest.mark.parametrize("bits", [0, 8])
-def test_speed_is_measured_with_one_line_of_json_at_the_end(monkeypatch, capsys, loaded, bits):
-    monkeypatch.setattr(bench_infer, "open_any", lambda source: loaded)
-    monkeypatch.setattr(bench_infer, "read_bandwidth", lambda: 1e9)
-    options = {"source": "tiny", "batch_sizes": "2,1", "prompt_tokens": 9, "new_tokens": 3, "bits": bits}
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_speed_is_measured_with_one_line_of_json_at_the_end(monkeypatch, capsys, loaded, dtype):
+    monkeypatch.setattr(sampling, "open_any", lambda *_: loaded)
+    monkeypatch.setattr(bench_infer, "read_bandwidth", lambda num_devices: 1e9 * num_devices)
+    sizes = {"batch_sizes": "2,1", "prompt_tokens": 9, "new_tokens": 3}
+    options = {"source": "tiny", **sizes, "dtype": dtype, "tensor": 1}
     bench_infer.bench(types.SimpleNamespace(**options))
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["batch"] for row in summary["batches"]] == [1, 2]
@@ -124,6 +148,7 @@ def test_speed_is_measured_with_one_line_of_json_at_the_end(monkeypatch, capsys,
     import jax
 
     assert weights == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(leaves))
-    if not bits:
+    assert (summary["dtype"], summary["tensor"]) == (dtype or "float32", 1)
+    if not dtype:
         row = summary["batches"][0]
         assert row["bandwidth_share"] == pytest.approx(weights / row["token_seconds"] / 1e9)

@@ -1,5 +1,6 @@
 """The command line: what each command prints and how it ends.  One tiny job is trained in a process of its own, as users do."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,8 +17,9 @@ import pytest
 import experiments.cli
 import model.xla
 from data.tokenizer import load_tokenizer
-from experiments.cli import load_train_config, main
-from experiments.sampling import open_any
+from experiments import bench_infer, chat
+from experiments.cli import load_train_config, main, parse
+from experiments.sampling import open_any, open_to_decode, tensor_shardings
 from model.config import ModelConfig
 from model.convert.gguf import save
 from model.convert.huggingface import load
@@ -95,6 +97,7 @@ def test_help_lists_the_commands():
         (["ckpt", "repair", "runs/x"], "invalid choice: 'repair'"),
         (["sample", "runs/x", "--config.steps=3"], "`loam sample` takes no config"),
         (["sample", "runs/x", "--max-tokens=many"], "invalid int value: 'many'"),
+        (["chat", "runs/x", "--dtype=int2"], "invalid choice: 'int2'"),
     ],
 )
 def test_a_malformed_command_line_ends_with_the_usage_and_status_2(words, message, capsys):
@@ -266,6 +269,48 @@ def test_a_model_of_the_store_is_listed_sampled_and_converted(here, gguf_model, 
     assert "--step is for runs" in refused(["sample", "small", "--step=3"], capsys)
     assert "exists: choose another name" in refused(["pull", gguf_model, "--as=small"], capsys)
     assert "did you mean 'small'" in refused(["sample", "smal"], capsys)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
+def test_the_commands_that_decode_take_a_precision_and_devices(here, gguf_model, monkeypatch, capsys, dtype):
+    """Over two devices the same greedy text as on one, each with its own half of a matrix."""
+    printed, words = [], []
+    for tensor in (1, 2):
+        words = [str(gguf_model), f"--dtype={dtype}", f"--tensor={tensor}"]
+        loaded = open_to_decode(parse(["bench-infer", *words]))
+        up = loaded.params["blocks"][0]["mlp"]["up"]
+        matrix = up.values if dtype == "int8" else up
+        assert (matrix.dtype, loaded.config.dtype) == (dtype, "float32" if dtype == "int8" else dtype)
+        assert [shard.data.size * tensor for shard in matrix.addressable_shards] == [matrix.size] * tensor
+        asked = ["--prompt=the fox", "--max-tokens=8", "--temperature=0"]
+        assert main(["sample", *words, *asked]) == 0
+        printed.append(capsys.readouterr().out)
+        pieces = []
+        chat.chat(parse(["chat", *words, *asked]), write=pieces.append)
+        assert "".join(pieces) == printed[-1].split("the fox", 2)[2]
+    assert printed[0] == printed[1]
+    monkeypatch.setattr(bench_infer, "read_bandwidth", lambda num_devices: 1e9 * num_devices)
+    assert main(["bench-infer", *words, "--batch-sizes=2", "--prompt-tokens=5", "--new-tokens=3"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["dtype"], result["tensor"]) == (dtype, 2)
+
+
+def test_a_run_is_sampled_over_devices_too(here, job, capsys):
+    words = ["sample", job[1].run_dir, "--prompt=the one", "--max-tokens=6", "--temperature=0"]
+    for options in ([], ["--tensor=2"]):
+        assert main([*words, "--dtype=float32", *options]) == 0
+    first, second = capsys.readouterr().out.split("---")[1:]
+    assert first == second
+
+
+def test_devices_that_there_are_not_or_that_divide_no_head_are_refused(here, gguf_model, capsys):
+    assert "--tensor=0 must be positive" in refused(["sample", gguf_model, "--tensor=0"], capsys)
+    error = refused(["chat", gguf_model, "--tensor=4"], capsys)
+    assert "kv_heads = 2 does not divide over tensor=4. It may be 1, 2" in error
+    wide = open_any(str(gguf_model)).config
+    wide = dataclasses.replace(wide, vocab_size=480, num_heads=16, num_kv_heads=16, d_ff=32)
+    with pytest.raises(ValueError, match=r"--tensor=16 does not fit: there are 8 cpu devices here. It may be 1, 2, 4, 8"):
+        tensor_shardings(wide, 16)
 
 
 def test_checkpoints_are_listed_and_found_sound(here, job, capsys):
