@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import grpo_step, quantization, train_step
+from benchmarks import decode_profile, grpo_step, quantization, train_step
 from data.tokenizer import ByteTokenizer
 from experiments import sampling
 from inference.models import LoadedModel
 from model.convert import gguf
+from model.params import param_specs, parameter_groups
 from model.presets import preset
 from tests.data.gguf_metadata import byte_bpe_metadata
 from tests.libtpu import require_libtpu
@@ -87,6 +88,24 @@ def test_paged_decode_schedule():
     require_libtpu()
     result = last_line("paged_decode_schedule", "--chips", "v5e")
     assert 0.9 < result["32 heads, 8 of keys"] <= 1
+
+
+@pytest.mark.slow
+def test_decode_profile():
+    result = last_line("decode_profile", "--quick")
+    for name in ("prefill", "batch32"):
+        assert_positive(result, f"{name}_seconds", f"{name}_products_share", f"{name}_share_of_matmul_peak")
+        # The whole holds the products, as often as the clock of so small a model can tell.
+        assert result[f"{name}_products_share"] < 2
+
+
+def test_the_products_of_the_profile_are_all_that_the_network_multiplies():
+    """By the count of parameters: all matrices but the embedding's rows, which are looked up."""
+    model = preset("smollm2-135m")
+    groups = parameter_groups(param_specs(model))
+    matrices = sum(size for name, size in groups.items() if name.startswith("blocks/") and "norm" not in name)
+    assert decode_profile.flops(model, 1, 0) == 2 * matrices
+    assert decode_profile.flops(model, 0, 1) == 2 * model.vocab_size * model.d_model
 
 
 @pytest.mark.slow
