@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from model.xla import configure, restart_with_huge_pages
+from model.xla import configure, num_cores, restart_with_huge_pages
 
 NEW = 32  # tokens after the first, whose seconds are divided by as many
 
@@ -129,7 +129,6 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
-    from experiments.bench_infer import num_threads
     from inference.engine import Engine, EngineConfig, Request
     from inference.sampling import Sampling
     from model.params import init_params, param_specs
@@ -173,7 +172,7 @@ def main() -> None:
         products = jax_products(model, rows, head_rows, layers, head)
         measured[f"{name}_products"] = lambda products=products: seconds(products)
         if with_torch:
-            peer = torch_products(model, rows, head_rows, layers, head, num_threads())
+            peer = torch_products(model, rows, head_rows, layers, head, num_cores())
             measured[f"{name}_torch_products"] = lambda peer=peer: seconds(peer)
     found: dict[str, list[float]] = {name: [] for name in measured}
     for i in range(rounds + 1):
