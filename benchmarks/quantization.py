@@ -1,6 +1,8 @@
-"""What smaller weights cost in quality: python benchmarks/quantization.py MODEL --text FILE --questions FILE [--questions FILE]
+"""What smaller weights and a smaller cache cost in quality: python benchmarks/quantization.py MODEL --text FILE
+--questions FILE [--questions FILE]
 
-A table with a row for each kind of weights of `model/quantize.py` and one for the weights as they are:
+A table with a row for each kind of weights of `model/quantize.py`, one for weights as they are with keys and values of the past
+rounded to int8, and one for all as it is:
 
   MB              of the weights that a decoded token reads
   bits/byte       of the first --bytes of a text, in rows of 1,024 tokens
@@ -9,7 +11,7 @@ A table with a row for each kind of weights of `model/quantize.py` and one for t
   changed         questions that get another answer (by likelihood) than from the weights as they are: of so few questions the
                   percentages have standard errors of some points, and this has none
 
---weights leaves rows out. The last line is JSON.
+--rows leaves some out. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from model.xla import configure
 
 
 class Variant(NamedTuple):
-    """A row of the table: whatever gives tokens log-probabilities, through the forward or an engine with a cache of its own."""
+    """A row of the table: what gives tokens log-probabilities, and what it reads of weights for each."""
 
     scorer: Any  # inference.score.Scorer
     weight_bytes: int
@@ -43,10 +45,14 @@ def variants(params: Any, config: Any) -> dict[str, Callable[[], Variant]]:
     def rounded(bits: Bits) -> Variant:
         return network(*quantize(params, config, bits))
 
+    def rounded_cache() -> Variant:
+        return Variant(functools.partial(score, params, config, cache_dtype="int8"), weight_bytes(params, config))
+
     return {
         "as they are": lambda: network(params, config),
         "int8": lambda: rounded(8),
         "int4": lambda: rounded(4),
+        "int8 cache": rounded_cache,
     }
 
 
@@ -57,7 +63,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--bytes", type=int, default=60_000, help="of the text; default 60000")
     parser.add_argument("--questions", action="append", default=[], metavar="FILE", help="may be given several times")
     parser.add_argument("--documents", type=int, default=200, help="of each file; default 200")
-    parser.add_argument("--weights", nargs="+", default=["int8", "int4"], choices=["int8", "int4"], help="default both")
+    kinds = ["int8", "int4", "int8 cache"]
+    parser.add_argument("--rows", nargs="+", default=kinds, choices=kinds, help="default all")
     arguments = parser.parse_args(words)
     if not (arguments.text or arguments.questions):
         parser.error("nothing to measure: give --text, --questions, or both")
@@ -74,7 +81,7 @@ def main(words: list[str] | None = None) -> None:
     makes = variants(params, config)
     rows: dict[str, dict[str, Any]] = {}
     picked: dict[str, Any] = {}
-    for name in ["as they are", *arguments.weights]:
+    for name in ["as they are", *arguments.rows]:
         scorer, size = makes[name]()
         row: dict[str, Any] = {"weight_bytes": size}
         if text:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.tokenizer import Tokenizer
-from model.config import ModelConfig, check
+from model.config import CacheDType, ModelConfig, check
 from model.logprobs import token_logprobs
 from model.params import Params
-from model.transformer import forward
+from model.transformer import KVCache, empty_pages, forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +33,41 @@ class Scores:
 Scorer = Callable[[Sequence[Sequence[int]]], Iterator[tuple[int, Scores]]]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk_tokens"))
-def _score(params: Params, config: ModelConfig, tokens: jax.Array, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
+PAGE_SIZE = 64  # of the pages whose rounding is measured, which does not depend on it
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk_tokens", "cache_dtype"))
+def _score(
+    params: Params, config: ModelConfig, tokens: jax.Array, chunk_tokens: int, cache_dtype: CacheDType | None
+) -> tuple[jax.Array, jax.Array]:
     """Of int32 tokens [B, T + 1] but the first ones, [B, T] each."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1, dtype=jnp.int32), (len(tokens), tokens.shape[1] - 1))
-    hidden, _, _ = forward(params, config, tokens[:, :-1], positions)
+    rows, length = len(tokens), tokens.shape[1] - 1
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
+    cache = None
+    if cache_dtype is not None:
+        pages = -(-length // PAGE_SIZE)
+        table = jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages)
+        cache = KVCache(empty_pages(config, rows * pages, PAGE_SIZE, cache_dtype), table)
+    hidden, _, _ = forward(params, config, tokens[:, :-1], positions, cache=cache)
     scores = token_logprobs(params, config, hidden, tokens[:, 1:], chunk_tokens)
     return scores.logprobs, scores.correct
 
 
 def score(
-    params: Params, config: ModelConfig, rows: Sequence[Sequence[int]], *, tokens_per_batch: int = 4096
+    params: Params,
+    config: ModelConfig,
+    rows: Sequence[Sequence[int]],
+    *,
+    tokens_per_batch: int = 4096,
+    cache_dtype: CacheDType | None = None,
 ) -> Iterator[tuple[int, Scores]]:
     """(index of a row, scores of its tokens but the first), the longest rows first, so that what does not fit fails at once.
 
     Rows are padded to few lengths, and as many are taken together as `tokens_per_batch` allows.
+
+    Args:
+      cache_dtype: tokens see those before them as a cache of this type keeps them ("int8": rounded), as in the engine; layers
+        must not be stacked. None: as they are, as in training.
 
     Raises:
       ValueError: a row of less than two tokens, of a token outside the vocabulary, or beyond the context.
@@ -67,7 +87,7 @@ def score(
         tokens = np.zeros((count, length + 1), np.int32)
         for row, i in zip(tokens, batch, strict=False):
             row[: len(rows[i])] = rows[i]
-        logprobs, greedy = jax.device_get(_score(params, config, tokens, max(256, length)))
+        logprobs, greedy = jax.device_get(_score(params, config, tokens, max(256, length), cache_dtype))
         for row, i in enumerate(batch):
             used = slice(0, len(rows[i]) - 1)
             yield i, Scores(logprobs[row, used], greedy[row, used] > 0)

@@ -157,15 +157,16 @@ def test_quantization(monkeypatch, capsys, tmp_path):
     quantization.main(["tiny", f"--text={text}", "--bytes=300", f"--questions={questions}", "--documents=20"])
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
-    plain, int8, int4 = (result["rows"][name] for name in ("as they are", "int8", "int4"))
+    plain, int8, int4, cache = (result["rows"][name] for name in ("as they are", "int8", "int4", "int8 cache"))
     assert table[0] == "tiny: 300 bytes of text, 20 of sums"
-    assert [line.count("|") for line in table[1:]] == [6] * 5
+    assert [line.count("|") for line in table[1:]] == [6] * 6
     assert plain["weight_bytes"] > 3 * int8["weight_bytes"]
     assert int8["weight_bytes"] > 1.5 * int4["weight_bytes"]
     bits = [row["bits_per_byte"] for row in (plain, int8, int4)]
     assert 0 < abs(bits[1] - bits[0]) < abs(bits[2] - bits[0]) < 0.1 * bits[0]
+    assert 0 < abs(cache["bits_per_byte"] - bits[0]) < 0.01 * bits[0]
     assert plain["sums_changed"] == 0
-    for row in (plain, int8, int4):
+    for row in (plain, int8, int4, cache):
         assert abs(row["sums_right"] - plain["sums_right"]) <= row["sums_changed"] / 20 + 1e-9
         assert row["sums_right_per_character"] in [i / 20 for i in range(21)]
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from data.tokenizer import CharTokenizer
+from inference.engine import Engine, EngineConfig, Request
+from inference.sampling import Sampling
 from inference.score import bits_per_byte, score
 from tests.inference.test_engine import CHAIN, MODEL, PARAMS, logits_after
 
@@ -21,6 +23,23 @@ def test_scores_are_the_log_probabilities_of_the_full_forward():
         targets = row[1:]
         np.testing.assert_allclose(found[i].logprobs, logprobs[np.arange(len(targets)), targets], atol=1e-5)
         assert found[i].greedy.tolist() == (np.argmax(logits, axis=1) == targets).tolist()
+
+
+def test_a_rounded_cache_costs_what_it_costs_in_the_engine():
+    """What the engine gives to what it drew; of a cache that is not rounded, what the full forward gives."""
+    engine = Engine(PARAMS, MODEL, EngineConfig(max_batch=2, cache_tokens=64, page_size=8, cache_dtype="int8"))
+    prompt = list(range(1, 10))
+    ((answer,),) = engine.generate([Request(prompt, Sampling(temperature=1.0), max_tokens=20)])
+    row = [*prompt, *(token.token for token in answer)]
+    drawn = [token.logprob for token in answer]
+
+    def of_row(cache_dtype):
+        ((_, found),) = score(PARAMS, MODEL, [row], cache_dtype=cache_dtype)
+        return found.logprobs
+
+    np.testing.assert_allclose(of_row("int8")[len(prompt) - 1 :], drawn, atol=1e-5)
+    np.testing.assert_allclose(of_row("model"), of_row(None), atol=1e-5)
+    assert np.max(np.abs(of_row("int8") - of_row(None))) > 1e-4
 
 
 @pytest.mark.parametrize(
