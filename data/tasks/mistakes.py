@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import string
 
 from data.tasks.answers import wrap
 from data.tasks.task import Example, Task
@@ -29,14 +31,33 @@ def mistaken(task: Task, example: Example, rng: random.Random) -> str:
 
 def mistaken_steps(task: Task, example: Example, rng: random.Random) -> tuple[list[str], list[bool]]:
     """The lines of the task's worked solution up to one with a slip, the first wrong step, at which annotators stop
-    (arXiv:2305.20050); and whether each is right."""
+    (arXiv:2305.20050); and whether each is right.
+
+    The slip is another last number of a line, what the line comes to; of an answer without numbers, a character's. So it always
+    says something else than the right step, and what is written up to it scores below 1.
+
+    Raises:
+      ValueError: none of many tries is wrong.
+    """
     steps = task.solution(example).split("\n")
-    wrong = rng.randrange(len(steps))
+    last = len(steps) - 1
+    wrong = rng.choice([i for i, step in enumerate(steps) if i == last or re.search("[0-9]", step)])
     for _ in range(_MAX_TRIES):
-        step = _slip(steps[wrong], rng)
-        if step.strip() and step != steps[wrong]:
-            return [*steps[:wrong], step], [True] * wrong + [False]
-    raise ValueError(f"{task}: changing a character of {steps[wrong]!r} never makes it another step")
+        step = _misstated(steps[wrong], rng)
+        written = [*steps[:wrong], step]
+        differs = step.strip() and "".join(step.split()) != "".join(steps[wrong].split())
+        if differs and task.score("\n".join(written), example).reward < 1:
+            return written, [True] * wrong + [False]
+    raise ValueError(f"{task}: changing {steps[wrong]!r} never makes it wrong; give wrong steps in a file")
+
+
+def _misstated(step: str, rng: random.Random) -> str:
+    """With another digit in its last number; where it has none, with a slip."""
+    numbers = list(re.finditer("[0-9]+", step))
+    if not numbers:
+        return _slip(step, rng)
+    i = rng.randrange(*numbers[-1].span())
+    return step[:i] + rng.choice([digit for digit in string.digits if digit != step[i]]) + step[i + 1 :]
 
 
 def _slip(answer: str, rng: random.Random) -> str:

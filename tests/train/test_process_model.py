@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import re
 
 import jax
 import numpy as np
@@ -168,17 +170,38 @@ def test_steps_end_at_line_breaks_and_at_the_end_of_the_answer_alone():
     np.testing.assert_array_equal(step_ends(tokens, written, breaks), np.array(expected, bool))
 
 
-def test_a_solution_with_a_slip_ends_there():
-    import random
-
-    task = TaskConfig("gcd", (("answer_format", "hashes"),)).make()
-    for i in range(30):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gcd", (("answer_format", "hashes"),)),
+        ("gcd", (("answer_format", "last_number"),)),
+        ("gcd", ()),
+        ("letter_count", (("answer_format", "tags"),)),
+        ("countdown", ()),
+        ("sort", ()),
+        ("brackets", ()),
+    ],
+)
+def test_a_solution_with_a_slip_ends_there_and_the_slip_is_one(name, options):
+    """Other numbers, or another text than the right step whatever its spaces; no equation that holds; and no right answer."""
+    task = TaskConfig(name, options).make()
+    places = set()
+    for i in range(300):
         example = task.example(i, 0)
         right = task.solution(example).split("\n")
         steps, labels = mistaken_steps(task, example, random.Random(i))
         assert steps[:-1] == right[: len(steps) - 1]
-        assert steps[-1] != right[len(steps) - 1]
         assert labels == [True] * (len(steps) - 1) + [False]
+        instead, slip = right[len(steps) - 1], steps[-1]
+        assert re.sub(r"\s", "", slip) != re.sub(r"\s", "", instead)
+        if re.search(r"\d", instead):
+            assert [int(n) for n in re.findall(r"\d+", slip)] != [int(n) for n in re.findall(r"\d+", instead)]
+        if equation := re.fullmatch(r"(\d+) mod (\d+) = (\d+)", slip):
+            a, b, rest = map(int, equation.groups())
+            assert a % b != rest
+        assert task.score("\n".join(steps), example).reward < 1
+        places.add(len(right) - len(steps))
+    assert len(places) > 1 or "\n" not in task.solution(task.example(0, 0))
 
 
 @pytest.mark.parametrize(
