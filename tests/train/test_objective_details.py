@@ -228,6 +228,7 @@ def test_zero_variance_is_found_exactly(reward):
     """Seven times 0.1 has another mean than 0.1: without the comparison, advantages would be rounding over rounding."""
     rewards = np.full(7, reward)
     assert (group_advantages(rewards, np.zeros(7, int), np.ones(7), "group", eps=0.0) == 0).all()
+    assert (leave_one_out_baseline(rewards, np.zeros(7, int), np.ones(7)) == rewards).all()
     rewards[3] = np.nextafter(reward, 1e9)
     assert np.abs(group_advantages(rewards, np.zeros(7, int), np.ones(7), "group")).max() < 1e-2
 
@@ -239,6 +240,45 @@ def test_zero_variance_groups_are_kept_in_or_dropped_from_the_denominator():
         trained = MASK if kept else MASK * np.asarray([1, 0, 1, 0])[:, None]
         close(batch.weights, trained / trained.sum())
         assert metrics["zero_variance_fraction"] == metrics["effective_batch_fraction"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "rewards", "effective"),
+    [
+        # Groups of equal rewards are inert by comparison with their own kind, and by nothing else.
+        ({"advantage": "rloo"}, [1.0, 0.1, 0.0, 0.1], [0, 2]),
+        ({"advantage": "maxrl"}, [1.0, 0.1, 0.0, 0.1], [0, 2]),
+        ({"advantage": "none"}, [1.0, 0.5, 0.0, 0.5], [0, 1, 3]),
+        ({"advantage": "batch"}, [1.0, 0.5, 0.0, 0.5], [0, 2]),
+        ({"advantage": "batch"}, [1.0, 0.0, 1.0, 0.0], [0, 1, 2, 3]),
+        ({"advantage": "greedy"}, [1.0, 0.5, 0.0, 0.5], [1, 2, 3]),
+        ({"advantage": "none"}, [1.0, 0.5, np.nan, 0.5], [0, 1, 3]),
+        ({"advantage": "none", "truncation": "mask"}, [1.0, 1.0, 1.0, 1.0], [0, 1, 3]),
+        ({"advantage": "none", "importance": ImportanceConfig("token", reject="token", low=0.5, high=2.0)}, [1.0] * 4, [1]),
+        ({}, [1.0, 0.5, 0.0, 0.5], [0, 2]),
+    ],
+)
+def test_effective_rows_are_those_that_the_policy_loss_pushes_of_all_rows(changes, rewards, effective):
+    sampler = OLD - 3 * (np.arange(B) != 1)[:, None]
+    changed = {"sampler_logprobs": sampler} if "importance" in changes else {}
+    baseline = np.asarray([1.0, 0.0, 1.0, 1.0]) if changes.get("advantage") == "greedy" else None
+    rollouts = make_rollouts(rewards=np.asarray(rewards), baseline=baseline, **changed)
+    assert rollouts.truncated.tolist() == [0, 0, 1, 0]
+    config = PolicyConfig(**changes)
+    _, metrics = run_prepare(config, rollouts, 0.0)
+
+    def loss(logprobs):
+        return policy_sums(config, prepare(config, rollouts, 0.0)[0], logprobs)[0]
+
+    pushed = np.any(np.asarray(jax.grad(loss)(jnp.asarray(OLD))) != 0, axis=1)
+    assert np.flatnonzero(pushed).tolist() == effective
+    assert metrics["effective_batch_fraction"] == len(effective) / B
+
+
+@pytest.mark.parametrize("valid", [[1, 1, 1, 1], [1, 1, 1, 0]])
+def test_rows_that_are_no_samples_are_not_effective_and_are_counted(valid):
+    _, metrics = run_prepare(PolicyConfig(advantage="none"), make_rollouts(valid=np.asarray(valid, float)), 0.0)
+    assert metrics["effective_batch_fraction"] == (sum(valid) - 1) / B  # and the reward of one is 0
 
 
 def test_dynamic_sampling_takes_the_first_informative_prompts_and_tells_what_is_missing():

@@ -98,6 +98,9 @@ def prepare(
 ) -> tuple[PolicyBatch, Metrics]:
     """Constants of the update and metrics of the rollouts.
 
+    `effective_batch_fraction` is of all rows those that the policy loss pushes anywhere, whatever the advantages are made of;
+    `zero_variance_fraction` only knows of rewards that are equal within a group.
+
     Args:
       kl_coefficient: of k1 in the reward; `config.kl.reward_coefficient`, or what has become of it.
       entropy_coefficient: what has become of `config.entropy_coefficient`; None is that itself.
@@ -129,7 +132,6 @@ def prepare(
         trained = trained * ~equal[:, None]
     if config.whiten:
         advantages = whiten(advantages, trained)
-    rows_trained = jnp.any(trained != 0, axis=-1)
     if config.entropy_fraction < 1:
         trained = high_entropy_mask(_given(rollouts.entropies, "entropies"), trained, config.entropy_fraction)
     importance = importance_weights(config.importance, rollouts.trainer_logprobs, rollouts.sampler_logprobs, mask)
@@ -147,9 +149,10 @@ def prepare(
         returns=returns,
         entropy_weights=bonus * of_tokens if config.entropy_coefficient or config.entropy_target else None,
     )
+    pushed = jnp.any(batch.weights * batch.advantages != 0, axis=-1)
     return jax.lax.stop_gradient(batch), metrics | {
         "zero_variance_fraction": masked_mean(as_float(equal), counts),
-        "effective_batch_fraction": masked_mean(as_float(rows_trained & ~equal), rollouts.valid),
+        "effective_batch_fraction": jnp.mean(as_float(pushed)),
         "bad_reward_fraction": masked_mean(1 - counts, rollouts.valid),
         "effective_sample_fraction": effective_sample_fraction(importance, mask),
         "advantage_std": jnp.sqrt(masked_mean(jnp.square(advantages - masked_mean(advantages, trained)), trained)),

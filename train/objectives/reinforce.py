@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from train.objectives.aggregate import as_float, divide, masked, masked_mean
+from train.objectives.grpo import group_statistics
 
 
 def reinforce_losses(logprobs: jax.Array, advantages: jax.Array) -> jax.Array:
@@ -26,7 +27,7 @@ def rewards_to_go(rewards: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def leave_one_out_baseline(rewards: jax.Array, groups: jax.Array, valid: jax.Array) -> jax.Array:
-    """Mean reward [B] of the group's other valid rows; 0 for a row alone.
+    """Mean reward [B] of the group's other valid rows, to the bit where all are equal; 0 for a row alone.
 
     Args:
       rewards: [B], of the whole batch, so that a group may lie on several devices.
@@ -36,7 +37,8 @@ def leave_one_out_baseline(rewards: jax.Array, groups: jax.Array, valid: jax.Arr
     B = rewards.shape[0]
     valid = as_float(valid)
     total = jax.ops.segment_sum(masked(rewards, valid), groups, B)[groups] - masked(rewards, valid)
-    return divide(total, jax.ops.segment_sum(valid, groups, B)[groups] - valid)
+    mean = divide(total, jax.ops.segment_sum(valid, groups, B)[groups] - valid)
+    return jnp.where(group_statistics(rewards, groups, valid).all_equal, rewards, mean)
 
 
 def update_ema(ema: jax.Array, returns: jax.Array, valid: jax.Array, decay: float) -> jax.Array:
