@@ -102,6 +102,12 @@ class Rewards:
     metrics: Mapping[str, float]
 
 
+def counts_failures(name: str) -> bool:
+    """Whether a metric is a number of completions that were not judged, such as `reward/<part>/failed`."""
+    endings = ("_failed", "/failed", "/raised", "/hung", "/died", "/returned")
+    return name.startswith("reward/") and name.endswith(endings) and "/reason/" not in name
+
+
 def check_parts(parts: Sequence[Part]) -> None:
     """Raises ValueError, naming the part and the fix, where the composition rewards the wrong thing or makes no sense."""
     names = [part.name for part in parts]

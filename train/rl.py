@@ -54,7 +54,7 @@ from train.objectives.reinforce import update_ema
 from train.peak import peak_flops
 from train.progress import Progress, rate
 from train.provenance import provenance
-from train.rewards import Part, Rewards, Verifiers, compose
+from train.rewards import Part, Rewards, Verifiers, compose, counts_failures
 from train.rl_config import RLConfig
 from train.rl_step import Scores, policy_objective, score
 from train.rollouts import Array, Samples, draw, engine_config
@@ -404,7 +404,7 @@ class RLLoop:
 
     def _samples_of(self, step: int) -> tuple[Judged, dict[str, float]]:
         """Those of step number `step` (from 0), by the weights the engine has. With `resample`, groups whose rewards are all
-        equal are replaced while there are rounds left."""
+        equal, or of which no two were judged, are replaced while there are rounds left."""
         config = self.config
         wanted, size = config.rollouts.prompts, config.policy.group_size
         resample = config.policy.zero_variance == "resample"
@@ -423,19 +423,24 @@ class RLLoop:
             valid, baseline, parts = rewards.valid, None, None
             if config.policy.advantage == "greedy":
                 greedy = self._greedy_rewards(prompts, examples, step)
-                judged |= {"reward/greedy": float(greedy.total.mean())}
+                judged |= {"reward/greedy_failed": float(np.sum(~greedy.valid))}
+                if greedy.valid.any():
+                    judged["reward/greedy"] = float(greedy.total[greedy.valid].mean())
                 # Without its baseline a prompt is left out.
                 baseline, valid = np.repeat(greedy.total.astype(np.float32), size), valid & np.repeat(greedy.valid, size)
             if config.policy.normalise_parts:
                 parts = np.nan_to_num(np.stack([*rewards.parts.values()], axis=1)).astype(np.float32)
-            metrics = metrics or judged  # Of the first round: what prompts of the task get, not those that were chosen.
+            # Of the first round: what prompts of the task get, not those that were chosen. But failures are of all rounds.
+            failed = {name: metrics.get(name, 0.0) + count for name, count in judged.items() if counts_failures(name)}
+            metrics = (metrics or judged) | failed
             samples = dataclasses.replace(samples, group=samples.group + number * wanted)
             found.append(Judged(samples, rewards.total.astype(np.float32), valid, right, baseline, parts))
             together = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
             if not resample:
                 break
-            same = group_statistics(together.rewards, together.samples.group, together.valid).all_equal
-            informative = ~np.asarray(same).reshape(-1, size)[:, 0]
+            groups = group_statistics(together.rewards, together.samples.group, together.valid)
+            compared = ~groups.all_equal & (groups.size > 1)
+            informative = np.asarray(compared).reshape(-1, size)[:, 0]
             chosen, missing = select_groups(jnp.asarray(informative), wanted)
             if not int(missing):
                 break

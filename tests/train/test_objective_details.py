@@ -302,6 +302,9 @@ def test_rewards_of_several_kinds_are_normalised_each_or_summed():
 
 
 def test_bad_rewards_are_left_out_and_counted():
+    """Whether the reward is bad or was replaced, as by `train.rewards.compose`."""
+    replaced = make_rollouts(rewards=np.asarray([1.0, 0.0, 0.0, 0.25]), valid=np.asarray([1.0, 0, 1, 1]))
+    assert run_prepare(PolicyConfig(scale="group"), replaced, 0.0)[1]["bad_reward_fraction"] == 0.25
     rollouts = make_rollouts(rewards=np.asarray([1.0, np.nan, 0.0, 0.25]))
     batch, metrics = run_prepare(PolicyConfig(scale="group"), rollouts, 0.0)
     assert metrics["bad_reward_fraction"] == 0.25

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
+from data.tasks.task import Score
 from data.tokenizer import load_tokenizer
 from experiments.report import write_report
 from experiments.sampling import open_any
@@ -45,6 +46,7 @@ from train.objectives.config import (
     RewardModelConfig,
 )
 from train.preferences import answer_scores
+from train.rewards import Part, Verifiers
 from train.rl_config import RLConfig, RLEvalConfig, RolloutConfig
 from train.rl_step import score
 from train.rollouts import prompt_seed, to_rows
@@ -641,6 +643,66 @@ def test_the_greedy_baseline_is_the_reward_of_the_most_likely_answer(warm_start,
     assert record["reward/greedy"] == pytest.approx(judged.baseline.mean())
     assert np.ptp(judged.baseline) > 0
     assert np.any(constants.advantages)
+
+
+def raises(completion, example):
+    raise RuntimeError("nothing can be said of this")
+
+
+def raises_on_some(completion, example):
+    if example.problem.startswith("a"):
+        raise RuntimeError("nothing can be said of this")
+    return Score(0.5, "so-so")
+
+
+def verifiers_that_fail(monkeypatch, verifier, calls_of):
+    """In calls of so many completions, the verifier instead of the task's, in processes like it."""
+
+    class Failing(Verifiers):
+        def __init__(self, parts, *options):
+            super().__init__(parts, *options)
+            self.other = Verifiers((Part("right", verifier),), *options)
+
+        def __call__(self, completions, examples):
+            return (self.other if len(completions) == calls_of else super()).__call__(completions, examples)
+
+        def close(self):
+            self.other.close()
+            super().close()
+
+    monkeypatch.setattr(rl, "Verifiers", Failing)
+
+
+def test_prompts_whose_greedy_answer_cannot_be_judged_are_left_out_and_counted(warm_start, tmp_path, monkeypatch):
+    seen = watch_constants(monkeypatch)
+    verifiers_that_fail(monkeypatch, raises_on_some, 6)
+    policy = dataclasses.replace(REMAX, group_size=2)
+    rollouts = RolloutConfig(prompts=6, max_prompt_tokens=6, max_tokens=6, max_batch=8, verifiers=1)
+    (record,) = run(job(warm_start, tmp_path / "run", policy=policy, rollouts=rollouts, steps=1))
+    ((judged, constants, _),) = seen
+    task = TASK.make()
+    lost = np.repeat([task.example(i, 0).problem.startswith("a") for i in range(6)], 2)
+    assert 0 < lost.sum() < 12
+    np.testing.assert_array_equal(judged.valid, ~lost)
+    assert record["reward/greedy_failed"] == lost.sum() / 2
+    assert record["reward/right/failed"] == 0
+    assert record["bad_reward_fraction"] == pytest.approx(lost.mean())
+    assert record["reward/greedy"] == 0.5
+    assert not np.any(constants.weights[lost] * constants.advantages[lost])
+    assert np.all(np.any(constants.weights[~lost] * constants.advantages[~lost], axis=1))
+    assert record["effective_batch_fraction"] == pytest.approx(1 - lost.mean())
+
+
+@pytest.mark.slow
+def test_failures_of_all_rounds_of_sampling_are_counted(warm_start, tmp_path, monkeypatch):
+    """Of which no group can be compared, so each round draws others; and nothing is learned, and nothing breaks."""
+    verifiers_that_fail(monkeypatch, raises, 16)
+    (record,) = run(job(warm_start, tmp_path / "run", policy=PolicyConfig(group_size=4, zero_variance="resample"), steps=1))
+    assert record["rounds"] == 3
+    assert record["reward/right/failed"] == record["reward/right/raised"] == 48
+    assert record["bad_reward_fraction"] == 1
+    assert record["effective_batch_fraction"] == 0
+    assert record["grad_norm"] == 0
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ class Rollouts:
       trainer_logprobs: [B, T], of the policy before its first update on this batch, at the same temperature.
       rewards: [B]. A row whose reward is not finite (or negative, with maxrl) is left out, and counted.
       groups: int [B] in [0, B), equal for samples of one prompt.
-      valid: [B], 0 for rows that are no samples.
+      valid: [B], 0 for rows that were not judged, or without their baseline; they are left out, and counted alike.
       truncated: [B], 1 for samples that reached the length limit.
       reference_logprobs: [B, T], at the same temperature.
       values: [B, T], of the state before each token.
@@ -99,7 +99,8 @@ def prepare(
     """Constants of the update and metrics of the rollouts.
 
     `effective_batch_fraction` is of all rows those that the policy loss pushes anywhere, whatever the advantages are made of;
-    `zero_variance_fraction` only knows of rewards that are equal within a group.
+    `zero_variance_fraction` only knows of rewards that are equal within a group. `bad_reward_fraction` is of all rows those
+    that are left out, for want of a reward or of a baseline.
 
     Args:
       kl_coefficient: of k1 in the reward; `config.kl.reward_coefficient`, or what has become of it.
@@ -153,7 +154,7 @@ def prepare(
     return jax.lax.stop_gradient(batch), metrics | {
         "zero_variance_fraction": masked_mean(as_float(equal), counts),
         "effective_batch_fraction": jnp.mean(as_float(pushed)),
-        "bad_reward_fraction": masked_mean(1 - counts, rollouts.valid),
+        "bad_reward_fraction": jnp.mean(1 - counts),
         "effective_sample_fraction": effective_sample_fraction(importance, mask),
         "advantage_std": jnp.sqrt(masked_mean(jnp.square(advantages - masked_mean(advantages, trained)), trained)),
         **sampler_mismatch(rollouts.trainer_logprobs, rollouts.sampler_logprobs, mask),
