@@ -610,8 +610,8 @@ class RLLoop:
             adapted = adapt_kl_coefficient(
                 self.state.kl_coefficient, metrics["reference_kl"], self.config.num_rows, policy.kl.target, policy.kl.horizon
             )
+            metrics["kl_coefficient"] = float(self.state.kl_coefficient)  # of this step
             self.state = dataclasses.replace(self.state, kl_coefficient=jnp.asarray(adapted, jnp.float32))
-            metrics["kl_coefficient"] = adapted
         if policy.entropy_target:
             assert self.state.entropy_coefficient is not None
             adapted = adapt_coefficient(

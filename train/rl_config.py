@@ -212,6 +212,11 @@ class RLConfig:
             f"rollouts.score=False leaves out what {', '.join(name for name in needs if needs[name])} needs: set it to True",
         )
         check(
+            not self.policy.kl.target or self.policy.kl.horizon > self.num_rows / 5,
+            f"policy.kl.horizon={self.policy.kl.horizon} is at most a fifth of {rows} rows, so that one step can make the "
+            f"coefficient of policy.kl.target={self.policy.kl.target} 0 or negative: raise the horizon, or set target to 0",
+        )
+        check(
             not self.rollouts.ahead or self.policy.importance.level != "none",
             "rollouts.ahead draws answers with older weights: set policy.importance.level='token', which corrects for it",
         )

@@ -367,6 +367,10 @@ def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_pa
         ),
         ({"rollouts": RolloutConfig(4, 6, 6, ahead=True)}, r"set policy\.importance\.level"),
         ({"policy": dataclasses.replace(PPO, group_size=4), "lora": LoraConfig()}, r"policy\.value needs a head"),
+        (
+            {"policy": PolicyConfig(group_size=4, kl=KLConfig(0.1, target=1.0, horizon=3.2))},
+            r"kl\.horizon=3\.2 is at most a fifth of rollouts\.prompts=4 x policy\.group_size=4 .*policy\.kl\.target=1\.0 0 or",
+        ),
         ({"task_weight": 0.0}, "task_weight=0.0 must be >= 0, and above 0 unless a reward_model judges"),
         ({"reward_model": "x", "policy": dataclasses.replace(MAXRL, group_size=4)}, "leave reward_model out"),
         ({"reward_model": "x", "reward_model_weight": 0.0}, "reward_model_weight=0.0 must be positive"),
@@ -748,6 +752,16 @@ def test_the_entropy_bonus_rises_below_its_target_and_continues_with_a_run(warm_
         assert record["loss"] == pytest.approx(
             record["policy_loss"] - record["entropy_coefficient"] * record["entropy"], rel=1e-4, abs=1e-6
         )
+
+
+@pytest.mark.slow
+def test_the_penalty_in_the_reward_follows_its_target_and_stays_positive(warm_start, tmp_path):
+    """What is reported is the coefficient of the step itself: at first the given one, while the policy is its reference."""
+    policy = PolicyConfig(group_size=4, kl=KLConfig(0.1, target=100.0, horizon=3.3))
+    metrics = run(job(warm_start, tmp_path / "run", policy=policy))
+    factor = 1 - 0.2 * 16 / 3.3
+    assert [record["kl_coefficient"] for record in metrics] == pytest.approx([0.1 * factor**i for i in range(3)], rel=1e-5)
+    assert factor > 0
 
 
 @pytest.fixture(scope="module")
