@@ -214,8 +214,25 @@ def test_new_instructions_are_told_from_known_ones_and_from_each_other_and_answe
     assert [row["prompt"] for row in rows] == ["Sing a song of sixpence now"]
     assert rows[0]["completion"] == "answer to Sing a song of sixpence now"
     # The last one is more than the two that are wanted beside the known one.
-    assert counts == {"written": 5, "similar": 1, "too_few_words": 1, "unanswered": 1}
+    assert counts == {"written": 5, "similar": 1, "too_few_words": 1, "more_than_wanted": 1, "unanswered": 1}
+    assert counts["written"] == len(rows) + sum(counts.values()) - counts["written"]
     import_row(rows[0], "conversations")
+
+
+def test_an_instruction_that_was_cut_off_is_none_and_one_before_the_cut_is():
+    written = [
+        Answer("Sing a song of", False),
+        Answer("\n \nCut the grass and", False),
+        Answer("Count all the sheep here\n6. And", False),
+        Answer("Name the days of this week", True),
+    ]
+
+    def write(conversations, stage, numbers):
+        return written if stage == 0 else [Answer("an answer", True) for _ in conversations]
+
+    rows, counts = write_instructions(InstructionConfig(9), ["Seed one is here"], [], 0, 4, 0, write)
+    assert [row["prompt"] for row in rows] == ["Count all the sheep here", "Name the days of this week"]
+    assert counts == {"written": 4, "truncated": 2}
 
 
 # --- Whole jobs -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 from data.chat import Message
 from data.overlap import rouge_l, words
 from train.synthesis.config import InstructionConfig
-from train.synthesis.writer import Write
+from train.synthesis.writer import Answer, Write
 
 
 def write_instructions(
@@ -42,10 +42,12 @@ def write_instructions(
     texts = [words(text) for text in pool]
     for number, answer in zip(numbers, write(asked, 0, numbers), strict=True):
         text = "" if answer is None else first_line(answer.text)
-        why = "too_long" if answer is None else refusal(config, text, texts)
+        why = "too_long" if answer is None else "truncated" if cut_off(answer) else refusal(config, text, texts)
+        if not why and len(known) + len(accepted) >= config.number:
+            why = "more_than_wanted"
         if why:
             counts[why] += 1
-        elif len(known) + len(accepted) < config.number:
+        else:
             accepted[number] = text
             texts.append(words(text))
     rows = []
@@ -62,6 +64,11 @@ def _asks(pool: Sequence[str], shown: int, rng: random.Random) -> list[Message]:
     examples = rng.sample(list(pool), min(shown, len(pool)))
     lines = "".join(f"{i}. {' '.join(text.split())}\n" for i, text in enumerate(examples, start=1))
     return [{"role": "user", "content": f"A list of different tasks, one in each line.\n{lines}{len(examples) + 1}. "}]
+
+
+def cut_off(answer: Answer) -> bool:
+    """Whether the limit of tokens lies in the first line that says something."""
+    return not answer.complete and "\n" not in answer.text.lstrip()
 
 
 def first_line(text: str) -> str:
