@@ -165,7 +165,7 @@ def test_every_run_of_a_study_is_one_that_can_be_run_and_no_two_are_the_same(stu
     keys = [run.key() for run in runs]
     assert len(set(keys)) == len(keys)
     assert not {toy.key() for toy in toys} & set(keys)
-    assert {len(group) for name, group in by_name(runs).items() if not name.endswith("start")} == {seeds}
+    assert {len(group) for name, group in by_name(runs).items() if not name.endswith(("start", "fixed"))} == {seeds}
 
 
 def test_the_exact_frontier_is_that_of_all_distributions_over_the_strings():
@@ -189,6 +189,38 @@ def test_at_least_eight_algorithms_are_compared():
     assert len(found) >= 8
     assert all(policy.kl.needs_reference for policy in found.values())
     assert len(set(found.values())) == len(found)
+
+
+def test_the_best_of_a_curve_is_that_of_full_windows_and_the_control_says_how_much_of_it_is_noise(tmp_path, monkeypatch):
+    """A first step that is high by chance is no peak; the KL at the peak is that of the same steps."""
+    monkeypatch.setattr(over_optimisation, "LAST", 2)
+    gold, learned = over_optimisation.runs(1, True)[-1], over_optimisation.runs(1, True)[0]
+    for run, rewards in ((gold, [0.9, 0.1, 0.5, 0.7, 0.6]), (learned, [0.2, 0.4, 0.8, 0.2, 0.0])):
+        directory = run.directory(tmp_path)
+        directory.mkdir()
+        both = [{"reward/right": reward, "reward/learned": 1.0, "reference_kl": 10.0**i} for i, reward in enumerate(rewards)]
+        write_lines(directory / "metrics.jsonl", [{"step": i + 1, **values} for i, values in enumerate(both)])
+    summary = (found := over_optimisation.summarise([gold, learned], tmp_path))["summary"]
+    means = {name: {key: value["mean"] for key, value in of.items()} for name, of in summary.items()}
+    names = ("gold reward at its best, over 2 steps", "KL there", "gold reward at the end", "KL at the end",
+             "lost after its best")  # fmt: skip
+    assert means["gold"] == pytest.approx(dict(zip(names, (0.65, 5500, 0.65, 5500, 0), strict=True)))
+    assert means["learned_32"] == pytest.approx(dict(zip(names, (0.6, 55, 0.1, 5500, 0.5), strict=True)))
+    assert found["noise floor of what is lost"] == summary["gold"]["lost after its best"]
+
+
+def test_reward_models_are_compared_on_pairs_that_none_of_them_learns_from():
+    runs = with_inputs(over_optimisation.runs(2, False))
+    fixed = [run for run in runs if run.name == "pairs_fixed"]
+    models = [run for run in runs if run.name.startswith("reward_model")]
+    assert len(fixed) == 1
+    assert len(models) == 6
+    for model in models:
+        assert [word for word, of in model.reads if of is fixed[0]] == ["--config.data.sources.1.path={}/dataset.jsonl"]
+        sources, (mixture,) = (data := model._config().data).sources, data.mixtures
+        assert [source.held_out_fraction for source in sources] == [0, 0.9]
+        assert mixture.proportions == ((sources[0].name, 1),)
+    assert fixed[0].seed not in {run.seed for run in runs if run.name.startswith("pairs_") and run is not fixed[0]}
 
 
 def test_a_figure_is_the_same_bytes_for_the_same_numbers(tmp_path):
