@@ -237,7 +237,7 @@ def axes(series: Sequence[Series], log: bool, from_zero: bool) -> tuple[Axis, Ax
     """Axes that hold every point, with a little air above and below."""
     x_high = max(x for line in series for x, _ in line.points)
     ys = [y for line in series for _, y in line.points]
-    low, high = (0.0 if from_zero else min(ys)), max(ys)
+    low, high = (min(0.0, *ys), max(0.0, *ys)) if from_zero else (min(ys), max(ys))
     if log:
         air = max((high / low) ** 0.04, 1.02)
         low, high = low / air, high * air

@@ -168,6 +168,16 @@ def test_incidents_are_told(page):
     ]
 
 
+@pytest.mark.parametrize("values", [[-0.002, -0.01], [-3.0, -3.0], [-1.0, 2.0], [0.5, 2.0], [0.0, 0.0]])
+def test_an_axis_that_holds_zero_holds_all_values_as_well(values):
+    """Those of a learned reward may all be negative."""
+    line = report.Series("mean", list(enumerate(values)))
+    _, axis = report.axes([line], log=False, from_zero=True)
+    assert axis.low < axis.high
+    assert all(axis.low <= value <= axis.high for value in (0, *values))
+    assert "polyline" in report.chart("Reward", "steps", [line], from_zero=True)
+
+
 @pytest.mark.parametrize("last_step", [1, 2, 30])
 def test_a_run_in_progress(tmp_path, last_step):
     write_run(tmp_path, last_step)
