@@ -5,10 +5,13 @@
     python -m experiments.rl_curves --quick            a toy that shows that everything works; nothing is learned
 
 A run is one `loam run` of a file of `configs/` with overrides, in a process of its own on one core. Its directory is keyed by
-the hash of its whole config and of the runs whose weights it begins with: starting a study again skips what is done, goes on
-with what was interrupted, and runs anew what was changed. `experiments/results/<study>/result.json` is written after every run
-and holds finished runs only; those still missing are listed. What is run together shares the memory and the clock of the
-machine, so seconds are to be compared within one study.
+the hash of what its config sets otherwise than by default, and of the runs that it needs: starting a study again skips what is
+done, goes on with what was interrupted, and runs anew what was changed. A default that has changed since is found in the
+`config.json` that the run wrote: it is not done then, and `loam` says what to move away. Options that came since do not count.
+
+`experiments/results/<study>/result.json` is written after every run and holds finished runs only; those still missing are
+listed. It never loses a run: while one that it holds is not finished here, it stays as it is, unless `--force` says otherwise.
+What is run together shares the memory and the clock of the machine, so seconds are to be compared within one study.
 """
 
 from __future__ import annotations
@@ -87,6 +90,16 @@ class Run:
         quiet = ["--config.writers=()"] if hasattr(self._config(), "writers") else []
         return ["run", f"--config={self.config}", *words, directory, *quiet]
 
+    def is_that_of(self, written: dict[str, Any]) -> bool:
+        """Whether a run with such a `config.json` computes what this one does, by all options that both know."""
+        read = {word.removeprefix("--config.").partition("=")[0] for word, _ in self.reads}
+        return _agree(written, self._settings(), {*_UNKEYED, *read})
+
+    @functools.cache  # noqa: B019, as above
+    def _settings(self) -> dict[str, Any]:
+        """Its config as it is written."""
+        return json.loads(json.dumps(dataclasses.asdict(self._config())))
+
     def _config(self) -> Any:
         """Its config, as far as the directories of other runs are not in it."""
         return load_run_config(self.config, self._words(lambda _: "unknown"))
@@ -96,8 +109,22 @@ class Run:
         return [*self.overrides, f"--config.seed={self.seed}", *start, *(word.format(place(run)) for word, run in self.reads)]
 
 
+def _agree(there: Any, here: Any, ignored: set[str], place: str = "") -> bool:
+    """Whether two trees of JSON are equal, but for keys of objects that one of them lacks, and for ignored places in them."""
+    if place in ignored:
+        return True
+    inner = f"{place}." if place else ""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return all(_agree(there[key], here[key], ignored, f"{inner}{key}") for key in there.keys() & here.keys())
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        return all(_agree(a, b, ignored, f"{inner}{i}") for i, (a, b) in enumerate(zip(there, here, strict=True)))
+    return there == here
+
+
 def finished(run: Run, root: pathlib.Path) -> bool:
-    return (run.directory(root) / "result.json").exists()
+    """Whether the run is done, with what its config is today."""
+    result, config = (run.directory(root) / f"{name}.json" for name in ("result", "config"))
+    return result.exists() and (not config.exists() or run.is_that_of(json.loads(config.read_text())))
 
 
 def with_inputs(runs: Iterable[Run]) -> list[Run]:
@@ -229,12 +256,25 @@ class Study:
     seeds: int = 3
 
 
-def write(study: Study, runs: Sequence[Run], root: pathlib.Path, results: pathlib.Path) -> dict[str, Any]:
-    """Writes `result.json`, of the runs that are finished, and returns what it holds."""
+def lost(runs: Sequence[Run], root: pathlib.Path, results: pathlib.Path) -> list[str]:
+    """Runs that `result.json` holds and that are not finished here."""
+    path = results / "result.json"
+    held = json.loads(path.read_text())["runs"] if path.exists() else []
+    done = {(run.name, run.seed) for run in runs if finished(run, root)}
+    return [f"{run['name']}, seed {run['seed']}" for run in held if (run["name"], run["seed"]) not in done]
+
+
+def write(
+    study: Study, runs: Sequence[Run], root: pathlib.Path, results: pathlib.Path, command: str, force: bool = False
+) -> dict[str, Any] | None:
+    """Writes `result.json`, of the runs that are finished, and returns what it holds; without `force`, None and nothing where
+    it would no longer hold a run that it holds."""
+    if not force and lost(runs, root, results):
+        return None
     done = [run for run in runs if finished(run, root)]
     content = {
         "study": study.name,
-        "command": f"python -m experiments.{study.name}",
+        "command": command,
         "runs": [
             {
                 "name": run.name,
@@ -263,6 +303,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=study.seeds, help=f"default {study.seeds}")
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="of the runs, and those they begin with; default all")
     parser.add_argument("--quick", action="store_true", help="toy size; results go beside the runs")
+    parser.add_argument("--force", action="store_true", help="replace results that hold runs which are not finished here")
     parser.add_argument("--root", default="runs/studies", help="where the runs go; default runs/studies")
     arguments = parser.parse_args(argv)
     if importlib.util.find_spec("matplotlib") is None:
@@ -273,9 +314,19 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     wanted = [run for run in runs if not arguments.only or run.name in arguments.only.split(",")]
     if not wanted:
         parser.error(f"--only={arguments.only}: there are {', '.join(by_name(runs))}")
+    command = f"python -m experiments.{study.name} --seeds={arguments.seeds}{' --quick' if arguments.quick else ''}"
+    collect = functools.partial(write, study, runs, root, results, command, arguments.force)
     if arguments.jobs:
-        execute(wanted, root, arguments.jobs, after_each=functools.partial(write, study, runs, root, results))
-    content = write(study, runs, root, results)
+        execute(wanted, root, arguments.jobs, after_each=collect)
+    content = collect()
+    if content is None:
+        there = lost(runs, root, results)
+        print(
+            f"{results / 'result.json'} is left as it is: it holds {len(there)} runs that are not finished in {root}, such as "
+            f"{there[0]}. Run them (--seeds, --root), or give --force to replace it.",
+            file=sys.stderr,
+        )
+        return 1
     study.plot(content, results)
     print(f"{len(content['runs'])} runs, {len(content['missing'])} missing: {results / 'result.json'}")
     return 0

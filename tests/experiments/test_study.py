@@ -94,6 +94,64 @@ def test_what_is_done_is_skipped_and_inputs_come_first(tmp_path):
     assert load_run_config(parse(words).config, parse(words).overrides).seed == 0
 
 
+def write_config(run, root, **changes):
+    """As `loam run` writes it."""
+    words = run.words(root)
+    written = dataclasses.asdict(load_run_config(parse(words).config, parse(words).overrides))
+    (run.directory(root) / "config.json").write_text(json.dumps(written | changes))
+
+
+def test_a_run_with_a_default_that_has_changed_since_is_not_done(tmp_path):
+    learned = next(run for run in with_inputs(over_optimisation.runs(1, True)) if run.name == "learned_32")
+    model = learned.reads[0][1]
+    for run in (learned, model):
+        run.directory(tmp_path).mkdir()
+        (run.directory(tmp_path) / "result.json").write_text("{}")
+        write_config(run, tmp_path)
+        assert finished(run, tmp_path)
+        for unchanged in ({"writers": ["x"]}, {"checkpoint": {"every": 1}}, {"an option of old": 1}, {"run_dir": "x"}):
+            write_config(run, tmp_path, **unchanged)
+            assert finished(run, tmp_path)
+    rollouts = {"rollouts": {"prompts": 2, "max_rounds": 4}}
+    for changed in (rollouts, {"chunk_tokens": 7}, {"lora": {"rank": 1}}, {"policy": {"ema_decay": 0.5}}):
+        write_config(learned, tmp_path, **changed)
+        assert not finished(learned, tmp_path)
+    write_config(learned, tmp_path, rollouts={"prompts": 2, "max_rounds": 3})  # the options that came since are not there
+    assert finished(learned, tmp_path)
+    write_config(learned, tmp_path, reward_model="where it was then")
+    assert finished(learned, tmp_path)
+    write_config(model, tmp_path, data={"sources": [{"path": "a"}, {"path": "b"}]})
+    assert finished(model, tmp_path)
+    write_config(model, tmp_path, data={"sources": [{"path": "a", "held_out_fraction": 0.5}, {"path": "b"}]})
+    assert not finished(model, tmp_path)
+
+
+def test_results_never_lose_a_run_unless_told_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(execute, "__kwdefaults__", {**execute.__kwdefaults__, "start": FakeLoam()})
+    study, few = over_optimisation.STUDY, ["--quick", "--seeds=1", "--jobs=1"]
+    path = tmp_path / "results/over_optimisation/result.json"
+    assert main(study, ["--quick", "--seeds=2", f"--root={tmp_path}", "--jobs=1"]) == 0
+    whole = path.read_bytes()
+    figures = {file: file.read_bytes() for file in path.parent.glob("*.svg")}
+    assert json.loads(whole)["command"] == "python -m experiments.over_optimisation --seeds=2 --quick"
+    assert main(study, [*few, f"--root={tmp_path}"]) == 1
+    assert "such as pairs_32, seed 1" in (told := capsys.readouterr().err)
+    assert "--force" in told
+    # On another machine nothing is finished: what is measured there comes in when it is all that there was.
+    other = tmp_path / "other"
+    (other / "results").mkdir(parents=True)
+    path.parent.rename(other / "results/over_optimisation")
+    moved = other / "results/over_optimisation/result.json"
+    assert main(study, ["--quick", "--seeds=2", f"--root={other}", "--jobs=0"]) == 1
+    assert main(study, [*few, f"--root={other}", "--only=gold"]) == 1
+    assert moved.read_bytes() == whole
+    assert {file.name: file.read_bytes() for file in moved.parent.glob("*.svg")} == {f.name: x for f, x in figures.items()}
+    assert main(study, [*few, f"--root={other}", "--jobs=0", "--force"]) == 0
+    assert {run["name"] for run in json.loads(moved.read_text())["runs"]} == {"worth_start", "gold"}
+    assert main(study, ["--quick", "--seeds=2", f"--root={other}", "--jobs=1"]) == 0
+    assert json.loads(moved.read_text())["missing"] == []
+
+
 def test_a_run_that_fails_is_named_with_its_last_words_and_ends_the_study(tmp_path):
     loam = FakeLoam(fails=("broken",))
     later = job(3)
