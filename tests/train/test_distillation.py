@@ -9,6 +9,8 @@ import pytest
 import scipy.special
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.loader import Batches
+from data.prepare import prepare
 from model.config import LoraConfig, ModelConfig
 from model.transformer import forward, unembed
 from tests.networks import random_params
@@ -103,6 +105,62 @@ def job(directory, **options):
     settings = {"checkpoint": CheckpointConfig(every=2), "eval": EvalConfig(every=100), "optimizer": FAST, "writers": ()}
     settings |= {"run_dir": str(directory / "run"), "model": MODEL, "data": data, "steps": 4, "batch_size": 8}
     return TrainConfig(**({"name": "taught"} | settings | options))
+
+
+def after_a_step(config, devices, batch):
+    """Parameters after a step of plain gradient descent, and its metrics."""
+    trainer = loop.make_trainer(config, devices)
+    state = trainer.begin(random_params(MODEL), jax.random.key(0), random_params(TAUGHT_BY))
+    state, metrics = trainer.step(state, jax.device_put(batch, trainer.batch_sharding))
+    return jax.device_get(state.params), {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "devices"),
+    [({"accumulation": 4}, 1), ({"mesh": MeshConfig(8)}, 8), ({"mesh": MeshConfig(2, 4)}, 8)],
+    ids=["micro-batches", "eight devices", "eight devices, sharded"],
+)
+def test_the_way_in_which_a_batch_is_cut_changes_nothing(tmp_path, changes, devices):
+    """Rows hold different numbers of texts, so that a mean of means would be another number."""
+    sgd = OptimizerConfig("sgd", 0.1, weight_decay=0.0, clip_norm=0.0, momentum=0.0, schedule=ScheduleConfig("constant", "0 %"))
+    taught = DistillationConfig("x", TAUGHT_BY, temperature=1.7, share=0.3)
+    config = job(tmp_path, distillation=taught, optimizer=sgd)
+    batch = Batches(prepare(config.data, log=lambda _: None), config.data, batch_size=8, seed=0)[0]
+    batch = {name: np.concatenate([x[:3], 0 * x[:1], x[4:]]) for name, x in batch.items()}  # a row of padding
+    assert len(set(batch["weights"].sum(1).tolist())) > 2
+    params, metrics = after_a_step(config, jax.devices()[:1], batch)
+    assert metrics["grad_norm"] > 0.1
+    assert metrics["teacher_kl"] > 0.1
+    found, found_metrics = after_a_step(dataclasses.replace(config, **changes), jax.devices()[:devices], batch)
+    assert found_metrics == pytest.approx(metrics, rel=2e-5, abs=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6), found, params)
+
+
+@pytest.mark.slow
+def test_gradients_through_packed_rows_are_those_of_texts_alone(tmp_path):
+    """The student and the teacher read nothing of the text before."""
+    config = job(tmp_path)
+    batch = Batches(prepare(config.data, log=lambda _: None), config.data, batch_size=2, seed=0)[0]
+    segments = batch["segment_ids"]
+    assert segments.max() >= 2
+    rows = {name: [] for name in batch}
+    for row in range(2):
+        for segment in range(1, segments[row].max() + 1):
+            for name in rows:
+                x = batch[name][row][segments[row] == segment]
+                rows[name].append(np.pad(np.ones_like(x) if name == "segment_ids" else x, (0, segments.shape[1] - len(x))))
+    alone = {name: np.stack(of_name) for name, of_name in rows.items()}
+    taught = DistillationConfig("x", TAUGHT_BY, temperature=1.7, share=0.3)
+    params = {**random_params(MODEL), TEACHER: random_params(TAUGHT_BY)}
+
+    def loss(params, rows):
+        return distillation_sums(params, MODEL, rows, None, config=taught, loss=LossConfig())[0]
+
+    (found, gradient), (expected, of_alone) = (jax.jit(jax.value_and_grad(loss))(params, rows) for rows in (batch, alone))
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(of_alone))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale), gradient, of_alone)
 
 
 def params_of(config):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.config import IGNORE, DataConfig, SourceConfig, TokenizerConfig
 from data.loader import Batches
 from data.prepare import prepare
 from experiments.report import write_report
@@ -33,6 +33,7 @@ from train.objectives.config import (
     ObjectiveConfig,
     ORPOConfig,
     OutcomeModelConfig,
+    ProcessModelConfig,
     RewardModelConfig,
     SimPOConfig,
 )
@@ -64,7 +65,15 @@ def write_examples(directory):
         for i, row in enumerate(pairs)
     ]
     chats = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    for name, rows in (("pairs", pairs), ("labels", labels), ("conversations", chats)):
+    steps = [
+        {
+            "prompt": row["prompt"],
+            "completions": [f"{(i + k) % 7}" * (1 + k) + "+-"[(i + k) % 3 == 0] for k in range(1 + i % 3)],
+            "labels": [None if i % 3 == 2 and k == 0 else (i + k) % 3 != 0 for k in range(1 + i % 3)],
+        }
+        for i, row in enumerate(pairs)
+    ]
+    for name, rows in (("pairs", pairs), ("labels", labels), ("conversations", chats), ("steps", steps)):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -212,6 +221,7 @@ OBJECTIVES = {
     "cpo": ObjectiveConfig(cpo=CPOConfig()),
     "outcome": ObjectiveConfig(outcome_model=OutcomeModelConfig()),
 }
+PROCESS = ObjectiveConfig(process_model=ProcessModelConfig())
 QUICK = ("kto", "reward_model")
 
 
@@ -270,6 +280,42 @@ def test_gradients_through_packed_rows_are_those_of_answers_alone(examples, alon
     np.testing.assert_allclose(flat, gradient, rtol=1e-4, atol=2e-6 * np.abs(gradient).max())
 
 
+def test_gradients_of_a_process_model_through_packed_rows_are_those_of_solutions_alone(examples):
+    """The cross-entropy of the labels, where those stand in rows of their own, with nothing else to read."""
+    config = job(examples, PROCESS, batch_size=2)
+    batch = {key: np.pad(value, ((0, 1), (0, 0))) for key, value in batch_of(config).items()}  # a row of padding
+    assert batch["segment_ids"].max() >= 3
+    params = random_params(1, head=True)
+    alone = [(r, s) for r in range(3) for s in range(1, batch["segment_ids"][r].max() + 1)]
+    tokens, labels = (np.zeros((len(alone), config.data.seq_len), dtype) for dtype in (np.int32, np.float64))
+    labels[:] = np.nan
+    for i, (r, s) in enumerate(alone):
+        here = batch["segment_ids"][r] == s
+        tokens[i, : here.sum()] = batch["tokens"][r][here]
+        labels[i, : here.sum()] = np.where(batch["labels"][r][here] == IGNORE, np.nan, batch["labels"][r][here])
+    judged = ~np.isnan(labels)
+    assert {0.0, 1.0} == set(labels[judged])
+    assert len(set(judged.sum(1))) > 1
+
+    def by_hand(params):
+        places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        hidden, _, _ = forward(params, MODEL, tokens, places, np.ones_like(tokens))
+        logits = (hidden @ params[REWARD_HEAD])[..., 0]
+        return -jnp.sum(jnp.where(judged, log_sigmoid(jnp.where(labels == 1, logits, -logits)), 0)) / judged.sum()
+
+    def packed(params):
+        loss, sums = preference_objective(PROCESS, LossConfig())(params, MODEL, batch, None)
+        return loss / judged.sum(), sums["weight"]
+
+    expected, gradient = jax.jit(jax.value_and_grad(by_hand))(params)
+    (found, weight), found_gradient = jax.jit(jax.value_and_grad(packed, has_aux=True))(params)
+    assert float(weight) == judged.sum()
+    assert float(found) == pytest.approx(float(expected), rel=2e-6)
+    flat, flat_expected = (np.asarray(ravel_pytree(tree)[0]) for tree in (found_gradient, gradient))
+    assert np.abs(flat_expected).max() > 0.1
+    np.testing.assert_allclose(flat, flat_expected, rtol=1e-4, atol=2e-6 * np.abs(flat_expected).max())
+
+
 def after_a_step(config, devices, batch):
     """Parameters after a step, and its metrics."""
     trainer = make_trainer(config, devices)
@@ -282,7 +328,8 @@ def after_a_step(config, devices, batch):
 
 def compare_with_one_batch(examples, name, others):
     """Rows hold different numbers of pairs, so that a mean of means would be another number."""
-    config = job(examples, OBJECTIVES[name], optimizer=SGD, model=dataclasses.replace(MODEL, num_heads=4))
+    objective = PROCESS if name == "process" else OBJECTIVES[name]
+    config = job(examples, objective, optimizer=SGD, model=dataclasses.replace(MODEL, num_heads=4))
     batch = batch_of(config)
     batch = {key: np.concatenate([value[:7], 0 * value[:1]]) for key, value in batch.items()}  # a row of padding
     assert len(set(batch["segment_ids"].max(1))) > 1
@@ -295,13 +342,16 @@ def compare_with_one_batch(examples, name, others):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6), params, one[0])
 
 
-@pytest.mark.parametrize("name", ["kto", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dpo", "orpo", "outcome"))])
+SLOWER = ("dpo", "orpo", "outcome", "process")
+
+
+@pytest.mark.parametrize("name", ["kto", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOWER)])
 def test_micro_batches_change_nothing(examples, name):
     compare_with_one_batch(examples, name, [({"accumulation": 4}, jax.devices()[:1])])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kto", "dpo", "orpo", "reward_model", "outcome"])
+@pytest.mark.parametrize("name", ["kto", "dpo", "orpo", "reward_model", "outcome", "process"])
 def test_eight_devices_do_what_one_does(examples, name):
     meshes = [MeshConfig(8), MeshConfig(1, 4, 2)]
     compare_with_one_batch(examples, name, [({"mesh": mesh}, jax.devices()) for mesh in meshes])

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -408,36 +407,50 @@ def test_prompts_that_are_too_long_are_refused_before_the_run(warm_start, tmp_pa
         rl.train_with_rewards(job(warm_start, tmp_path / "run", rollouts=RolloutConfig(4, 3, 6)), log=lambda _: None)
 
 
+def killed_job(warm_start, run_dir, ahead):
+    rollouts = RolloutConfig(4, 6, 6, ahead=ahead, max_batch=8, verifiers=1)
+    policy = PolicyConfig(group_size=4, importance=ImportanceConfig("token" if ahead else "none"))
+    return job(warm_start, run_dir, steps=60, rollouts=rollouts, policy=policy)
+
+
 @pytest.mark.slow
-def test_a_run_that_is_killed_ten_times_ends_with_the_same_bits(warm_start, tmp_path):
-    """SIGKILL at random moments; parameters and rewards as if nothing had been."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_run_that_is_killed_ten_times_ends_with_the_same_bits(warm_start, tmp_path, ahead):
+    """SIGKILL once in each of ten equal parts of the run but its end, at a random step of it and up to two steps later, in the
+    midst of whatever is done then; parameters and rewards are as if nothing had been."""
     code = (
         "import sys; from model.xla import configure; configure(cpu_devices=1)\n"
-        "from tests.train.test_rl import job; from train.rl import train_with_rewards\n"
-        "sys.exit(train_with_rewards(job(sys.argv[1], sys.argv[2], steps=12), log=print))"
+        "from tests.train.test_rl import killed_job; from train.rl import train_with_rewards\n"
+        "sys.exit(train_with_rewards(killed_job(sys.argv[1], sys.argv[2], sys.argv[3] == 'True'), log=print))"
     )
-    root = Path(__file__).parents[2]
+    root, killed = Path(__file__).parents[2], tmp_path / "killed"
 
     def start(run_dir):
         environment = os.environ | {"PYTHONPATH": str(root)}
-        return subprocess.Popen([sys.executable, "-c", code, str(warm_start), str(run_dir)], cwd=root, env=environment)
+        arguments = [str(warm_start), str(run_dir), str(ahead)]
+        return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=root, env=environment)
+
+    def runs_on(process, seconds):
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
 
     assert start(tmp_path / "straight").wait() == 0
-    begin = time.monotonic()  # The programs are compiled now, as they will be for those that are killed.
-    assert start(tmp_path / "again").wait() == 0
-    seconds = time.monotonic() - begin
-    rng, kills = np.random.default_rng(0), 0
-    while True:
-        process = start(tmp_path / "killed")
-        try:
-            assert process.wait(timeout=rng.uniform(0.4, 0.9) * seconds if kills < 10 else None) == 0
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert kills >= 5
-    assert records(tmp_path / "killed") == records(tmp_path / "straight")
+    step_seconds = np.median([record["step_seconds"] for record in read_jsonl(tmp_path / "straight/timing.jsonl")[1:]
+                              if "step" in record])  # fmt: skip
+    rng = np.random.default_rng(0)
+    for kill in range(10):
+        before, wanted = len(read_jsonl(killed / "timing.jsonl")), 5 * kill + int(rng.integers(1, 6))
+        process = start(killed)
+        while not any(record.get("step", 0) >= wanted for record in read_jsonl(killed / "timing.jsonl")[before:]):
+            assert runs_on(process, 0.01)
+        assert runs_on(process, rng.uniform(0, 2 * step_seconds))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert start(killed).wait() == 0
+    assert records(killed) == records(tmp_path / "straight")
     digests = []
     for name in ("straight", "killed"):
         last = max((tmp_path / name / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
