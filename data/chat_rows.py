@@ -13,7 +13,7 @@ from data.chat import BadExample, Conversation, Labelled, Message, Pair, Prompt,
 from data.chat_encoder import DATE, ChatEncoder, Encoded
 from data.chat_template import render
 from data.config import IGNORE, ChatContent
-from data.steps import line_breaks, step_ends
+from data.steps import LineTokens, line_tokens, step_ends
 from data.storage import TRAINED_BIT
 
 
@@ -58,13 +58,13 @@ def encode_examples(
       ValueError: labelled answers whose prompts are all the same.
     """
     examples = [from_json(line, content) for line in lines]
-    breaks = line_breaks(encoder.tokenizer)
+    broken_by = line_tokens(encoder.tokenizer)
     for number, example in enumerate(examples, start=1):
         try:
             if isinstance(example, Labelled):
                 sequences = _labelled(example, _other_completion(examples, number - 1), encoder)
             elif isinstance(example, Stepwise):
-                sequences = _stepwise(example, encoder, breaks)
+                sequences = _stepwise(example, encoder, broken_by)
             else:
                 sequences = _sequences(example, encoder)
             _check_length(sequences.encoded, seq_len)
@@ -115,9 +115,9 @@ def _labelled(example: Labelled, other: Sequence[Message], encoder: ChatEncoder)
     return Sequences(_read_to_the_end(answers), [float(example.label)] * 2)
 
 
-def _stepwise(example: Stepwise, encoder: ChatEncoder, breaks: np.ndarray) -> Sequences:
+def _stepwise(example: Stepwise, encoder: ChatEncoder, lines: LineTokens) -> Sequences:
     (one,) = _read_to_the_end(encoder.encode_answers(example.prompt, [example.completion], example.tools))
-    ends = np.flatnonzero(step_ends(one.ids, one.trained, breaks))
+    ends = np.flatnonzero(step_ends(one.ids, one.trained, lines))
     if ends.size != len(example.steps):
         raise BadExample(
             "no token boundary", f"the tokenizer writes {len(example.steps)} lines with {ends.size} tokens that end one"

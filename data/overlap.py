@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 
 def words(text: str) -> list[str]:
-    """Lower-case runs of letters and digits, of any script."""
+    """Lower-case runs of letters and digits, of any script. Where a script has no spaces, as Chinese, all between two marks
+    is one word: there only whole phrases are alike."""
     return re.findall(r"[^\W_]+", text.lower())
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from data.chat_encoder import ChatEncoder
-from data.steps import line_breaks, step_ends
+from data.steps import line_tokens, step_ends
 from model.config import ModelConfig, check
 from model.params import Params, abstract_params, param_shardings, param_specs
 from model.sharding import TRAIN_RULES, Layout
@@ -61,7 +61,7 @@ class LearnedReward:
         self.params: Params = opened.load(placed)
         self._max_rows = max_rows
         self._model = model
-        self._breaks = line_breaks(opened.tokenizer)
+        self._lines = line_tokens(opened.tokenizer)
         judges_steps = objective.get("process_model") is not None
         self._score = jax.jit(functools.partial(self._scores, steps=steps if judges_steps else None))
 
@@ -82,7 +82,7 @@ class LearnedReward:
         columns = np.arange(tokens.shape[1], dtype=np.int32)
         segments = (columns < lengths[:, None]).astype(np.int32)
         written = np.pad(np.asarray(samples.mask) > 0, ((0, 0), (1, 0)))
-        ends = step_ends(tokens, written, self._breaks).astype(np.float32)
+        ends = step_ends(tokens, written, self._lines).astype(np.float32)
         rows = {"tokens": tokens, "segment_ids": segments, "positions": columns * segments, "step_ends": ends}
         found = []
         for start in range(0, len(tokens), self._max_rows):

@@ -8,6 +8,8 @@ import random
 from data.tasks.reverse import Reverse
 from data.tasks.task import Example
 
+_MAX_DRAWS = 2000  # strings, for one without the forbidden word
+
 
 @dataclasses.dataclass(frozen=True)
 class GuardedReverse(Reverse):
@@ -41,6 +43,11 @@ class GuardedReverse(Reverse):
             at = rng.randint(0, len(text) - len(self.forbidden))
             text = text[:at] + self.forbidden + text[at + len(self.forbidden) :]
             return Example(self.template.format(text=text), self.refusal, text, {"tempting": text[::-1]})
-        while self.forbidden in text:
+        for _ in range(_MAX_DRAWS):
+            if self.forbidden not in text:
+                return Example(self.template.format(text=text), text[::-1], text)
             text = super().draw(rng).problem
-        return Example(self.template.format(text=text), text[::-1], text)
+        raise ValueError(
+            f"GuardedReverse: of {_MAX_DRAWS} strings all hold forbidden={self.forbidden!r}: make it or the alphabet longer, "
+            "the strings shorter, or set share=1"
+        )

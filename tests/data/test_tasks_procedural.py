@@ -456,3 +456,11 @@ def test_what_is_forbidden_is_declined_and_the_tempting_answer_is_wrong():
         (name,) = options
         with pytest.raises(ValueError, match="forbidden" if name == "min_length" else name):
             GuardedReverse(**options)
+    with pytest.raises(ValueError, match="two different characters"):
+        GuardedReverse(alphabet="a", forbidden="a")
+
+
+def test_a_string_without_what_nearly_every_one_holds_is_not_looked_for_for_ever():
+    task = GuardedReverse(min_length=60, max_length=60, alphabet="ab", forbidden="a", share=0.0)
+    with pytest.raises(ValueError, match="of 2000 strings all hold forbidden='a'"):
+        task.example(0, 0)

@@ -14,7 +14,7 @@ from data.chat import BadExample, import_row
 from data.config import IGNORE, DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.loader import Batches
 from data.prepare import prepare
-from data.steps import step_ends
+from data.steps import LineTokens, step_ends
 from data.tasks.mistakes import mistaken_steps
 from inference.engine import Token
 from model.config import ModelConfig
@@ -142,11 +142,12 @@ def test_a_process_model_learns_and_its_score_of_a_sample_is_of_its_steps(tmp_pa
     learned = {how: LearnedReward(str(tmp_path / "run"), MODEL, trainer.mesh, 4, how) for how in ("min", "product", "last")}
     params = learned["min"].params
     prompt, answers, chances = [256, *b"user\nq", 257, 256, *b"assistant\n"], [], []
-    for text, stops in ((b"0+\n1-\n2+", True), (b"0+", True), (b"0-\n1", False), (b"\n", False)):
+    for text, stops in ((b"0+\n1-\n2+", True), (b"0+", True), (b"0-\n\n1", False), (b"\n", False)):
         drawn = [*text, *([257] if stops else [])]
         ids = np.array([prompt + drawn])
         hidden = np.asarray(forward(params, MODEL, ids, np.arange(ids.size)[None], np.ones_like(ids))[0], np.float64)[0]
-        ends = [len(prompt) + i for i, token in enumerate(drawn) if token == 10 or i + 1 == len(drawn)]
+        breaks = [i for i, token in enumerate(drawn) if token == 10 and drawn[max(i - 1, 0)] != 10]  # none at a blank line
+        ends = [len(prompt) + i for i in (*breaks, len(drawn) - 1)]
         chances.append(scipy.special.expit(hidden[ends] @ np.asarray(params[REWARD_HEAD], np.float64)[:, 0]))
         reason = "stop" if stops else "length"
         last = len(drawn) - 1
@@ -162,12 +163,36 @@ def test_a_process_model_learns_and_its_score_of_a_sample_is_of_its_steps(tmp_pa
     assert scores["val_loss"] == pytest.approx(float(sums["loss"]) / float(sums["weight"]), rel=1e-5)
 
 
+SAYS = (b"a", b"\n", b"b\n", b" ", b"\n\n", b"")  # the last one is special
+LINES = LineTokens(np.array([b"\n" in text for text in SAYS]), np.array([bool(text.strip()) for text in SAYS]))
+
+
 def test_steps_end_at_line_breaks_and_at_the_end_of_the_answer_alone():
-    breaks = np.array([False, True, False])
-    tokens = np.array([[1, 0, 1, 1, 2, 0, 0], [1, 1, 0, 2, 2, 7, 0]])
-    written = np.array([[0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0]], bool)
-    expected = [[0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 0]]
-    np.testing.assert_array_equal(step_ends(tokens, written, breaks), np.array(expected, bool))
+    tokens = np.array([[1, 0, 1, 2, 0, 0, 0], [1, 1, 0, 2, 0, 7, 0]])
+    written = np.array([[0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0]], bool)
+    expected = [[0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 1, 0]]
+    np.testing.assert_array_equal(step_ends(tokens, written, LINES), np.array(expected, bool))
+
+
+def test_blank_lines_are_no_steps_whatever_tokens_they_are_written_with():
+    """As many steps end as lines of the text say something, the k-th where its line does; and at least one."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        tokens, start = rng.integers(0, 7, 9), rng.integers(0, 4)
+        count = rng.integers(1, 9 - start)
+        written = (np.arange(9) >= start) & (np.arange(9) < start + count)
+        ends = np.flatnonzero(step_ends(tokens, written, LINES))
+        # Place of each character; what is beyond the tokenizer is a letter.
+        places = [(i, c) for i in np.flatnonzero(written) for c in (*SAYS, b"?")[tokens[i]].decode()]
+        lines, line = [], []
+        for place, character in places:
+            line.append((place, character))
+            if character == "\n":
+                lines, line = [*lines, line], []
+        wanted = [one[-1][0] for one in lines if "".join(c for _, c in one).strip()]
+        if "".join(c for _, c in line).strip():
+            wanted.append(start + count - 1)
+        assert ends.tolist() == (wanted or [start + count - 1])
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
     assert rouge_l("police killed the gunman".split(), "the gunman kill police".split()) == 2 / 4
     assert rouge_l("a b c d e f".split(), "a c e".split()) == pytest.approx(2 * 3 / 9)
     assert rouge_l([], ["a"]) == rouge_l(["a"], []) == 0
+    assert words("猫坐在垫子上。狗呢") == ["猫坐在垫子上", "狗呢"]
     rng = np.random.default_rng(0)
     for _ in range(30):
         a, b = (rng.integers(0, 3, rng.integers(0, 7)).tolist() for _ in range(2))
@@ -346,6 +347,30 @@ def test_a_job_that_is_stopped_ends_with_the_same_data_and_draws_nothing_twice(b
     assert parts["train"]["sequences"] + parts["held_out"]["sequences"] + sum(parts["refused"].values()) == len(rows)
 
 
+@pytest.mark.slow
+def test_a_job_that_keeps_nothing_says_what_it_left_out(begun, tmp_path, monkeypatch):
+    monkeypatch.setattr(Writer, "_answer", lambda self, tokens: Answer("x", False))
+    with pytest.raises(ValueError, match="nothing was kept of 7 prompts: answers 14, .* truncated 14"):
+        run(config_of(begun, tmp_path / "run"))
+    assert not (tmp_path / "run/dataset.jsonl").exists()
+    assert not (tmp_path / "run/result.json").exists()
+
+
+@pytest.mark.slow
+def test_other_prompts_are_refused_when_a_job_goes_on(begun, tmp_path, monkeypatch):
+    short_answers(monkeypatch)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i}"}) + "\n" for i in range(6)))
+    config = config_of(begun, tmp_path / "run", prompts=PromptConfig(path=str(path)))
+    assert run(config, 1, monkeypatch) == 42
+    whole = path.read_text()
+    path.write_text(whole.replace("q5", "q6"))
+    with pytest.raises(ValueError, match=r"prompts\.jsonl no longer holds the prompts that .*run began with"):
+        run(config)
+    path.write_text(whole)
+    assert run(config) == 0
+
+
 def test_a_special_token_in_a_prompt_is_text(begun, tmp_path):
     writer = Writer(config_of(begun, tmp_path))
     ids = writer.encode([{"role": "user", "content": HOSTILE}])
@@ -487,6 +512,9 @@ def test_files_of_prompts_are_read_and_what_is_none_is_left_out(tmp_path):
         ({"critique": CritiqueConfig(PRINCIPLES)}, "best_of and critique"),
         ({"max_tokens": 90}, r"exceed model\.max_seq_len=96"),
         ({"temperature": 0.0}, "draws the same answer again"),
+        ({"temperature": -0.5, "best_of": None, "critique": CritiqueConfig(PRINCIPLES)}, r"temperature=-0\.5 must lie in"),
+        ({"top_p": 0.0}, r"top_p=0\.0 must lie in \(0, 1\]"),
+        ({"top_k": -1}, "top_k=-1 must be >= 0"),
         ({"reward_model": "x"}, "reward_model is for best_of that keeps by a score"),
     ],
 )

@@ -175,6 +175,12 @@ class SynthesisConfig:
         for name in ("batch", "max_prompt_tokens", "max_tokens", "max_batch", "verifiers", "verifier_seconds"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
         check(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
+        check(
+            self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
+            f"temperature={self.temperature} must lie in [0.001, 1000], or be 0 (the most likely token)",
+        )
+        check(self.top_k >= 0, f"top_k={self.top_k} must be >= 0 (0 is off)")
+        check(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1] (1 is off)")
         methods = [name for name in ("best_of", "critique", "instructions") if getattr(self, name) is not None]
         check(
             len(methods) == 1,

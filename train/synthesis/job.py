@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ def synthesize(config: SynthesisConfig, log: Log = print) -> int:
     """Runs, or continues, the job to its end. Returns the exit status: 0, or PREEMPTED after SIGTERM or Ctrl-C.
 
     Raises:
-      ValueError, OSError: bad input, told before anything expensive; see the message.
+      ValueError, OSError: bad input, told before anything expensive; see the message. Or nothing was kept: the counts say why.
     """
     run_dir = pathlib.Path(config.run_dir)
     prompts = list(read_prompts(config))
@@ -71,6 +72,7 @@ def synthesize(config: SynthesisConfig, log: Log = print) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_process_in(run_dir))
         _compare_config(run_dir, config)
+        _compare_prompts(run_dir, config, prompts)
         make_round, num_rounds = stack.enter_context(_method(config, prompts))
         write_json_atomic(run_dir / "config.json", dataclasses.asdict(config))
         stop_requested = stack.enter_context(stop_on_signal())
@@ -88,6 +90,11 @@ def synthesize(config: SynthesisConfig, log: Log = print) -> int:
     totals: collections.Counter[str] = collections.Counter()
     for one in done:
         totals.update(one["counts"])
+    check(
+        bool(rows),
+        f"nothing was kept of {len(prompts)} prompts: {', '.join(f'{name} {n}' for name, n in sorted(totals.items()))}. "
+        f"Change what leaves them out, and take another --config.run_dir than {run_dir}",
+    )
     write_atomic(run_dir / "dataset.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     write_json_atomic(run_dir / "result.json", {"rows": len(rows), "rounds": len(done), "prompts": len(prompts), **totals})
     log(f"{len(rows)} rows in {run_dir / 'dataset.jsonl'}; {', '.join(f'{name} {n}' for name, n in sorted(totals.items()))}")
@@ -142,6 +149,19 @@ def _compare_config(run_dir: pathlib.Path, config: SynthesisConfig) -> None:
         f"{run_dir} holds a job of another config; different are {', '.join(differing[:8])}. Continue it with its own config, "
         "choose another --config.run_dir, or move the old one away.",
     )
+
+
+def _compare_prompts(run_dir: pathlib.Path, config: SynthesisConfig, prompts: list[Asked]) -> None:
+    """Keeps the digest of the prompts, which a file may change. Raises ValueError where rounds are done with others."""
+    found = hashlib.sha256(json.dumps([one.messages for one in prompts]).encode()).hexdigest()
+    path = run_dir / "prompts.json"
+    begun = path.exists() and bool(read_jsonl(run_dir / "rounds.jsonl"))
+    source = config.prompts.path or "config.prompts"
+    check(
+        not begun or json.loads(path.read_text())["digest"] == found,
+        f"{source} no longer holds the prompts that {run_dir} began with: bring them back, or choose another --config.run_dir",
+    )
+    write_json_atomic(path, {"source": source, "digest": found})
 
 
 def _is_full(config: SynthesisConfig, done: list[dict[str, Any]]) -> bool:
