@@ -140,29 +140,48 @@ def main() -> None:
     params = init_params(param_specs(model), jax.random.key(0))
 
     def engine(rows: int) -> Engine:
-        pages = -(-(max(prefill, prompt) + NEW + 1) // 16) * rows + 1
-        made = Engine(params, model, EngineConfig(max_batch=rows, cache_tokens=pages * 16, page_size=16, prefill_chunk=prefill))
+        pages = -(-(max(prefill, prompt) + NEW + rows) // 64) * rows + 1
+        made = Engine(params, model, EngineConfig(max_batch=rows, cache_tokens=pages * 64, page_size=64, prefill_chunk=prefill))
         made.warm_up()
         return made
 
-    def draw(of: Engine, rows: int, length: int, new: int) -> Callable[[], Any]:
-        def run() -> Any:
-            prompts = rng.integers(0, model.vocab_size, (rows, length)).tolist()
-            return of.generate([Request(prompt, Sampling(temperature=0.0), max_tokens=new) for prompt in prompts])
-
-        return run
-
     one, many = engine(1), engine(batch)
-    one_token, tokens = draw(many, batch, prompt, 1), draw(many, batch, prompt, NEW + 1)
+
+    def submit(of: Engine, rows: int, length: int, new: int) -> None:
+        for tokens in rng.integers(0, model.vocab_size, (rows, length)).tolist():
+            of.submit(Request(tokens, Sampling(temperature=0.0), max_tokens=new))
+
+    def finish(of: Engine) -> None:
+        while of.has_work:
+            of.step()
+
+    def prefilled() -> float:
+        submit(one, 1, prefill, 1)
+        return seconds(lambda: finish(one))
+
+    def begin_rows() -> None:
+        """Until each row has its first token, from which on steps give each of them one."""
+        submit(many, batch, prompt, NEW + batch)
+        begun: set[int] = set()
+        while len(begun) < batch:
+            begun |= {token.request for token in many.step()}
+
+    def steps() -> None:
+        for _ in range(NEW):
+            assert len(many.step()) == batch
+
+    def stepped() -> float:
+        begin_rows()
+        spent = seconds(steps)
+        finish(many)
+        return spent / NEW
+
     square = jnp.ones((side, side))
     multiply = jax.jit(jnp.matmul)
     layers, head = weights_of(model, rng)
     # Of a prompt only the last token goes through the head.
     sizes = {"prefill": (prefill, 1), "batch32": (batch, batch)}
-    wholes = {
-        "prefill": lambda: seconds(draw(one, 1, prefill, 1)),
-        "batch32": lambda: (seconds(tokens) - seconds(one_token)) / NEW,
-    }
+    wholes = {"prefill": prefilled, "batch32": stepped}
     measured: dict[str, Callable[[], float]] = {
         "peak": lambda: seconds(lambda: jax.block_until_ready(multiply(square, square)))
     }
@@ -183,7 +202,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in found.items()}
     peak = 2.0 * side**3 / medians["peak"]
     summary: dict[str, Any] = {"benchmark": "decode_profile", "quick": arguments.quick, "peak_gflops": peak * 1e-9}
-    for name, run in (("prefill", draw(one, 1, prefill, 1)), ("batch32", tokens)):
+    for name, times in (("prefill", 1), ("batch32", NEW)):
         whole, products = medians[name], medians[f"{name}_products"]
         work = flops(model, *sizes[name])
         theirs = f", torch's {medians[f'{name}_torch_products']:.3f} s" if with_torch else ""
@@ -191,8 +210,15 @@ def main() -> None:
             f"{name}: {whole:.3f} s, its products alone {products:.3f} s ({work / products * 1e-9:.0f} GFLOP/s of "
             f"{peak * 1e-9:.0f}){theirs}; by operation, seconds of threads:"
         )
-        for operation, spent in by_operation(run).items():
-            print(f"  {operation[:60]:<60}{spent:>8.3f}")
+        if name == "prefill":
+            submit(one, 1, prefill, 1)
+            spent_on = by_operation(lambda: finish(one))
+        else:
+            begin_rows()
+            spent_on = by_operation(steps)
+            finish(many)
+        for operation, spent in spent_on.items():
+            print(f"  {operation[:60]:<60}{spent / times:>8.4f}")
         summary |= {f"{name}_seconds": whole, f"{name}_products_share": products / whole}
         summary[f"{name}_share_of_matmul_peak"] = work / whole / peak
         summary[f"{name}_products_share_of_matmul_peak"] = work / products / peak

@@ -35,7 +35,7 @@ class Measured:
 
     Attributes:
       first_token_seconds: of a whole batch's prompts, up to the first token of each.
-      token_seconds: of a step, which gives each row a token.
+      token_seconds: of a step that gives each row of the batch a token; others, while rows begin and end, are not counted.
       tokens_per_second: of all rows.
       bandwidth_share: bytes of weights read per second, over what the memory gives.
     """
@@ -74,23 +74,25 @@ def weight_bytes(params: Params, config: ModelConfig) -> int:
 
 
 def measure(engine: Engine, batch: int, prompt: int, new: int, bandwidth: float) -> Measured:
-    """One batch of random prompts, from the first to the last token."""
+    """One batch of random prompts, from the first token until `new` steps have given each row one."""
     rng = np.random.default_rng(batch)
     for row in rng.integers(0, engine.vocab_size, (batch, prompt)).tolist():
-        engine.submit(Request(row, _GREEDY, max_tokens=new))
+        # A step begins one prompt, in which the rows before it go on: none may end before the last has begun and had its share.
+        engine.submit(Request(row, _GREEDY, max_tokens=new + batch))
     start = time.perf_counter()
-    waiting = set(range(batch))
-    first = steps = 0.0
+    first = 0.0
     begun: set[int] = set()
+    steps: list[float] = []
     while engine.has_work:
-        before = time.perf_counter()
+        before, all_begun = time.perf_counter(), len(begun) == batch
         tokens = engine.step()
-        if len(begun) == batch:
-            steps += time.perf_counter() - before
+        after = time.perf_counter()
+        if all_begun and len(tokens) == batch and len(steps) < new:
+            steps.append(after - before)
         begun |= {token.request for token in tokens}
-        if len(begun) == batch and waiting:
-            waiting, first = set(), time.perf_counter() - start
-    token_seconds = steps / (new - 1)
+        if not all_begun and len(begun) == batch:
+            first = after - start
+    token_seconds = sum(steps) / len(steps)
     reads = weight_bytes(engine.params, engine.model) / token_seconds
     return Measured(batch, first, token_seconds, batch / token_seconds, reads / bandwidth)
 
@@ -111,13 +113,14 @@ def bench(arguments: argparse.Namespace) -> None:
     results = []
     for batch in batches:
         page_size = EngineConfig.page_size
-        pages = (-(-(prompt + new) // page_size) + 1) * batch
+        pages = (-(-(prompt + new + batch) // page_size) + 1) * batch
         settings = EngineConfig(max_batch=batch, cache_tokens=pages * page_size, prefill_chunk=prompt)
         engine = Engine(params, config, settings, vocab_size=loaded.tokenizer.vocab_size)
         engine.warm_up()
         results.append(measure(engine, batch, prompt, new, bandwidth))
     one = results[0]
-    prefill_flops = forward_flops_per_token(config, prompt) * prompt * one.batch
+    head_flops = 2 * config.d_model * config.vocab_size  # of a prompt's last token alone
+    prefill_flops = one.batch * (prompt * (forward_flops_per_token(config, prompt) - head_flops) + head_flops)
     prefill_share = prefill_flops / one.first_token_seconds / peak_flops(jax.devices()[: arguments.tensor], config.dtype)
     print(f"{loaded.name}: {jax.devices()[0].device_kind}, memory {bandwidth / 1e9:.1f} GB/s")
     print(f"{'batch':>5} {'first token':>12} {'per token':>12} {'tokens/s':>10} {'of bandwidth':>13}")

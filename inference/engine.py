@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol, TypeVar
 
@@ -30,6 +31,7 @@ from inference.pages import PagePool
 from inference.sampling import SAMPLING, TOP_LOGPROBS, Draws, History, Rows, Sampling, draw_in_turn
 from model.attention import check_backend
 from model.config import CacheDType, ModelConfig, check, check_choices
+from model.kernels.tiles import MASKED
 from model.params import Params, unstack_layers
 from model.sharding import Layout
 from model.transformer import KVCache, LayerPages, empty_pages, forward, unembed
@@ -120,6 +122,9 @@ class Request:
     constraint: Callable[[], Constraint] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("num_samples", "max_tokens", "min_tokens", "seed", "first_sample", "top_logprobs"):
+            value = getattr(self, name)
+            check(value is None or isinstance(value, numbers.Integral), f"{name}={value} must be a whole number")
         check(len(self.prompt) > 0, "a prompt needs at least one token: give some text, or a <bos> token")
         check(0 < self.num_samples <= MAX_SAMPLES, f"num_samples={self.num_samples} must lie in [1, {MAX_SAMPLES}]")
         check(self.max_tokens is None or self.max_tokens > 0, f"max_tokens={self.max_tokens} must be positive")
@@ -714,7 +719,8 @@ class Engine:
             if not request.top_logprobs:
                 return None
             ids, values = tokens[row, turn, : request.top_logprobs], logprobs[row, turn, : request.top_logprobs]
-            return Alternatives(tuple(map(int, ids)), tuple(map(float, values)))
+            possible = values > MASKED / 2  # There may be fewer than were asked for.
+            return Alternatives(tuple(map(int, ids[possible])), tuple(map(float, values[possible])))
 
         return Token(
             seq.request_id,

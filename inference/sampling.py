@@ -12,6 +12,7 @@ Axes: B rows, T tokens of a row, V vocabulary, W words of 32 tokens.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 
 import flax.struct
 import jax
@@ -51,7 +52,10 @@ class Sampling:
             self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
             f"temperature={self.temperature} must lie in [0.001, 1000], or be 0 (greedy)",
         )
-        check(self.top_k >= 0, f"top_k={self.top_k} must be >= 0 (0 is off)")
+        check(
+            isinstance(self.top_k, numbers.Integral) and 0 <= self.top_k < 2**31,
+            f"top_k={self.top_k} must be a whole number in [0, 2^31) (0 is off)",
+        )
         check(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1] (1 is off)")
         check(0 <= self.min_p <= 1, f"min_p={self.min_p} must lie in [0, 1] (0 is off)")
         check(
@@ -61,6 +65,7 @@ class Sampling:
         for name in ("frequency_penalty", "presence_penalty"):
             check(-2 <= getattr(self, name) <= 2, f"{name}={getattr(self, name)} must lie in [-2, 2] (0 is off)")
         for token, bias in self.logit_bias:
+            check(isinstance(token, numbers.Integral), f"logit_bias of token {token!r}: tokens are whole numbers")
             check(-100 <= bias <= 100, f"logit_bias of token {token} is {bias}: it must lie in [-100, 100]")
 
     @property
@@ -179,6 +184,8 @@ def _truncated(x_BV: jax.Array, rows: Rows) -> jax.Array:
         lambda: _threshold(_ordered(probabilities_BV), probabilities_BV, rows.top_p),
         lambda: jnp.zeros_like(wanted_B, jnp.uint32),
     )
+    # The most likely token stays, however small top_p is: below 1e-38 it is 0 in float32, which nothing at all reaches.
+    nucleus_B = jnp.minimum(nucleus_B, jnp.max(_ordered(probabilities_BV), axis=1))
     nucleus_B = jnp.where(rows.top_p < 1, nucleus_B, 0)
     kept_BV = (keys_BV >= least_B[:, None]) & (_ordered(probabilities_BV) >= nucleus_B[:, None])
     kept_BV &= probabilities_BV >= rows.min_p[:, None] * jnp.max(probabilities_BV, axis=1, keepdims=True)
@@ -210,6 +217,7 @@ def draw(logits_BV: jax.Array, rows: Rows, history: History, allowed_BW: jax.Arr
     def sampled() -> tuple[jax.Array, jax.Array]:
         truncates = jnp.any((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
         kept_BV = jax.lax.cond(truncates, lambda: _truncated(x_BV, rows), lambda: x_BV)
+        kept_BV = jnp.where(greedy_B[:, None], x_BV, kept_BV)  # as where all rows are greedy
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(_keys(rows))
         noisy_BV = jnp.where(kept_BV > MASKED, kept_BV + noise_BV, MASKED)
         return kept_BV, jnp.where(greedy_B, most_likely_B, jnp.argmax(noisy_BV, axis=1).astype(jnp.int32))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from inference.sampling import TOP_LOGPROBS, History, Rows, Sampling, draw, draw_in_turn
+from inference.sampling import TOP_LOGPROBS, Draws, History, Rows, Sampling, draw, draw_in_turn
 
 LOGITS = np.array([1.0, 2.5, 2.5, -1.0, 0.3, 2.5, -2.0, 1.9], np.float32)
 V = len(LOGITS)
@@ -83,6 +83,7 @@ CASES = [
     {"top_k": 4, "temperature": 2.0},
     {"top_k": 100},
     {"top_p": 0.35},
+    {"top_p": 1e-40},  # 0 in float32
     {"top_p": 0.8},
     {"top_p": 0.6, "top_k": 4, "temperature": 0.7},  # top_p is a share of what top_k leaves
     {"min_p": 0.2},
@@ -126,13 +127,14 @@ def test_at_temperature_zero_the_first_of_the_most_likely_is_taken_for_certain(o
 
 def test_rows_that_ask_for_different_things_do_not_mix():
     """Each row of a batch of all cases draws what it draws in a batch of its own kind."""
-    options = [Sampling(**case) for case in (*CASES, {"temperature": 0.0})]
-    mixed = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(rows_of(s, 1, num_drawn=5) for s in options))
+    options = [Sampling(**case) for case in (*CASES, {"temperature": 0.0}, {"temperature": 0.0, "top_k": 3})]
+    asked = {"num_drawn": 5, "top_logprobs": 3}
+    mixed = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(rows_of(s, 1, **asked) for s in options))
     together = many(mixed, history_of(((2, 1.0),), (1, 4)), words(EVERYTHING, len(options)), len(options))
     for i, sampling in enumerate(options):
-        alone = many(rows_of(sampling, 1, num_drawn=5), history_of(((2, 1.0),), (1, 4)), words(EVERYTHING), 1)
-        assert together.token[i] == alone.token[0]
-        assert together.logprob[i] == alone.logprob[0]
+        alone = many(rows_of(sampling, 1, **asked), history_of(((2, 1.0),), (1, 4)), words(EVERYTHING), 1)
+        for field in dataclasses.fields(Draws):
+            np.testing.assert_array_equal(getattr(together, field.name)[i], getattr(alone, field.name)[0], field.name)
 
 
 def test_alternatives_are_the_most_probable_of_both_distributions():
@@ -192,6 +194,10 @@ in_turn = jax.jit(draw_in_turn)
         ({"temperature": 1e-4}, "temperature"),
         ({"repetition_penalty": 1e-3}, "repetition_penalty"),
         ({"top_k": -1}, "top_k"),
+        ({"top_k": 2**31}, r"top_k=2147483648 must be a whole number in \[0, 2\^31\)"),
+        ({"top_k": float("inf")}, "top_k"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"logit_bias": ((3.5, 1.0),)}, "logit_bias of token 3.5: tokens are whole numbers"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"min_p": -0.1}, "min_p"),
