@@ -472,6 +472,7 @@ def test_the_best_of_n_is_that_by_a_reward_model(begun, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_command_makes_data_and_says_what_it_cannot_do_with_such_a_config(begun, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("model.xla.configure", lambda *_, **__: None)  # jax has begun here
+    short_answers(monkeypatch)
     path = tmp_path / "made.py"
     path.write_text(
         "from ml_collections import ConfigDict\nfrom model.config import ModelConfig\n\ndef get_config():\n"
