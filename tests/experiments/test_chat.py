@@ -9,6 +9,7 @@ import pytest
 from data.tokenizer import open_huggingface_tokenizer
 from experiments import bench_infer, chat, sampling
 from experiments.chat import Conversation
+from inference.engine import Engine, EngineConfig
 from inference.models import LoadedModel
 from inference.sampling import Sampling
 from model.params import param_specs
@@ -129,6 +130,22 @@ def test_what_is_wrong_with_a_line_is_told_and_the_talk_goes_on(monkeypatch, loa
 def test_a_model_without_a_template_continues(monkeypatch, loaded):
     bare = LoadedModel(loaded.params, loaded.config, loaded.tokenizer, None, loaded.stop_ids, "bare")
     assert talk(monkeypatch, bare, [], prompt="def main(")
+
+
+def test_only_steps_that_give_each_row_a_token_are_timed(monkeypatch, loaded):
+    """By a clock on which a step takes as long as it gives tokens. Rows begin one after the other."""
+    clock = [0.0]
+
+    class Timed(Engine):
+        def step(self):
+            tokens = super().step()
+            clock[0] += len(tokens)
+            return tokens
+
+    monkeypatch.setattr(bench_infer.time, "perf_counter", lambda: clock[0])
+    engine = Timed(loaded.params, loaded.config, EngineConfig(max_batch=4, cache_tokens=256, page_size=16, prefill_chunk=9))
+    found = bench_infer.measure(engine, 4, 9, 3, 1e9)
+    assert (found.first_token_seconds, found.token_seconds, found.tokens_per_second) == (1 + 2 + 3 + 4, 4, 1)
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])

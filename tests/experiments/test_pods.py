@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from experiments import compile_rl, pods
@@ -117,7 +118,8 @@ def test_a_config_of_a_pod_was_compiled_as_it_stands(name):
     memory = compiled["memory"]
     assert compiled["hbm_bytes_per_device"] == sum(memory.values()) - 2 * memory["aliased"]
     planned = sum(compiled["planned_bytes_per_device"].values())
-    assert compiled["planned_bytes_per_device"] == plan_memory(config, compiled["mesh"])
+    if compiled["made_of"]["jax"] == jax.__version__:  # Another traces other residuals.
+        assert compiled["planned_bytes_per_device"] == plan_memory(config, compiled["mesh"])
     assert planned == pytest.approx(compiled["hbm_bytes_per_device"], rel=0.25)
     assert 0 < compiled["recomputed_flops_share"] <= 0.26  # all but the loss's products twice, in four passes
     if not config.model.moe:
@@ -132,7 +134,8 @@ def test_a_run_of_reinforcement_learning_was_compiled_in_both_layouts(name):
     assert compiled["topology"] == topology.name
     assert compiled["mesh"] == mesh_sizes(config, topology.num_devices)
     plan = plan_memory(config, compiled["mesh"]) | plan_sampler(config, compiled["mesh"])
-    assert compiled["planned_bytes_per_device"] == plan
+    if compiled["made_of"]["jax"] == jax.__version__:
+        assert compiled["planned_bytes_per_device"] == plan
     assert compiled["made_of"]["config_sha256"] == pods.config_hash(config)
     assert list(compiled["programs"]) == list(compile_rl.PROGRAMS)
     for program, one in compiled["programs"].items():
