@@ -1,8 +1,8 @@
 """GRPO teaches a tiny model countdown, where many answers are right and the verifier works out the expression.
 
 Command:   loam run --config=configs/grpo_countdown.py
-Hardware:  1 CPU core, about five minutes
-Expected:  not measured yet
+Hardware:  1 CPU core, 7 minutes beside other work
+Expected:  eval/pass@1 from 0.34 to 0.64, eval/pass@4 from 0.67 to 0.71 (seed 0)
 
 Needs a finished run of `configs/pretrain_countdown.py` (runs/pretrain_countdown).
 """

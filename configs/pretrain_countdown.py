@@ -2,8 +2,8 @@
 `configs/grpo_countdown.py`.
 
 Command:   loam run --config=configs/pretrain_countdown.py
-Hardware:  1 CPU core, about a minute
-Expected:  not measured yet
+Hardware:  1 CPU core, 2 minutes beside other work
+Expected:  pass@1 of 0.34, as the first evaluation of `configs/grpo_countdown.py` says
 """
 
 from ml_collections import ConfigDict
