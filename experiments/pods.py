@@ -20,7 +20,7 @@ from experiments.collectives import GATHER_BY_ALL_REDUCE
 from experiments.compile import GIB, Report, compile_config, require_libtpu
 from experiments.config import chosen
 from model.chips import topology_of
-from model.xla import TPU_FLAGS
+from model.xla import tpu_flags
 from train.config import TrainConfig
 from train.files import write_atomic, write_json_atomic
 from train.rl_config import RLConfig
@@ -133,7 +133,7 @@ def topology_in(path: Path) -> str:
 def made_of(config: TrainConfig | RLConfig) -> dict[str, Any]:
     """What a report depends on beside our own code."""
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-    return {"config_sha256": config_hash(config), "flags": list(TPU_FLAGS), **versions}
+    return {"config_sha256": config_hash(config), "flags": list(tpu_flags()), **versions}
 
 
 def config_hash(config: TrainConfig | RLConfig) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 # For the CPU backend only; what each one gains is measured by `make bench` and noted in experiments/LOG.md.
@@ -19,7 +21,7 @@ _YNNPACK = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 
 # For libtpu, which reads LIBTPU_INIT_ARGS when it is loaded; any other backend leaves them alone. `loam compile` compiles with
 # the same, and shows what becomes of the collectives; which of them matter is noted in experiments/LOG.md.
-TPU_FLAGS = (
+_TPU_FLAGS = (
     # Collectives begin early, and go on in pieces beside the matmuls that do not need them yet.
     "--xla_enable_async_all_gather=true",
     "--xla_enable_async_all_reduce=true",
@@ -38,6 +40,21 @@ TPU_FLAGS = (
     "--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1",
     "--xla_tpu_assign_all_reduce_scatter_layout=true",
 )
+
+# Of those, libtpu 0.0.50 refuses the ones of this name on every chip but v5e, and calls them unsafe there. Up to 0.0.42 they stay,
+# whose programs for pods are in docs/pods.md; it is said to make the same ones without (experiments/LOG.md).
+_CONTINUATION_FUSION, _LAST_WITH_IT = "--xla_tpu_enable_async_collective_fusion", (0, 0, 42)
+
+
+def tpu_flags(libtpu: str = "") -> tuple[str, ...]:
+    """Flags for a version of libtpu; without one for that which is installed, and for the newest where none is."""
+    if not libtpu:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            libtpu = metadata.version("libtpu")
+    if libtpu and tuple(int(part) for part in libtpu.split(".")[:3]) <= _LAST_WITH_IT:
+        return _TPU_FLAGS
+    return tuple(flag for flag in _TPU_FLAGS if not flag.startswith(_CONTINUATION_FUSION))
+
 
 # XLA allocates the buffer of a step anew each time. On pages of 2 MiB that costs a hundred times fewer page faults, which take
 # a tenth of the time of a step of the quickstart. glibc reads this when a process starts.
@@ -74,7 +91,7 @@ def configure(cpu_devices: int, *, decoding: bool = False) -> None:
       RuntimeError: jax has already started its backends.
     """
     os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), cpu_flags(decoding))
-    os.environ["LIBTPU_INIT_ARGS"] = with_flags(os.environ.get("LIBTPU_INIT_ARGS", ""), TPU_FLAGS)
+    os.environ["LIBTPU_INIT_ARGS"] = with_flags(os.environ.get("LIBTPU_INIT_ARGS", ""), tpu_flags())
 
     import jax
 

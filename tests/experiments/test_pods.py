@@ -11,7 +11,7 @@ from experiments.cli import load_run_config, load_train_config
 from experiments.compile import compile_config
 from experiments.config import chosen
 from model.chips import topology_of
-from model.xla import TPU_FLAGS
+from model.xla import tpu_flags
 from tests.libtpu import require_libtpu
 from train.memory import plan_memory, plan_sampler
 from train.rl_config import RLConfig
@@ -157,7 +157,8 @@ def test_a_run_of_reinforcement_learning_was_compiled_in_both_layouts(name):
 
 @pytest.mark.parametrize("name", list(REPORTS))
 def test_a_config_of_a_pod_was_compiled_with_the_flags_of_today(name):
-    assert REPORTS[name]["made_of"].get("flags") == list(TPU_FLAGS)
+    made_of = REPORTS[name]["made_of"]
+    assert made_of["flags"] == list(tpu_flags(made_of["libtpu"]))
 
 
 @pytest.mark.parametrize("name", NAMES)
