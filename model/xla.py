@@ -41,8 +41,8 @@ _TPU_FLAGS = (
     "--xla_tpu_assign_all_reduce_scatter_layout=true",
 )
 
-# Of those, libtpu 0.0.50 refuses the ones of this name on every chip but v5e, and calls them unsafe there. Up to 0.0.42 they stay,
-# whose programs for pods are in docs/pods.md; it is said to make the same ones without (experiments/LOG.md).
+# Of those, libtpu 0.0.50 refuses the ones of this name on every chip but v5e, and calls them unsafe there. Up to 0.0.42 they
+# stay, by which docs/pods.md is made; what it compiled without was the same (experiments/LOG.md).
 _CONTINUATION_FUSION, _LAST_WITH_IT = "--xla_tpu_enable_async_collective_fusion", (0, 0, 42)
 
 
