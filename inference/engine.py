@@ -425,6 +425,7 @@ class Engine:
         in_vocabulary = np.arange(words * 32) < self.vocab_size
         self._in_vocabulary = np.packbits(in_vocabulary, bitorder="little").view(np.uint32)
         self._waiting: collections.deque[Ongoing] = collections.deque()
+        self._unclaimed: list[Token] = []  # drawn beside what `generate` was asked for
         self._filling: Ongoing | None = None
         self._running: list[Ongoing] = []
         self._slots = list(range(config.max_batch - 1, -1, -1))
@@ -488,6 +489,7 @@ class Engine:
     def abort(self, request_id: int) -> None:
         """Drops what is left of a request; nothing if it has ended."""
         self._waiting = collections.deque(seq for seq in self._waiting if seq.request_id != request_id)
+        self._unclaimed = [token for token in self._unclaimed if token.request != request_id]
         for seq in self._holding():
             if seq.request_id == request_id:
                 self._let_go(seq)
@@ -499,7 +501,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._holding())
+        return bool(self._waiting or self._holding() or self._unclaimed)
 
     @property
     def num_pages_held(self) -> int:
@@ -519,19 +521,22 @@ class Engine:
         self.params = params
 
     def generate(self, requests: Iterable[Request]) -> list[list[list[Token]]]:
-        """The answers of each request, a list of tokens per sample; what else is queued goes on beside, its tokens are lost.
+        """The answers of each request, a list of tokens per sample; what was drawn of others beside, the next step returns.
 
         Raises:
           ValueError: see `submit`; RuntimeError: a watcher, a constraint or a guess failed. The requests are dropped.
         """
         answers: dict[int, dict[int, list[Token]]] = {}
+        others: list[Token] = []
         try:
             for request in requests:
-                numbers = range(request.first_sample, request.first_sample + request.num_samples)
-                answers[self.submit(request)] = {n: [] for n in numbers}
+                samples = range(request.first_sample, request.first_sample + request.num_samples)
+                answers[self.submit(request)] = {n: [] for n in samples}
             unfinished = sum(len(samples) for samples in answers.values())
             while unfinished:
-                for token in self.step():
+                tokens = self.step()
+                others += [token for token in tokens if token.request not in answers]
+                for token in tokens:
                     if token.request in answers:
                         if token.error is not None:
                             raise RuntimeError("a request's watcher, constraint or guess failed") from token.error
@@ -541,6 +546,8 @@ class Engine:
             for request_id in answers:
                 self.abort(request_id)
             raise
+        finally:
+            self._unclaimed = others
         return [list(samples.values()) for samples in answers.values()]
 
     def logits_along(self, tokens: Sequence[int], num_prefilled: int) -> np.ndarray:
@@ -581,11 +588,12 @@ class Engine:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Token]:
-        """Goes on with what there is to do; returns the tokens that were drawn, in no particular order."""
+        """Goes on with what there is to do; returns the tokens that were drawn, those of a request in their order."""
         self.stats.steps += 1
+        unclaimed, self._unclaimed = self._unclaimed, []
         self._fill()
         self._find_room()
-        return self._advance() if self._running else []
+        return [*unclaimed, *(self._advance() if self._running else [])]
 
     def _holding(self) -> list[Ongoing]:
         return [*self._running, *([self._filling] if self._filling else [])]

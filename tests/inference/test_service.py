@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from inference.beam import beam_search
 from inference.engine import Engine, Request
 from inference.service import Service
 from tests.inference.test_engine import CHAIN, MODEL, PARAMS, ROOMY, SAMPLINGS, check_answer
@@ -30,6 +31,18 @@ def test_threads_get_their_own_answers(service):
         for request, tokens in zip(REQUESTS, pool.map(lambda r: list(service.stream(r)), REQUESTS), strict=True):
             check_tokens(request, tokens)
     assert service.call(lambda engine: engine.num_pages_held) == 0
+
+
+def test_what_is_generated_between_two_steps_takes_no_tokens_from_others(service):
+    """Beams call the engine's own `generate`, in which those who stream go on."""
+    request = Request(CHAIN[:3], SAMPLINGS[0], max_tokens=20, seed=3)
+    stream = service.stream(request)
+    tokens = [next(stream)]
+    beams = service.call(lambda engine: beam_search(engine, CHAIN[:4], num_beams=2, max_tokens=25))
+    assert beams
+    tokens += concurrent.futures.ThreadPoolExecutor(1).submit(list, stream).result(timeout=60)
+    check_tokens(request, tokens)
+    assert not service.call(lambda engine: engine.has_work)
 
 
 def test_tasks_get_their_own_answers(service):
