@@ -310,6 +310,11 @@ class ModelConfig:
             found = [f"model.{name}" for name, asked in cannot.items() if asked]
             check(not found, f"model.attention_backend='cudnn' cannot do {', '.join(found)}: take 'xla', or change these")
         check(
+            self.attention_backend not in ("flash", "cudnn") or self.v_head_dim <= self.head_dim,
+            f"model.mla.v_head_dim={self.v_head_dim} is more than the keys' {self.head_dim}, and model.attention_backend="
+            f"{self.attention_backend!r} wants values that are no wider: take 'xla', or narrower values",
+        )
+        check(
             self.attention_backend != "flash" or self.head_dim <= FLASH_MAX_HEAD_DIM,
             f"model.head_dim={self.head_dim} is too large for VMEM with model.attention_backend='flash': take 'xla', or "
             f"at most {FLASH_MAX_HEAD_DIM} dimensions",

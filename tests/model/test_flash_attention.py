@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import model.kernels.flash_attention as flash_attention_module
 from model.attention import attention, make_pattern, ring_part
-from model.config import ModelConfig
+from model.config import MlaConfig, ModelConfig
 from model.kernels import tiles
 from model.kernels.flash_attention import flash_attention, flash_gradients
 from model.kernels.tiles import MASKED, BlockSizes, make_plan
@@ -597,6 +597,18 @@ def test_it_compiles_for_a_tpu():
 @pytest.mark.parametrize(("head_dim", "group", "window", "cap"), [(64, 1, 0, 0.0), (128, 4, 1000, 0.0), (256, 2, 0, 50.0)])
 def test_it_compiles_for_every_generation(topology, head_dim, group, window, cap):
     compile_for(topology, 4096, head_dim, group, window, cap, gradients=True)
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_values_wider_than_keys_are_refused_when_the_config_is_read(backend):
+    def config(width):
+        mla = MlaConfig(q_lora_rank=0, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=width)
+        sizes = {"vocab_size": 8, "num_layers": 1, "d_model": 32, "num_heads": 2, "d_ff": 8, "max_seq_len": 8}
+        return ModelConfig(**sizes, mla=mla, attention_backend=backend, dtype="bfloat16")
+
+    assert config(16).head_dim == 16
+    with pytest.raises(ValueError, match=r"v_head_dim=17 is more than the keys' 16"):
+        config(17)
 
 
 def test_heads_too_wide_for_vmem_are_refused_when_the_config_is_read():
