@@ -346,6 +346,11 @@ class TrainConfig:
             self.model.attention_backend != "cudnn" or self.mesh.context == 1,
             "model.attention_backend='cudnn' attends to whole rows: set mesh.context to 1, or take 'xla'",
         )
+        check(
+            self.model.attention_backend != "cudnn" or self.data.seq_len % 2 == 0,
+            f"data.seq_len={self.data.seq_len} is odd, and model.attention_backend='cudnn' takes a mask of even sizes only: "
+            "change data.seq_len, or take 'xla'",
+        )
         tokenizer = self.data.tokenizer
         tokens = 256 + 2 * tokenizer.document_boundaries if tokenizer.kind == "bytes" else tokenizer.vocab_size
         check(

@@ -182,6 +182,12 @@ def test_cudnn_on_a_ring_is_refused(context):
         config_with(*words, f"mesh.context={context}")
 
 
+def test_cudnn_with_rows_of_odd_length_is_refused():
+    words = ["model.attention_backend=cudnn", "model.dtype=bfloat16", "mesh.data=1"]
+    with pytest.raises(ConfigError, match=r"data\.seq_len=15 is odd, and model\.attention_backend='cudnn'"):
+        config_with(*words, "data.seq_len=15")
+
+
 # --- Overrides --------------------------------------------------------------------------------------------------------
 
 
