@@ -432,6 +432,10 @@ def mesh_sizes(config: Job, num_devices: int) -> dict[str, int]:
       ValueError: they do not multiply to the number of devices, or the model or the batch does not divide over them.
     """
     sizes = resolve_sizes(dataclasses.asdict(config.mesh), num_devices)
-    arrays = dimensions(param_specs(config.model)) + activations(config.update_rows // config.accumulation, config.row_tokens)
+    specs = param_specs(config.model)
+    if isinstance(config, TrainConfig):
+        specs |= head_specs(config.objective, config.model)
+        specs |= {TEACHER: param_specs(config.distillation.model)} if config.distillation else {}
+    arrays = dimensions(specs) + activations(config.update_rows // config.accumulation, config.row_tokens)
     check_mesh(arrays, TRAIN_RULES, sizes)
     return sizes

@@ -28,6 +28,7 @@ from train.config import (
 )
 from train.distillation import TEACHER, distillation_sums
 from train.metrics import read_jsonl
+from train.step import mesh_sizes
 
 TAUGHT_BY = ModelConfig(vocab_size=258, num_layers=2, d_model=24, num_heads=2, d_ff=32, max_seq_len=64)
 MODEL = ModelConfig(vocab_size=258, num_layers=1, d_model=16, num_heads=2, d_ff=32, max_seq_len=64)
@@ -212,3 +213,10 @@ def test_what_a_teacher_does_not_go_with_is_refused(tmp_path, options, message):
         job(tmp_path, distillation=DistillationConfig("x", TAUGHT_BY), **options)
     with pytest.raises(ValueError, match=r"distillation\.share=0"):
         DistillationConfig("x", TAUGHT_BY, share=0)
+
+
+def test_a_teacher_that_does_not_divide_over_the_mesh_is_refused(tmp_path):
+    uneven = dataclasses.replace(TAUGHT_BY, d_model=36)
+    wide = job(tmp_path, distillation=DistillationConfig("x", uneven), mesh=MeshConfig(1, fsdp=8), batch_size=8)
+    with pytest.raises(ValueError, match=r"teacher.*d_model|teacher.*36"):
+        mesh_sizes(wide, 8)
