@@ -303,13 +303,15 @@ class Traffic(NamedTuple):
     Attributes:
       bytes: that a device receives.
       seconds: on the links; `exposed_seconds` is what the work between start and done does not cover.
-      asynchronous: how many of `count` are covered at least in part.
+      asynchronous: how many of `count` have a start and a done, with whatever stands between; `covered`, how many have work
+        there that covers them at least in part.
     """
 
     kind: str
     axes: str
     count: float
     asynchronous: float
+    covered: float
     bytes: float
     seconds: float
     exposed_seconds: float
@@ -323,9 +325,8 @@ def traffic(found: Sequence[Collective], mesh: Mapping[str, int], topology: Topo
         key = (one.kind, tuple(one.groups))
         if key not in axes:
             axes[key] = mesh_axes(one, mesh)
-        row = rows.setdefault((one.kind, axes[key]), [0.0] * 5)
-        overlapped = one.exposed_cycles < one.cycles
+        row = rows.setdefault((one.kind, axes[key]), [0.0] * 6)
         seconds = (cycles / topology.chip.clock for cycles in (one.cycles, one.exposed_cycles))
-        values = (1, overlapped, one.moved_bytes(topology.num_devices), *seconds)
+        values = (1, one.is_async, one.exposed_cycles < one.cycles, one.moved_bytes(topology.num_devices), *seconds)
         row[:] = [old + one.times * value for old, value in zip(row, values, strict=True)]
     return sorted((Traffic(*key, *row) for key, row in rows.items()), key=lambda t: -t.exposed_seconds)

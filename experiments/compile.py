@@ -563,10 +563,11 @@ def describe(report: Report) -> str:
     if report["loops_of_unknown_length"]:
         names = ", ".join(report["loops_of_unknown_length"])
         lines.append(f"  loops whose length is not known, counted once or, over experts' rows, as for an even router: {names}")
-    lines += ["", f"  {'collective':<20}{'over':<20}{'count':>7}{'async':>7}{'GiB':>9}{'seconds':>9}{'exposed':>9}"]
+    heads = f"{'count':>7}{'async':>7}{'covered':>9}{'GiB':>9}{'seconds':>9}{'exposed':>9}"
+    lines += ["", f"  {'collective':<20}{'over':<20}{heads}"]
     lines += [
-        f"  {row['kind']:<20}{row['axes']:<20}{row['count']:>7.0f}{row['asynchronous']:>7.0f}{row['bytes'] / GIB:>9.2f}"
-        f"{row['seconds']:>9.4f}{row['exposed_seconds']:>9.4f}"
+        f"  {row['kind']:<20}{row['axes']:<20}{row['count']:>7.0f}{row['asynchronous']:>7.0f}{row['covered']:>9.0f}"
+        f"{row['bytes'] / GIB:>9.2f}{row['seconds']:>9.4f}{row['exposed_seconds']:>9.4f}"
         for row in report["collectives"]
     ]
     gathers = sorted(report["exposed_all_gathers"], key=lambda one: -one["exposed_seconds"])
