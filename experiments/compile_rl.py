@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.compile import GIB, DoesNotFit, Report, exhausted_bytes, live_bytes, run_compiler, shards
-from model.chips import Topology
+from experiments.launch_tpu import num_vms
+from model.chips import Topology, topology_of
 
 # The programs, and what of the plan is among their arguments. All the rest of it stands beside them.
 TRAINED = ("parameters", "frozen weights")
@@ -191,6 +192,9 @@ def describe(report: Report) -> str:
         if one["estimated_step_seconds"] is not None:
             told += f"{one['estimated_step_seconds']:>10.4f}{one['exposed_collective_seconds']:>18.4f}"
         lines.append(f"  {name:<12}{told}")
+    hosts = num_vms(topology_of(report["topology"]))
+    if hosts > 1:
+        lines += ["", f"these are {hosts} hosts, and reinforcement learning runs in one process so far: compiled ahead"]
     if any(one["estimated_step_seconds"] is None for one in report["programs"].values()):
         return "\n".join(lines)
     lines += [

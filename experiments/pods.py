@@ -105,6 +105,8 @@ slice of v5e or v6e gradients are summed on every device and not scattered; the 
 REINFORCEMENT = """
 ## Reinforcement learning: training and decoding in one run
 
+**Compiled ahead: a run of reinforcement learning is one process so far, and this slice has many hosts.**
+
 Its programs share the devices, in two layouts: the trainer's (weights scattered over fsdp and tensor) and the sampler's (split
 over tensor alone, so that no token waits for a gather; copies along fsdp decode the same rows). HBM is what each program takes
 by the compiler, and what the run holds beside it by plan: the sampler keeps weights and pages while the trainer works, and the

@@ -324,6 +324,9 @@ def test_what_stands_beside_a_program_counts(rl_config, monkeypatch, capsys):
     assert beside["score"] == beside["hand_over"] == sampler + plan["reference"] + plan["optimizer state"]
     assert all(one["hbm_bytes_per_device"] == 3500 + one["held_beside_bytes"] for one in report["programs"].values())
     compile_rl.check_fits(report)
+    untimed = report | {"programs": {name: one | {"estimated_step_seconds": None} for name, one in report["programs"].items()}}
+    assert "hosts" not in compile_rl.describe(untimed)
+    assert "these are 4 hosts, and reinforcement learning runs in one" in compile_rl.describe(untimed | {"topology": "v5e:4x4"})
     small = dataclasses.replace(topology_of("v5e:2x2"), chip=dataclasses.replace(CHIPS["v5e"], hbm_bytes=beside["score"]))
     refused = compile_rl.compile_config(rl_config, [], small)
     assert not refused["programs"]["score"]["fits"]
