@@ -252,9 +252,11 @@ def launch(arguments: argparse.Namespace) -> int:
     from experiments.launch import code_facts, from_flags, make_jobs
     from experiments.launch_artefacts import artefact, local_commands, submit
     from experiments.launch_local import free_port, run_together
+    from experiments.launch_paths import is_in_checkout
 
     flags, local = from_flags(arguments), arguments.on == "local"
-    jobs = make_jobs(flags, arguments.config, arguments.overrides, arguments.sweep, load_train_config, code_facts())
+    asked = (arguments.config, arguments.overrides, arguments.sweep)
+    jobs = make_jobs(flags, *asked, load_train_config, is_in_checkout, code_facts())
     for job in jobs:
         commands = local_commands(job, free_port()) if local else []
         if arguments.dry_run:

@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from experiments.launch import MOUNT, Job
+from experiments.launch import Job
+from experiments.launch_paths import MOUNT
 from experiments.launch_tpu import GENERATIONS, accelerator_type, num_vms
 from train.config import PREEMPTED
 
