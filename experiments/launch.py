@@ -137,11 +137,13 @@ class Job:
 
     Attributes:
       launch: with a name, but for `local`.
+      run_dir: where the job finds it.
       command: `loam run …`, without what only the machine knows.
       facts: what the job is made of, for whoever finds it later.
     """
 
     launch: LaunchConfig
+    run_dir: str
     command: tuple[str, ...]
     facts: Mapping[str, str]
 
@@ -206,7 +208,7 @@ def make_jobs(
             mesh_sizes(config, launch.processes * cpu_devices(config, launch.processes))
         words += [f"--config.{key}={path}" for key, path in paths.items()]
         made_of = {key: value for key, value in made_of.items() if value}
-        jobs.append(Job(named, ("loam", "run", f"--config={config_path}", *words), made_of))
+        jobs.append(Job(named, paths["run_dir"], ("loam", "run", f"--config={config_path}", *words), made_of))
     return jobs
 
 

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from data.config import MixtureConfig, SourceConfig, TaskConfig
+from experiments import launch_artefacts
 from experiments.cli import load_train_config, main
 from experiments.config import apply_overrides, build
 from experiments.launch import LaunchConfig, make_jobs, sweep_points, valid_name
@@ -803,6 +804,43 @@ def test_the_manifest_reaches_kubectl_whole(tmp_path, monkeypatch):
     assert main(["launch", "--config=configs/quickstart.py", "--config.batch_size=128", *arguments]) == 0
     assert (tmp_path / "verb").read_text() == "apply -f\n"
     assert refusals(yaml.safe_load((tmp_path / "manifest").read_text())) == []
+
+
+# Says that it has begun, waits for the last point to if all are to run at once, and ends as its name says.
+FAKE_TOOL = """#!/bin/bash
+name=$(grep -ohE 'quickstart-[0-9]' "${!#}" | head -1)
+touch "$FAKE/$name"
+echo "$*" > "$FAKE/$name.words"
+for ((try = 0; AT_ONCE && try < 500; try++)); do if [ -e "$FAKE/quickstart-2" ]; then break; fi; sleep 0.02; done
+if ((AT_ONCE && try == 500)); then exit 9; fi
+[ "$name" != quickstart-1 ] || exit 3
+[ "$name" != quickstart-2 ] || exit 42
+"""
+
+
+@pytest.mark.parametrize("flags", [JOBSET, SKYPILOT, XPK, TPU_VM], ids=lambda flags: flags["on"])
+def test_every_point_of_a_sweep_is_handed_over_whatever_becomes_of_the_others(tmp_path, monkeypatch, capfd, flags):
+    tools = {"jobset": ("kubectl",), "skypilot": ("sky",), "xpk": ("xpk", "bash"), "tpu-vm": ("gcloud", "bash")}[flags["on"]]
+    monkeypatch.setenv("PATH", programs(tmp_path / "bin", **dict.fromkeys(tools, FAKE_TOOL)))
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    monkeypatch.setenv("AT_ONCE", str(int(flags["on"] == "tpu-vm")))
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
+    command = ["launch", "--config=configs/quickstart.py", "--config.batch_size=128", *words, "--sweep=config.seed=0,1,2"]
+    assert main(command) == 3, "an error comes before what a restart mends"
+    said = capfd.readouterr().err
+    assert "2 of 3 jobs did not succeed: quickstart-1 (exit status 3), quickstart-2 (exit status 42)" in said
+    handed = [(tmp_path / f"quickstart-{index}.words").read_text() for index in range(3)]
+    assert all(("--detach-run" in words) == (flags["on"] == "skypilot") for words in handed)
+
+
+def test_points_that_run_here_go_on_after_an_error_and_not_after_a_stop(monkeypatch, capsys):
+    ends = [3, 0, 42]
+    monkeypatch.setattr(launch_artefacts, "run_together", lambda commands, grace: ends.pop(0))
+    command = ["launch", "--config=configs/quickstart.py", "--on=local", "--processes=1", "--sweep=config.seed=0,1,2,3"]
+    assert main(command) == 3
+    assert not ends
+    told = ("runs/quickstart-0 (exit status 3)", "runs/quickstart-2 (exit status 42)", "runs/quickstart-3 (not begun)")
+    assert f"3 of 4 jobs did not succeed: {', '.join(told)}" in capsys.readouterr().err
 
 
 def test_help_explains_every_flag(capsys):
