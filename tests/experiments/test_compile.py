@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import experiments.compile as loam_compile
+import experiments.inspect
 import train.memory
 from experiments import collectives, compile_rl
 from experiments.cli import load_run_config, load_train_config, main
@@ -26,6 +27,7 @@ from experiments.compile import (
     proposals,
 )
 from experiments.hlo import Kernel
+from experiments.inspect import describe_plan
 from experiments.tpu_schedule import AttentionCode
 from model.chips import CHIPS, topology_of
 from model.ring_attention import zigzag
@@ -517,6 +519,21 @@ def test_a_search_survives_what_the_compiler_fails_on(tmp_path, monkeypatch):
     monkeypatch.setattr(loam_compile, "candidates", lambda *_: changes[1:3])
     with pytest.raises(ValueError, match="none of the 2 candidates tried fits v5e:2x2, and 2 failed to compile"):
         loam_compile.search(path, [], slice_, 5, logged.append)
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [(0.78, ""), (0.8, "it may not fit"), (0.99, "it may not fit"), (1.01, "it will hardly fit")],
+)
+def test_inspect_says_how_far_a_plan_can_be_trusted(tmp_path, monkeypatch, share, told):
+    """What stands below the chip's HBM by less than plans have been too low is told, too."""
+    slice_ = topology_of("v5e:2x2")
+    plan = {"parameters": 1000, "activations": round(share * slice_.chip.hbm_bytes) - 1000}
+    monkeypatch.setattr(experiments.inspect, "plan_memory", lambda *_: plan)
+    text = describe_plan(load_train_config(write_config(tmp_path), []), slice_)
+    warnings = [line.strip() for line in text.splitlines() if "fit" in line]
+    assert [line.partition(":")[0] for line in warnings] == ([told] if told else [])
+    assert all("up to 21 % below what the compiler allocates" in line for line in warnings)
 
 
 def test_inspect_plans_a_slice(tmp_path, capsys):
