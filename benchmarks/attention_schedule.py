@@ -14,7 +14,7 @@ hardware knows, such as the waits and starts of copies, in every round of their 
 beginnings and ends for rows of tiles, and control for all steps of its grid, of which it visits every tile or none.
 
   --tune    also tries our block sizes, and writes the best of each chip to model/kernels/block_sizes.json
-  --table   writes docs/kernels.json, and of it docs/kernels.md
+  --table   writes docs/kernels.json, with a hash of the kernel's source, and of it docs/kernels.md
 
 The last line is JSON: ours over theirs, the worst of all chips.
 """
@@ -22,12 +22,15 @@ The last line is JSON: ours over theirs, the worst of all chips.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,7 @@ SPLASH_SIZES = (
 )  # fmt: skip
 OUR_SIZES = ((512, 512), (1024, 512), (1024, 1024))
 RESULTS = KERNELS_PAGE.with_suffix(".json")
+KERNELS = Path(__file__).resolve().parent.parent / "model" / "kernels"
 
 
 # --- In a process for each compilation, which libtpu's flags demand ---------------------------------------------------------
@@ -256,6 +260,31 @@ def page(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> str:
     return PAGE.format(table=table(results))
 
 
+def made_of() -> dict[str, str]:
+    """What our schedules of a chip depend on, but for the block sizes, which stand beside them."""
+    sources = [(KERNELS / name).read_text() for name in ("flash_attention.py", "tiles.py")]
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    return {"kernel_sha256": source_hash(*sources), **versions}
+
+
+def source_hash(*sources: str) -> str:
+    """SHA-256 of what Python modules do, whatever their comments, docstrings and layout, and the same for every Python."""
+
+    def outline(node: Any) -> Any:
+        if isinstance(node, list):
+            return [outline(item) for item in node]
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        body = getattr(node, "body", None)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            body = node.body[1:]
+        fields = {name: body if name == "body" else value for name, value in ast.iter_fields(node)}
+        # What a later Python adds to a node is empty for code that an earlier one reads.
+        return [type(node).__name__, {name: outline(value) for name, value in fields.items() if value not in (None, [])}]
+
+    return hashlib.sha256(json.dumps([outline(ast.parse(source)) for source in sources]).encode()).hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=list(TOPOLOGIES), default=list(TOPOLOGIES))
@@ -285,10 +314,12 @@ def main() -> None:
             BLOCK_SIZES_FILE.write_text(json.dumps(chosen, indent=2) + "\n")
     print(table(results))
     if args.table:
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        known = {chip: {**known, **results}[chip] for chip in TOPOLOGIES if chip in {**known, **results}}
-        RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-        write_section(TITLE, page(known))
+        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"made_of": {}, "chips": {}}
+        kept["chips"] |= results
+        kept["made_of"] |= dict.fromkeys(results, made_of())
+        kept = {part: {chip: of_chip[chip] for chip in TOPOLOGIES if chip in of_chip} for part, of_chip in kept.items()}
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+        write_section(TITLE, page(kept["chips"]))
     worst = {
         f"{case}_vs_splash": round(max(ratio(cases[case]) for cases in results.values()), 4)
         for case in (f"{layout}_{pass_}" for layout in LAYOUTS for pass_ in PASSES)

@@ -250,18 +250,22 @@ def synthesize(config: Any) -> int:
 
 def launch(arguments: argparse.Namespace) -> int:
     from experiments.launch import code_facts, from_flags, make_jobs
-    from experiments.launch_artefacts import artefact, local_commands, submit
-    from experiments.launch_local import free_port, run_together
+    from experiments.launch_artefacts import artefact, failures, local_commands, run_here, submit, worst
+    from experiments.launch_local import free_port
+    from experiments.launch_paths import is_in_checkout
 
     flags, local = from_flags(arguments), arguments.on == "local"
-    jobs = make_jobs(flags, arguments.config, arguments.overrides, arguments.sweep, load_train_config, code_facts())
-    for job in jobs:
-        commands = local_commands(job, free_port()) if local else []
-        if arguments.dry_run:
+    asked = (arguments.config, arguments.overrides, arguments.sweep)
+    jobs = make_jobs(flags, *asked, load_train_config, is_in_checkout, code_facts())
+    if arguments.dry_run:
+        for job in jobs:
+            commands = local_commands(job, free_port()) if local else []
             print("\n".join(map(shlex.join, commands)) if local else artefact(job).rstrip())
-        elif status := run_together(commands, flags.grace_seconds) if local else submit(job):
-            return status
-    return 0
+        return 0
+    statuses = run_here(jobs) if local else submit(jobs)
+    if len(jobs) > 1 and (told := failures(jobs, statuses)):
+        print(f"loam launch: {told}", file=sys.stderr)
+    return worst(statuses)
 
 
 def summary(run_dir: str, report_path: Any) -> str:

@@ -12,6 +12,7 @@ Every compilation has a process of its own, because libtpu reads its flags once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -20,6 +21,7 @@ import math
 import operator
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,6 +54,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 REMAT_ORDER = ("none", "dots", "attention", "full")
 Report = dict[str, Any]
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
+MOST_COMPILE_SECONDS = 900
 RANKED = ("tokens_per_step", "estimated_step_seconds", "estimated_mfu", "hbm_bytes_per_device")
 
 
@@ -297,12 +300,14 @@ def require_libtpu() -> None:
         )
 
 
-def run_compiler(path: str, overrides: Sequence[str], program: str, topology: Topology) -> Report:
+def run_compiler(
+    path: str, overrides: Sequence[str], program: str, topology: Topology, most_seconds: float | None = None
+) -> Report:
     """What `compile_program` says, in a process of its own, and the `flags` it had.
 
     Raises:
       ValueError: what the mesh or the network is refused for.
-      RuntimeError: the compiler failed.
+      RuntimeError: the compiler failed, or took more than `most_seconds`.
     """
     environment = compiler_environment()
     environment["LIBTPU_INIT_ARGS"] = with_flags(environment["LIBTPU_INIT_ARGS"], tpu_flags())
@@ -310,15 +315,41 @@ def run_compiler(path: str, overrides: Sequence[str], program: str, topology: To
         task = {"config": path, "overrides": list(overrides), "program": program, "topology": topology.name}
         Path(directory, "task.json").write_text(json.dumps(task))
         command = [sys.executable, "-m", "experiments.compile", directory]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        status, said = run_alone(command, environment, most_seconds)
         output = Path(directory, "report.json")
         if not output.exists():
-            last = [line for line in ended.stderr.strip().splitlines() if line.strip()][-3:]
-            raise RuntimeError(f"the compiler for {topology.name} ended with status {ended.returncode}: {' / '.join(last)}")
+            last = [line for line in said.strip().splitlines() if line.strip()][-3:]
+            raise RuntimeError(f"the compiler for {topology.name} ended with status {status}: {' / '.join(last)}")
         compiled = json.loads(output.read_text())
     if "error" in compiled:
         raise ValueError(compiled["error"])
     return {"flags": environment["LIBTPU_INIT_ARGS"].split(), **compiled}
+
+
+def run_alone(command: Sequence[str], environment: Mapping[str, str], most_seconds: float | None) -> tuple[int, str]:
+    """The exit status of a command and what it wrote to stderr. It leaves nothing running, however this ends.
+
+    Raises:
+      RuntimeError: it took too long.
+    """
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        _, said = process.communicate(timeout=most_seconds)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"took more than {most_seconds:g} s") from error
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return process.returncode, said
 
 
 def live_bytes(memory: Mapping[str, int]) -> int:
@@ -326,12 +357,12 @@ def live_bytes(memory: Mapping[str, int]) -> int:
     return memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"] + memory["generated_code"]
 
 
-def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> Report:
+def compile_config(path: str, overrides: Sequence[str], topology: Topology, most_seconds: float | None = None) -> Report:
     """The report of a training config for a slice; `fits` says whether its HBM suffices.
 
     Raises:
       ValueError: what the config, the mesh or the attention backend is refused for.
-      RuntimeError: the compiler failed.
+      RuntimeError: the compiler failed, or took more than `most_seconds`.
     """
     from experiments.cli import load_train_config
     from model.attention import check_backend
@@ -342,7 +373,7 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
     config = load_train_config(path, list(overrides))
     check_backend(config.model.attention_backend, "tpu")
     plan = plan_memory(config, mesh_sizes(config, topology.num_devices))
-    compiled = run_compiler(path, overrides, "step", topology)
+    compiled = run_compiler(path, overrides, "step", topology, most_seconds)
     chip, tokens = topology.chip, config.tokens_per_step
     flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
     report: Report = {
@@ -506,7 +537,12 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
 def search(
     path: str, overrides: Sequence[str], topology: Topology, tries: int, log: Callable[[str], None]
 ) -> list[tuple[dict[str, Any], Report]]:
-    """(changes, report) of the first `tries` candidates that fit, the fastest per token first."""
+    """(changes, report) of the first `tries` candidates that fit, the fastest per token first. One that the compiler fails on,
+    or takes more than MOST_COMPILE_SECONDS for, is told and left out.
+
+    Raises:
+      ValueError: none is left.
+    """
     from experiments.cli import load_train_config
     from model.attention import check_backend
 
@@ -516,15 +552,21 @@ def search(
     planned = candidates(config, topology)
     check(bool(planned), f"no mesh, remat policy and batch of {config.name} fits {topology.name} by plan: take a larger slice")
     log(f"{len(planned)} candidates fit by plan; compiling the first {min(tries, len(planned))}")
-    found = []
+    found, failed = [], 0
     for changes in planned[:tries]:
         words = as_overrides(changes)
-        report = compile_config(path, [*overrides, *words], topology)
+        try:
+            report = compile_config(path, [*overrides, *words], topology, MOST_COMPILE_SECONDS)
+        except (ValueError, RuntimeError) as error:  # The others may do; what was found already is worth hours.
+            log(f"  {' '.join(words)}: failed: {error}")
+            failed += 1
+            continue
         verdict = f"{1e6 * seconds_per_token(report):.4g} us a token" if report["fits"] else "does not fit"
         log(f"  {' '.join(words)}: {verdict}")
         if report["fits"]:
             found.append((changes, report))
-    check(bool(found), f"none of the {min(tries, len(planned))} candidates tried fits {topology.name}: raise --tries")
+    none = f"none of the {min(tries, len(planned))} candidates tried fits {topology.name}"
+    check(bool(found), f"{none}{f', and {failed} failed to compile' if failed else ''}: raise --tries")
     return sorted(found, key=lambda item: seconds_per_token(item[1]))
 
 

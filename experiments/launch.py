@@ -4,7 +4,7 @@
 `experiments/launch_artefacts.py` writes the text. Both are pure; only `submit` acts, by running the scheduler's own tool.
 
 The image holds a checkout like this one, installed, as its working directory. What must outlive a machine (run directory,
-prepared data) lies on `storage`, mounted at /mnt/loam.
+prepared data), and what is read beside the checkout (other runs, data), lies on `storage`, mounted at /mnt/loam.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import os
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from experiments.launch_paths import MOUNT, paths_there
 from experiments.launch_tpu import accelerator_type, num_vms
 from model.chips import Topology, topology_of
 from model.config import check, check_choices
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 Target = Literal["local", "tpu-vm", "jobset", "xpk", "skypilot"]
 REMOTE = "tpu-vm jobset xpk skypilot"
-MOUNT = PurePosixPath("/mnt/loam")
 JOB_NAME = r"[a-z]([a-z0-9-]*[a-z0-9])?"
 # Kubernetes' names: namespaces are labels of DNS (RFC 1123); what it makes neither pods nor services of may have dots in its
 # name. A job names its queue in a label, which holds no more than 63 characters.
@@ -74,8 +74,8 @@ class LaunchConfig:
         forms=dict.fromkeys(("tpu-vm", "jobset", "xpk"), IMAGE),
     )
     storage: str = _flag(
-        f"mounted at {MOUNT} for runs and data: a PersistentVolumeClaim (jobset), a storage that xpk has attached there (xpk), "
-        "HOST:/SHARE of an NFS server (tpu-vm), gs://BUCKET (skypilot)",
+        f"mounted at {MOUNT}, below which the config's relative paths lie: a PersistentVolumeClaim (jobset), a storage that "
+        "xpk has attached there (xpk), HOST:/SHARE of an NFS server (tpu-vm), gs://BUCKET (skypilot)",
         REMOTE,
         needed=True,
         forms=STORAGE,
@@ -137,11 +137,13 @@ class Job:
 
     Attributes:
       launch: with a name, but for `local`.
+      run_dir: where the job finds it.
       command: `loam run …`, without what only the machine knows.
       facts: what the job is made of, for whoever finds it later.
     """
 
     launch: LaunchConfig
+    run_dir: str
     command: tuple[str, ...]
     facts: Mapping[str, str]
 
@@ -158,6 +160,7 @@ def make_jobs(
     overrides: Sequence[str],
     sweeps: Sequence[str],
     load: Callable[[str, list[str]], TrainConfig],
+    is_in_checkout: Callable[[str], bool],
     facts: Mapping[str, str],
 ) -> list[Job]:
     """One job, or one for each point of a sweep, with a name and a run directory of its own.
@@ -166,6 +169,7 @@ def make_jobs(
       overrides: `--config.key=value` words for all of them.
       sweeps: as `sweep_points` takes them.
       load: from a config file and overrides to the checked config.
+      is_in_checkout: see `experiments.launch_paths.paths_there`.
       facts: those of `code_facts`.
 
     Raises:
@@ -181,7 +185,7 @@ def make_jobs(
         words, suffix = [*overrides, *point], f"-{index}" if sweeps else ""
         config = load(config_path, words)
         config = dataclasses.replace(config, run_dir=config.run_dir + suffix)
-        directories = {"run_dir": config.run_dir, "data.cache_dir": config.data.cache_dir}
+        paths = {"run_dir": config.run_dir}
         named, made_of = launch, dict(facts)
         if launch.on != "local":
             machines = f"{launch.slices} x {launch.topology}"
@@ -193,7 +197,7 @@ def make_jobs(
                 f"--config={config_path} lies outside of this directory, and the job would not find it: start in a checkout "
                 "like the one in the image, and name the file relative to it",
             )
-            directories = {key: _mounted(key, directory) for key, directory in directories.items()}
+            paths = paths_there(config, is_in_checkout)
             name = launch.name or valid_name(config.name, launch.max_name_length - len(suffix))
             named = dataclasses.replace(launch, name=name + suffix)
             made_of["config-sha256"] = hashlib.sha256(
@@ -202,19 +206,10 @@ def make_jobs(
             made_of |= {"image": launch.image, "machines": f"{machines}, {devices} devices", "exit-codes": EXIT_CODES}
         elif has_only_cpus():
             mesh_sizes(config, launch.processes * cpu_devices(config, launch.processes))
-        words += [f"--config.{key}={directory}" for key, directory in directories.items()]
+        words += [f"--config.{key}={path}" for key, path in paths.items()]
         made_of = {key: value for key, value in made_of.items() if value}
-        jobs.append(Job(named, ("loam", "run", f"--config={config_path}", *words), made_of))
+        jobs.append(Job(named, paths["run_dir"], ("loam", "run", f"--config={config_path}", *words), made_of))
     return jobs
-
-
-def _mounted(key: str, directory: str) -> str:
-    there = MOUNT / directory
-    check(
-        there.is_relative_to(MOUNT) and ".." not in there.parts,
-        f"{key}={directory} would be lost with the machine: choose one below {MOUNT}, where --storage is mounted",
-    )
-    return str(there)
 
 
 def check_name(flag: str, name: str, max_length: int) -> None:

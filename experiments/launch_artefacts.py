@@ -11,11 +11,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from experiments.launch import MOUNT, Job
+from experiments.launch import Job
+from experiments.launch_local import exit_status, free_port, run_side_by_side, run_together
+from experiments.launch_paths import MOUNT
 from experiments.launch_tpu import GENERATIONS, accelerator_type, num_vms
 from train.config import PREEMPTED
 
@@ -29,24 +33,55 @@ def artefact(job: Job) -> str:
     return {"jobset": jobset, "xpk": xpk, "tpu-vm": tpu_vm, "skypilot": skypilot}[job.launch.on](job)
 
 
-def submit(job: Job) -> int:
-    """Hands the artefact to the scheduler's own tool; returns the tool's exit status.
+def submit(jobs: Sequence[Job]) -> list[int]:
+    """Hands the artefacts to the scheduler's own tool, every one whatever became of the others, and returns its exit status for
+    each, 128 + n for signal n. The scripts of `tpu-vm` run side by side until their jobs are done.
 
     Raises:
       RuntimeError: the tool is not installed.
     """
+    on = jobs[0].launch.on
     tool, command = {
         "jobset": ("kubectl", ["kubectl", "apply", "-f"]),
         "xpk": ("xpk", ["bash"]),
         "tpu-vm": ("gcloud", ["bash"]),
-        "skypilot": ("sky", ["sky", "jobs", "launch", "--yes"]),
-    }[job.launch.on]
+        "skypilot": ("sky", ["sky", "jobs", "launch", "--yes", "--detach-run"]),
+    }[on]
     if shutil.which(tool) is None:
         raise RuntimeError(f"{tool} is not installed, or not on the PATH: install it, or take what --dry-run prints elsewhere")
-    with tempfile.NamedTemporaryFile("w", prefix=job.launch.name, suffix=".yaml") as file:
-        file.write(artefact(job))
-        file.flush()
-        return subprocess.run([*command, file.name]).returncode
+    with tempfile.TemporaryDirectory(prefix="loam-launch-") as directory:
+        commands = {}
+        for job in jobs:
+            file = Path(directory, f"{job.launch.name}.yaml")
+            file.write_text(artefact(job))
+            commands[job.launch.name] = [*command, str(file)]
+        if on == "tpu-vm":
+            return run_side_by_side(commands)
+        return [exit_status(subprocess.run(words).returncode) for words in commands.values()]
+
+
+def run_here(jobs: Sequence[Job]) -> list[int]:
+    """Runs `local` jobs, one after the other, and returns their exit statuses. A job's own error does not keep the next from
+    running; what stops a job from outside keeps all that come after it."""
+    statuses: list[int] = []
+    for job in jobs:
+        statuses.append(run_together(local_commands(job, free_port()), job.launch.grace_seconds))
+        if statuses[-1] and statuses[-1] not in JOB_ERRORS:
+            break
+    return statuses
+
+
+def failures(jobs: Sequence[Job], statuses: Sequence[int]) -> str:
+    """Says which of several jobs failed, or were not begun; "" if none failed."""
+    named = [job.launch.name or job.run_dir for job in jobs]
+    failed = [f"{name} (exit status {status})" for name, status in zip(named, statuses, strict=False) if status]
+    left = [f"{name} (not begun)" for name in named[len(statuses) :]]
+    return f"{len(failed + left)} of {len(jobs)} jobs did not succeed: {', '.join(failed + left)}" if failed else ""
+
+
+def worst(statuses: Sequence[int]) -> int:
+    """The exit status for several jobs: an error of a job comes before what starting it again would mend, and that before 0."""
+    return max(statuses, key=lambda status: (status in JOB_ERRORS, status))
 
 
 def jobset(job: Job) -> str:

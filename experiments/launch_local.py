@@ -1,4 +1,4 @@
-"""Several processes of one job on this machine, which live and die together."""
+"""Several processes on this machine: those of one job, which live and die together, and others, which do not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO
 
 from train.config import PREEMPTED
@@ -43,13 +43,7 @@ def run_together(commands: Sequence[Sequence[str]], grace_seconds: float) -> int
     status, kill_at, forwarded = 0, float("inf"), 0
     try:
         for index, command in enumerate(commands):
-            # A session of its own: Ctrl-C in the terminal comes through us, once.
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
-            )
-            processes.append(process)
-            readers.append(threading.Thread(target=_copy, args=(process.stdout, f"[{index}] "), daemon=True))
-            readers[-1].start()
+            _start(command, f"[{index}] ", processes, readers)
         while None in [process.poll() for process in processes]:
             failed = next((process.returncode for process in processes if process.returncode), 0)
             if len(stops) > forwarded or (failed and not status):
@@ -70,7 +64,51 @@ def run_together(commands: Sequence[Sequence[str]], grace_seconds: float) -> int
             signal.signal(number, handler)
     for reader in readers:
         reader.join(timeout=5)
-    return status if status >= 0 else 128 - status
+    return exit_status(status)
+
+
+def run_side_by_side(commands: Mapping[str, Sequence[str]]) -> list[int]:
+    """Runs commands that do not need each other at once, their output line by line behind `[name] `, until all have ended.
+
+    SIGTERM and Ctrl-C end all, with what they have started.
+
+    Returns:
+      The exit status of each, 128 + n for signal n.
+    """
+    processes: list[subprocess.Popen[str]] = []
+    readers: list[threading.Thread] = []
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
+    try:
+        for name, command in commands.items():
+            _start(command, f"[{name}] ", processes, readers)
+        statuses = [exit_status(process.wait()) for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+        signal.signal(signal.SIGTERM, handler)
+    for reader in readers:
+        reader.join(timeout=5)
+    return statuses
+
+
+def exit_status(returncode: int) -> int:
+    """As a shell has it: 128 + n for signal n."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def _start(
+    command: Sequence[str], prefix: str, processes: list[subprocess.Popen[str]], readers: list[threading.Thread]
+) -> None:
+    """Adds the running command and the thread that copies its output; it has a session of its own, so that Ctrl-C in the
+    terminal comes through us, once."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+    )
+    processes.append(process)
+    readers.append(threading.Thread(target=_copy, args=(process.stdout, prefix), daemon=True))
+    readers[-1].start()
 
 
 def _signal(processes: Sequence[subprocess.Popen[str]], number: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from experiments import compile_rl
 from experiments.cli import load_run_config
 from experiments.collectives import GATHER_BY_ALL_REDUCE
-from experiments.compile import GIB, Report, compile_config, require_libtpu
+from experiments.compile import GIB, MOST_COMPILE_SECONDS, Report, compile_config, require_libtpu
 from experiments.config import chosen
 from model.chips import topology_of
 from model.xla import tpu_flags
@@ -45,7 +45,6 @@ KEPT_OF_A_PROGRAM = (
     "memory", "held_beside_bytes", "hbm_bytes_per_device", "fits", "estimated_cycles", "collectives",
     "exposed_collective_seconds", "loops_of_unknown_length", "estimated_step_seconds", "compile_seconds",
 )  # fmt: skip
-MOST_COMPILE_SECONDS = 900
 # Of the estimated step, for gathers of weights that no work covers. Not 0: the first of a layer has nothing before it in the
 # body of the loop over layers to hide behind, and the head's has little; in docs/pods.json these are 0.2 to 0.5 % of a step. If
 # a whole pass of a dense model had to wait for its gathers, that would be 2 to 3 %: half their seconds there, over those of the

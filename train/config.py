@@ -13,6 +13,7 @@ from train.objectives.config import ObjectiveConfig
 OptimizerName = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
 ScheduleName = Literal["cosine", "wsd", "linear", "constant"]
 WriterName = Literal["tensorboard", "wandb", "trackio"]
+PathKind = Literal["written", "model", "read"]
 
 # Exit status that asks the scheduler for a restart; any other than 0 is an error of the job.
 PREEMPTED = 42
@@ -449,3 +450,26 @@ class TrainConfig:
     @property
     def chunk_tokens(self) -> int:
         return self.loss.chunk_tokens
+
+
+def paths_of(config: TrainConfig) -> dict[str, tuple[PathKind, str]]:
+    """Keys of the config that name files or directories, each with what is done there and its value, if it has one.
+
+    `written` to; read as a `model`, which may also be a name of `loam models`; or `read` as files. What is not there is not
+    downloaded: a data set of the hub is no path.
+    """
+    data = config.data
+    found: dict[str, tuple[PathKind, str]] = {
+        "run_dir": ("written", config.run_dir),
+        "data.cache_dir": ("written", data.cache_dir),
+        "initial_weights": ("model", config.initial_weights),
+        "distillation.teacher": ("model", config.distillation.teacher if config.distillation else ""),
+        "data.tokenizer.path": ("read", data.tokenizer.path),
+    }
+    for index, source in enumerate(data.sources):
+        if source.kind == "files":
+            found[f"data.sources.{index}.path"] = ("read", source.path)
+        for number, (option, value) in enumerate(source.task.options if source.task else ()):
+            if option.endswith("path"):
+                found[f"data.sources.{index}.task.options.{number}.1"] = ("read", value)
+    return {key: (kind, path) for key, (kind, path) in found.items() if path}

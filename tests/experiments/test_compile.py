@@ -4,12 +4,15 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import experiments.compile as loam_compile
+import experiments.inspect
 import train.memory
 from experiments import collectives, compile_rl
 from experiments.cli import load_run_config, load_train_config, main
@@ -24,6 +27,7 @@ from experiments.compile import (
     proposals,
 )
 from experiments.hlo import Kernel
+from experiments.inspect import describe_plan
 from experiments.tpu_schedule import AttentionCode
 from model.chips import CHIPS, topology_of
 from model.ring_attention import zigzag
@@ -209,7 +213,7 @@ def test_what_is_recomputed_is_what_exceeds_three_passes(tmp_path, model):
     ],
 )
 def test_bad_input_is_told_before_the_compiler_starts(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loam_compile.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(loam_compile, "run_alone", lambda *_: pytest.fail("a process was started"))
     monkeypatch.setattr(loam_compile, "require_libtpu", lambda: None)
     if CUDNN in words:
         monkeypatch.setattr(train.memory, "_residual_bytes", lambda *_: pytest.fail("the model was traced"))
@@ -219,12 +223,21 @@ def test_bad_input_is_told_before_the_compiler_starts(words, message, tmp_path, 
     assert error.count("\n") == 1
 
 
+def compiler_that_says(told):
+    """In place of the process that compiles."""
+
+    def run_alone(command, environment, most_seconds):
+        Path(command[-1], "report.json").write_text(json.dumps(told))
+        return 0, ""
+
+    return run_alone
+
+
 def test_generated_code_is_live_memory(tmp_path, monkeypatch):
     memory = {"arguments": 3000, "outputs": 200, "aliased": 100, "temporaries": 50, "generated_code": 7}
     mesh = {"data": 2, "fsdp": 2, "expert": 1}
-    told = json.dumps({"mesh": mesh, "memory": memory, "estimated_step_seconds": 2.0, "collectives": []})
-    compiler = lambda command, **_: Path(command[-1], "report.json").write_text(told)  # noqa: E731
-    monkeypatch.setattr(loam_compile.subprocess, "run", compiler)
+    told = {"mesh": mesh, "memory": memory, "estimated_step_seconds": 2.0, "collectives": []}
+    monkeypatch.setattr(loam_compile, "run_alone", compiler_that_says(told))
     report = loam_compile.compile_config(write_config(tmp_path), [], topology_of("v5e:2x2"))
     assert report["hbm_bytes_per_device"] == 3000 + 200 - 100 + 50 + 7
 
@@ -308,8 +321,7 @@ def test_the_programs_of_reinforcement_learning_compile(rl_config, capsys):
 def test_what_stands_beside_a_program_counts(rl_config, monkeypatch, capsys):
     told = {"memory": dict.fromkeys(("arguments", "outputs", "temporaries", "generated_code"), 1000) | {"aliased": 500}}
     told |= {"mesh": {"data": 1, "fsdp": 2, "expert": 1, "tensor": 2}, "estimated_step_seconds": 2.0, "collectives": []}
-    compiler = lambda command, **_: Path(command[-1], "report.json").write_text(json.dumps(told))  # noqa: E731
-    monkeypatch.setattr(loam_compile.subprocess, "run", compiler)
+    monkeypatch.setattr(loam_compile, "run_alone", compiler_that_says(told))
     report = compile_rl.compile_config(rl_config, [], topology_of("v5e:2x2"))
     plan = report["planned_bytes_per_device"]
     # Each weight is scattered over all four devices but for the norms; two moments of Adam.
@@ -430,7 +442,7 @@ def test_changes_are_the_overrides_that_make_them(tmp_path):
 def test_a_search_ranks_by_time_per_token(tmp_path, monkeypatch, capsys):
     """Fewer rows take less time a step, but more a token; what does not fit is left out."""
 
-    def pretend(path, overrides, topology):
+    def pretend(path, overrides, topology, most_seconds):
         config = load_train_config(path, overrides)
         tokens = config.tokens_per_step
         report = {"fits": config.mesh.tensor < 4, "tokens_per_step": tokens, "estimated_step_seconds": 1 + 1e-6 * tokens}
@@ -449,6 +461,82 @@ def test_a_search_ranks_by_time_per_token(tmp_path, monkeypatch, capsys):
     assert best["tokens_per_step"] == max(one["tokens_per_step"] for one in best["ranking"])
     assert not any("--config.mesh.tensor=4" in one["overrides"] for one in best["ranking"])
     assert all(" ".join(one["overrides"]) in said.split("estimate, with")[1] for one in best["ranking"])
+
+
+# Stands for the compiler: it hangs, with a child, on full remat, and crashes, fails or refuses by the mesh.
+FAKE_COMPILER = """
+import json, os, pathlib, signal, sys, time
+directory = pathlib.Path(sys.argv[1])
+task = json.loads((directory / "task.json").read_text())
+mesh = {word.split("mesh.")[1].split("=")[0]: int(word.split("=")[1]) for word in task["overrides"] if "mesh." in word}
+if "--config.model.remat=full" in task["overrides"]:
+    child = os.fork()
+    if child:
+        pathlib.Path(sys.argv[2]).write_text(f"{os.getpid()} {child}")
+    time.sleep(60)
+if mesh["tensor"] == 2:
+    os.kill(os.getpid(), signal.SIGSEGV)
+if mesh["fsdp"] == 4:
+    sys.exit("INTERNAL: Mosaic failed to compile TPU kernel")
+memory = {"arguments": 1, "outputs": 0, "aliased": 0, "temporaries": 0, "generated_code": 0}
+report = {"mesh": {**mesh, "expert": 1}, "memory": memory, "estimated_step_seconds": 2.0, "collectives": [], "kernels": []}
+(directory / "report.json").write_text(json.dumps({"error": "no such layout"} if mesh["data"] == 2 else report))
+"""
+
+
+def is_alive(pid):
+    """Whether a process runs; one that is dead and not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_search_survives_what_the_compiler_fails_on(tmp_path, monkeypatch):
+    """A crash, an error, a refusal and a hang: each is told, what compiles is ranked, and nothing is left running."""
+    run_alone, logged = loam_compile.run_alone, []
+
+    def compiler(command, environment, most_seconds):
+        assert most_seconds == 900
+        hangs = "remat=full" in Path(command[-1], "task.json").read_text()
+        fake = [sys.executable, "-c", FAKE_COMPILER, command[-1], str(tmp_path / "pids")]
+        return run_alone(fake, environment, 3 if hangs else None)
+
+    monkeypatch.setattr(loam_compile, "run_alone", compiler)
+    meshes = [(4, 1, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2)]
+    changes: list[dict] = [{"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor} for data, fsdp, tensor in meshes]
+    changes.append({**changes[0], "model.remat": "full"})
+    monkeypatch.setattr(loam_compile, "candidates", lambda *_: changes)
+    path, slice_ = write_config(tmp_path), topology_of("v5e:2x2")
+    ranked = loam_compile.search(path, [], slice_, 5, logged.append)
+    assert [one for one, _ in ranked] == changes[:1]
+    failures = [line.partition(": failed: ")[2] for line in logged if "failed" in line]
+    refused, failed, crashed, hung = failures
+    assert refused == "no such layout"
+    assert "ended with status 1: INTERNAL: Mosaic failed" in failed
+    assert "ended with status -11" in crashed
+    assert hung == "took more than 3 s"
+    until = time.monotonic() + 20
+    while any(map(is_alive, (tmp_path / "pids").read_text().split())):
+        assert time.monotonic() < until, "the compiler still runs"
+    monkeypatch.setattr(loam_compile, "candidates", lambda *_: changes[1:3])
+    with pytest.raises(ValueError, match="none of the 2 candidates tried fits v5e:2x2, and 2 failed to compile"):
+        loam_compile.search(path, [], slice_, 5, logged.append)
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [(0.78, ""), (0.8, "it may not fit"), (0.99, "it may not fit"), (1.01, "it will hardly fit")],
+)
+def test_inspect_says_how_far_a_plan_can_be_trusted(tmp_path, monkeypatch, share, told):
+    """What stands below the chip's HBM by less than plans have been too low is told, too."""
+    slice_ = topology_of("v5e:2x2")
+    plan = {"parameters": 1000, "activations": round(share * slice_.chip.hbm_bytes) - 1000}
+    monkeypatch.setattr(experiments.inspect, "plan_memory", lambda *_: plan)
+    text = describe_plan(load_train_config(write_config(tmp_path), []), slice_)
+    warnings = [line.strip() for line in text.splitlines() if "fit" in line]
+    assert [line.partition(":")[0] for line in warnings] == ([told] if told else [])
+    assert all("up to 21 % below what the compiler allocates" in line for line in warnings)
 
 
 def test_inspect_plans_a_slice(tmp_path, capsys):

@@ -10,18 +10,24 @@ import os
 import re
 import shlex
 import subprocess
+import typing
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 
+from data.config import MixtureConfig, SourceConfig, TaskConfig
+from experiments import launch_artefacts
 from experiments.cli import load_train_config, main
+from experiments.config import apply_overrides, build
 from experiments.launch import LaunchConfig, make_jobs, sweep_points, valid_name
 from experiments.launch_artefacts import artefact
+from experiments.launch_paths import is_in_checkout, paths_there
 from experiments.launch_tpu import GENERATIONS, accelerator_type, num_vms
 from model.chips import topology_of
 from tests.libtpu import run_with_libtpu
+from train.config import TrainConfig, paths_of
 
 ROOT = Path(__file__).parents[2]
 CRD = Path(__file__).parent / "fixtures" / "jobset_crd.yaml.xz"
@@ -32,6 +38,8 @@ XPK = {**JOBSET, "on": "xpk", "cluster": "pods", "zone": "us-east5-a"}
 FITS = ("--config.batch_size=1024",)
 CUDNN = ("--config.model.dtype=bfloat16", "--config.model.attention_backend=cudnn")
 SKYPILOT = {"on": "skypilot", "topology": "v6e:4x4", "storage": "gs://bucket"}
+SFT, DISTILLED, CHATS = "configs/sft_quickstart.py", "configs/sft_distilled_reverse.py", "configs/shakespeare_gpt2.py"
+ELSEWHERE = "is not there for the job: copy it to --storage, and name it below /mnt/loam"
 # RFC 1035, as Kubernetes' IsDNS1035Label has it.
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
@@ -43,7 +51,8 @@ def _at_root(monkeypatch):
 
 
 def jobs(flags, config=CONFIGS[0], overrides=FITS, sweeps=(), facts=None):
-    return make_jobs(LaunchConfig(**flags), config, overrides, sweeps, load_train_config, facts or {"commit": "abc"})
+    asked = (LaunchConfig(**flags), config, overrides, sweeps)
+    return make_jobs(*asked, load_train_config, lambda path: path.startswith("tests/"), facts or {"commit": "abc"})
 
 
 def manifest_of(flags=JOBSET, **how):
@@ -576,6 +585,113 @@ def test_names_that_kubernetes_takes_are_taken(flags):
     LaunchConfig(**{**JOBSET, **flags})
 
 
+# --- Paths ------------------------------------------------------------------------------------------------------------------
+
+
+# Texts of configs that name no file of the machine.
+NO_PATHS = {
+    "name", "data.chat_template", "eval.sample_prompts.*", "lora.targets.*", "optimizer.rules.*.pattern",
+    "optimizer.schedule.warmup", "optimizer.schedule.decay", "data.mixtures.*.proportions.*.0", "data.sources.*.name",
+    "data.sources.*.licence", "data.sources.*.origin", "data.sources.*.text_field", "data.sources.*.hub_config",
+    "data.sources.*.hub_split", "data.sources.*.hub_revision", "data.sources.*.task.name", "data.sources.*.task.options.*.0",
+}  # fmt: skip
+
+
+def texts(kind, key=""):
+    """Keys of everything in a type of configs that may hold any text; those of a sequence's items have a *."""
+    if dataclasses.is_dataclass(kind):
+        for name, hint in typing.get_type_hints(kind).items():
+            yield from texts(hint, f"{key}.{name}" if key else name)
+    elif kind in (str, typing.Any):
+        yield key
+    elif typing.get_origin(kind) is not typing.Literal:
+        items = typing.get_args(kind)
+        pair = typing.get_origin(kind) is tuple and items[-1] is not Ellipsis
+        for index, item in enumerate(items):
+            nested = typing.get_origin(kind) is tuple
+            yield from texts(item, f"{key}.{index if pair else '*'}" if nested else key)
+
+
+def full_config(directory):
+    """A config that has whatever may name a file."""
+    rows = [json.dumps({"question": f"{n} + 1?", "answer": f"#### {n + 1}"}) for n in range(4)]
+    (directory / "gsm8k.jsonl").write_text("\n".join(rows))
+    task = TaskConfig("gsm8k", (("train_path", str(directory / "gsm8k.jsonl")),))
+    sources = (
+        SourceConfig(name="files", kind="files", path="files.jsonl"),
+        SourceConfig(name="hub", kind="huggingface", path="owner/name", hub_revision="1"),
+        SourceConfig(name="task", kind="task", task=task, num_examples=4),
+    )
+    mixture = MixtureConfig(start_step=0, proportions=(("files", 1), ("task", 1)))
+    config = load_train_config(DISTILLED, list(FITS))
+    data = dataclasses.replace(config.data, sources=sources, mixtures=(mixture,))
+    return dataclasses.replace(config, initial_weights="runs/before", data=data)
+
+
+def test_every_text_of_a_config_is_known_to_be_a_path_or_none(tmp_path):
+    """One that comes new to the config classes fails here until it is in `paths_of`, or in the list above."""
+    paths = {re.sub(r"\.\d+(?!$)", ".*", key) for key in paths_of(full_config(tmp_path))}
+    assert paths.isdisjoint(NO_PATHS)
+    assert set(texts(TrainConfig)) == paths | NO_PATHS
+
+
+def test_what_is_read_lies_on_the_storage_or_in_the_checkout(tmp_path):
+    config = full_config(tmp_path)
+    with pytest.raises(ValueError, match=f"data.sources.2.task.options.0.1={tmp_path}/gsm8k.jsonl {ELSEWHERE}"):
+        paths_there(config, lambda path: False)
+    there = paths_there(config, lambda path: path in (f"{tmp_path}/gsm8k.jsonl", "files.jsonl", "runs/data"))
+    assert there == {
+        "run_dir": "/mnt/loam/runs/sft_distilled_reverse",
+        "data.cache_dir": "/mnt/loam/runs/data",
+        "initial_weights": "/mnt/loam/runs/before",
+        "distillation.teacher": f"/mnt/loam/{config.distillation.teacher}",
+        "data.tokenizer.path": "/mnt/loam/runs/grpo_reverse/tokenizer",
+        "data.sources.0.path": "files.jsonl",
+        "data.sources.2.task.options.0.1": f"{tmp_path}/gsm8k.jsonl",
+    }
+
+
+@pytest.mark.parametrize("config", [SFT, "configs/dpo_reverse.py", "configs/sft_synthesized_reverse.py", DISTILLED])
+def test_a_job_finds_what_other_runs_made(config):
+    """What the job's own command line says is where `--storage` has what the config names."""
+    (job,) = jobs(JOBSET, config=config)
+    here, there = load_train_config(config, list(FITS)), load_train_config(config, list(job.command[3:]))
+    changed = {key: path for key, (_, path) in paths_of(there).items()}
+    assert changed == {key: f"/mnt/loam/{path}" for key, (_, path) in paths_of(here).items()}
+    assert any(path.startswith("/mnt/loam/runs/") for key, path in changed.items() if key not in ("run_dir", "data.cache_dir"))
+
+
+def test_files_of_the_repository_stay_where_they_are():
+    overrides = [*FITS, "--config.data.sources.0.path=tests/data/*.txt"]
+    (job,) = jobs(JOBSET, config=CHATS, overrides=overrides)
+    assert load_train_config(CHATS, list(job.command[3:])).data.sources[0].path == "tests/data/*.txt"
+
+
+def test_the_key_of_every_path_sets_it(tmp_path):
+    config = full_config(tmp_path)
+    tree = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    new = tmp_path / "new"
+    new.write_bytes((tmp_path / "gsm8k.jsonl").read_bytes())
+    words = [f"--config.{key}={new}" for key in paths_of(config)]
+    changed = paths_of(build(TrainConfig, apply_overrides(tree, words, TrainConfig)))
+    assert changed == {key: (kind, str(new)) for key, (kind, _) in paths_of(config).items()}
+
+
+def test_the_checkout_has_what_git_knows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    for name in ("data/a.jsonl", "data/deep/b.txt", "new.jsonl"):
+        (tmp_path / name).write_text("x")
+    assert not is_in_checkout("data/a.jsonl")
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    subprocess.run(["git", "add", "data"], check=True)
+    inside = ["data/a.jsonl", "data", "data/", "./data/a.jsonl", "data/*.jsonl", "data/**/*.txt"]
+    outside = ["new.jsonl", "*.jsonl", "*.txt", "data/none", "runs/x", str(tmp_path / "data"), "../data", "data/../data"]
+    assert [path for path in inside + outside if is_in_checkout(path)] == inside
+    monkeypatch.setenv("PATH", "")
+    assert not is_in_checkout("data")
+
+
 @pytest.mark.parametrize(
     ("processes", "overrides", "message"),
     [
@@ -618,6 +734,31 @@ def test_rows_and_mesh_of_local_processes_are_checked(processes, overrides, mess
             {},
             {"overrides": [*FITS, "--config.data.cache_dir=../x"]},
             "data.cache_dir=../x would be lost",
+        ),
+        ({}, {"overrides": [*FITS, "--config.run_dir=~/run"]}, "run_dir=~/run would be lost"),
+        ({}, {"config": SFT, "overrides": [*FITS, "--config.initial_weights=/me/run"]}, f"initial_weights=/me/run {ELSEWHERE}"),
+        ({}, {"config": SFT, "overrides": [*FITS, "--config.initial_weights=gs://b/run"]}, f"gs://b/run {ELSEWHERE}"),
+        ({}, {"config": SFT, "overrides": [*FITS, "--config.initial_weights=../run/"]}, f"../run/ {ELSEWHERE}"),
+        (
+            {},
+            {"config": "configs/sft_smollm2.py"},
+            "smollm2-135m-instruct is a name of `loam models`.*/mnt/loam/models/smollm2",
+        ),
+        (
+            {},
+            {"config": CHATS, "overrides": [*FITS, "--config.data.sources.0.path=/me/a.jsonl"]},
+            f"0.path=/me/a.jsonl {ELSEWHERE}",
+        ),
+        ({}, {"overrides": [*FITS, "--config.data.tokenizer.path=/me/t"]}, f"data.tokenizer.path=/me/t {ELSEWHERE}"),
+        (
+            {},
+            {"config": DISTILLED, "overrides": [*FITS, "--config.distillation.teacher=/me/run"]},
+            f"distillation.teacher=/me/run {ELSEWHERE}",
+        ),
+        (
+            {},
+            {"config": DISTILLED, "overrides": [*FITS, "--config.distillation.teacher=run"]},
+            "distillation.teacher=run is a name of",
         ),
         ({}, {"config": str(ROOT / CONFIGS[0])}, "lies outside of this directory"),
         ({}, {"config": "configs/quickstrat.py"}, "Did you mean 'configs/quickstart.py'"),
@@ -663,6 +804,43 @@ def test_the_manifest_reaches_kubectl_whole(tmp_path, monkeypatch):
     assert main(["launch", "--config=configs/quickstart.py", "--config.batch_size=128", *arguments]) == 0
     assert (tmp_path / "verb").read_text() == "apply -f\n"
     assert refusals(yaml.safe_load((tmp_path / "manifest").read_text())) == []
+
+
+# Says that it has begun, waits for the last point to if all are to run at once, and ends as its name says.
+FAKE_TOOL = """#!/bin/bash
+name=$(grep -ohE 'quickstart-[0-9]' "${!#}" | head -1)
+touch "$FAKE/$name"
+echo "$*" > "$FAKE/$name.words"
+for ((try = 0; AT_ONCE && try < 500; try++)); do if [ -e "$FAKE/quickstart-2" ]; then break; fi; sleep 0.02; done
+if ((AT_ONCE && try == 500)); then exit 9; fi
+[ "$name" != quickstart-1 ] || exit 3
+[ "$name" != quickstart-2 ] || exit 42
+"""
+
+
+@pytest.mark.parametrize("flags", [JOBSET, SKYPILOT, XPK, TPU_VM], ids=lambda flags: flags["on"])
+def test_every_point_of_a_sweep_is_handed_over_whatever_becomes_of_the_others(tmp_path, monkeypatch, capfd, flags):
+    tools = {"jobset": ("kubectl",), "skypilot": ("sky",), "xpk": ("xpk", "bash"), "tpu-vm": ("gcloud", "bash")}[flags["on"]]
+    monkeypatch.setenv("PATH", programs(tmp_path / "bin", **dict.fromkeys(tools, FAKE_TOOL)))
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    monkeypatch.setenv("AT_ONCE", str(int(flags["on"] == "tpu-vm")))
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
+    command = ["launch", "--config=configs/quickstart.py", "--config.batch_size=128", *words, "--sweep=config.seed=0,1,2"]
+    assert main(command) == 3, "an error comes before what a restart mends"
+    said = capfd.readouterr().err
+    assert "2 of 3 jobs did not succeed: quickstart-1 (exit status 3), quickstart-2 (exit status 42)" in said
+    handed = [(tmp_path / f"quickstart-{index}.words").read_text() for index in range(3)]
+    assert all(("--detach-run" in words) == (flags["on"] == "skypilot") for words in handed)
+
+
+def test_points_that_run_here_go_on_after_an_error_and_not_after_a_stop(monkeypatch, capsys):
+    ends = [3, 0, 42]
+    monkeypatch.setattr(launch_artefacts, "run_together", lambda commands, grace: ends.pop(0))
+    command = ["launch", "--config=configs/quickstart.py", "--on=local", "--processes=1", "--sweep=config.seed=0,1,2,3"]
+    assert main(command) == 3
+    assert not ends
+    told = ("runs/quickstart-0 (exit status 3)", "runs/quickstart-2 (exit status 42)", "runs/quickstart-3 (not begun)")
+    assert f"3 of 4 jobs did not succeed: {', '.join(told)}" in capsys.readouterr().err
 
 
 def test_help_explains_every_flag(capsys):

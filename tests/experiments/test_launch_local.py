@@ -11,7 +11,7 @@ import pytest
 
 from experiments import launch_local
 from experiments.cli import main
-from experiments.launch_local import free_port, run_together
+from experiments.launch_local import free_port, run_side_by_side, run_together
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,6 +114,32 @@ def test_a_program_that_cannot_be_started_leaves_none_behind(tmp_path):
         run_together([first, [str(tmp_path / "nothing")]], grace_seconds=1)
     assert signal.getsignal(signal.SIGTERM) is before
     assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_side_by_side_the_failure_of_one_is_its_own(tmp_path, capsys):
+    """Each waits for what the other writes, so they run at once; the one that fails ends first and stops none."""
+    meets = f"import sys\nopen(sys.argv[2], 'w').write('here')\n{WAIT_FOR_FILE}\n"
+    files = [str(tmp_path / "a"), str(tmp_path / "b")]
+    commands = {
+        "a": [*program(f"{meets}sys.exit(3)"), *files],
+        "b": [*program(f"{meets}print('done')"), *reversed(files)],
+        "c": program("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
+    }
+    assert run_side_by_side(commands) == [3, 0, 137]
+    assert capsys.readouterr().out == "[b] done\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 42), (signal.SIGINT, -signal.SIGINT)])
+def test_a_signal_ends_all_that_run_side_by_side(tmp_path, number, status):
+    scripts = {name: ["bash", "-c", f"echo $$ > {tmp_path}/{name}; sleep 60; touch {tmp_path}/survivor"] for name in "ab"}
+    code = f"import sys\nfrom experiments.launch_local import run_side_by_side\nsys.exit(run_side_by_side({scripts!r}))"
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    files = [tmp_path / name for name in "ab"]
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+    launcher.send_signal(number)
+    assert launcher.wait(timeout=20) == status
+    assert not any(is_alive(int(file.read_text())) for file in files)
+    assert not (tmp_path / "survivor").exists()
 
 
 def test_a_free_port_can_be_listened_on():

@@ -10,6 +10,7 @@ from experiments import compile_rl, pods
 from experiments.cli import load_run_config, load_train_config
 from experiments.compile import compile_config
 from experiments.config import chosen
+from experiments.inspect import PLAN_MAY_LACK
 from model.chips import topology_of
 from model.xla import tpu_flags
 from tests.libtpu import require_libtpu
@@ -121,6 +122,7 @@ def test_a_config_of_a_pod_was_compiled_as_it_stands(name):
     if compiled["made_of"]["jax"] == jax.__version__:  # Another traces other residuals.
         assert compiled["planned_bytes_per_device"] == plan_memory(config, compiled["mesh"])
     assert planned == pytest.approx(compiled["hbm_bytes_per_device"], rel=0.25)
+    assert planned >= (1 - PLAN_MAY_LACK) * compiled["hbm_bytes_per_device"], "`loam inspect` promises less"
     assert 0 < compiled["recomputed_flops_share"] <= 0.26  # all but the loss's products twice, in four passes
     if not config.model.moe:
         assert not compiled["loops_of_unknown_length"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from model.chips import CHIPS, topology_of
 from model.kernels.tiles import BlockSizes
 from tests.libtpu import run_with_libtpu
 from tests.tiny import write_tiny_job
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("length", [512, 1000, 1024])
@@ -82,7 +85,7 @@ def test_a_kernel_that_has_changed_is_not_counted_wrongly():
 
 def test_the_page_of_kernels_tells_what_was_measured():
     """docs/kernels.md is made of docs/kernels.json, whose tiles are those of our plan, and whose ratios hold the bounds."""
-    results = json.loads(attention_schedule.RESULTS.read_text())
+    results = json.loads(attention_schedule.RESULTS.read_text())["chips"]
     assert list(results) == list(TOPOLOGIES)
     assert page_sections()[attention_schedule.TITLE].strip() == attention_schedule.page(results).strip()
     for chip, cases in results.items():
@@ -101,6 +104,44 @@ def test_the_page_of_kernels_tells_what_was_measured():
             # Documents that end anywhere miss the third on two chips, as the page says: no worse than that.
             bound = {"causal": 1, "uneven": 0.36}.get(layout, 1 / 3)
             assert attention_schedule.ratio(sides) <= bound, (chip, case)
+
+
+@pytest.mark.parametrize("chip", list(TOPOLOGIES))
+def test_the_kernels_that_were_counted_are_those_of_today(chip):
+    kept = json.loads(attention_schedule.RESULTS.read_text())["made_of"][chip]
+    sources = [(ROOT / "model/kernels" / name).read_text() for name in ("flash_attention.py", "tiles.py")]
+    assert kept["kernel_sha256"] == attention_schedule.source_hash(*sources), (
+        f"model/kernels/flash_attention.py or tiles.py has changed since docs/kernels.json was made: "
+        f"python benchmarks/attention_schedule.py --table --chips {chip}"
+    )
+    pins = (ROOT / "constraints.txt").read_text()
+    assert [name for name in ("jax", "jaxlib", "libtpu") if f"\n{name}=={kept[name]};" not in pins] == []
+
+
+def test_the_hash_of_a_source_is_of_what_it_does():
+    source = """
+def f(x: int) -> str:
+    'Says x.'
+    y = x + 1  # more
+    return f"{y!r:>9} {{it's}}"
+"""
+    same = 'def f(x:int)->str:\n  """Other words."""\n  y = (x+1)\n\n  return f"{y!r:>9} {{it\'s}}"'
+    undocumented = same.replace('"""Other words."""', "")
+    hashes = {attention_schedule.source_hash(text) for text in (source, same, undocumented)}
+    # The same number on every version of Python.
+    assert hashes == {"5175c5485e3bc75f2d5894bf21e9837ad57399a494b04e54962df29b25bd8db1"}
+    changes = [
+        ("x + 1", "x - 1"),
+        ("x + 1", "x + 2"),
+        ("def f", "def g"),
+        ("it's", "its"),
+        ("!r", "!s"),
+        (": int", ""),
+        ("y = x", "z = x"),
+    ]
+    changed = {attention_schedule.source_hash(source.replace(*change)) for change in changes}
+    assert len(changed - hashes) == len(changes)
+    assert attention_schedule.source_hash(source, "x") != attention_schedule.source_hash("x", source)
 
 
 COMPILED = """
