@@ -349,10 +349,11 @@ def bench_infer(arguments: argparse.Namespace) -> int:
 def parity(arguments: argparse.Namespace) -> int:
     from model.xla import configure
 
+    environment = dict(os.environ)  # without the flags that a process gets which decodes
     configure(cpu_devices=1, decoding=True)
     from experiments import parity
 
-    parity.compare(arguments)
+    parity.compare(arguments, environment)
     return 0
 
 
