@@ -48,6 +48,10 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
+        said = {f"logit_bias of token {token}": bias for token, bias in self.logit_bias}
+        said |= {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "logit_bias"}
+        for name, value in said.items():
+            check(isinstance(value, numbers.Real), f"{name}={value!r} must be a number")
         check(
             self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
             f"temperature={self.temperature} must lie in [0.001, 1000], or be 0 (greedy)",

@@ -230,6 +230,9 @@ in_turn = jax.jit(draw_in_turn)
     [
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": "hot"}, "temperature='hot' must be a number"),
+        ({"min_p": None}, "min_p=None must be a number"),
+        ({"logit_bias": ((3, "1"),)}, "logit_bias of token 3='1' must be a number"),
         ({"temperature": float("inf")}, "temperature"),
         ({"temperature": 1001.0}, r"temperature=1001.0 must lie in \[0.001, 1000\], or be 0"),
         ({"temperature": 1e-4}, "temperature"),
