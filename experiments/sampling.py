@@ -224,6 +224,7 @@ def sample(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
         sampling=sampling,
         vocab_size=tokenizer.vocab_size,
         stop_ids=loaded.stop_ids,
+        cache_dtype=arguments.cache_dtype,
     )
     for prompt, tokens in zip(prompts, outputs, strict=True):
         yield prompt, tokenizer.decode(tokens)
