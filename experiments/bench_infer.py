@@ -114,7 +114,9 @@ def bench(arguments: argparse.Namespace) -> None:
     for batch in batches:
         page_size = EngineConfig.page_size
         pages = (-(-(prompt + new + batch) // page_size) + 1) * batch
-        settings = EngineConfig(max_batch=batch, cache_tokens=pages * page_size, prefill_chunk=prompt)
+        settings = EngineConfig(
+            max_batch=batch, cache_tokens=pages * page_size, prefill_chunk=prompt, cache_dtype=arguments.cache_dtype
+        )
         engine = Engine(params, config, settings, vocab_size=loaded.tokenizer.vocab_size)
         engine.warm_up()
         results.append(measure(engine, batch, prompt, new, bandwidth))
@@ -133,6 +135,7 @@ def bench(arguments: argparse.Namespace) -> None:
         "benchmark": "bench-infer",
         "model": loaded.name,
         "dtype": arguments.dtype or config.dtype,
+        "cache_dtype": arguments.cache_dtype,
         "tensor": arguments.tensor,
         "prompt_tokens": prompt,
         "new_tokens": new,

@@ -26,7 +26,7 @@ from inference.models import LoadedModel
 from inference.sampling import Sampling
 from inference.service import Service
 from inference.text import Answers
-from model.config import check
+from model.config import CacheDType, check
 
 Message = dict[str, str]
 _HELP = "/system TEXT  /reset  /save FILE  /quit; Ctrl-C breaks an answer off"
@@ -39,11 +39,19 @@ class Conversation:
       context: tokens that the conversation may have, at most as many as the model knows places.
     """
 
-    def __init__(self, loaded: LoadedModel, sampling: Sampling, max_tokens: int, seed: int, context: int):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        sampling: Sampling,
+        max_tokens: int,
+        seed: int,
+        context: int,
+        cache_dtype: CacheDType = "model",
+    ):
         self._loaded, self._sampling, self._max_tokens, self._seed = loaded, sampling, max_tokens, seed
         page_size = EngineConfig.page_size
         tokens = -(-min(context, loaded.config.max_seq_len) // page_size) * page_size
-        config = EngineConfig(max_batch=1, cache_tokens=tokens)
+        config = EngineConfig(max_batch=1, cache_tokens=tokens, cache_dtype=cache_dtype)
         self._service = Service(Engine(loaded.params, loaded.config, config, vocab_size=loaded.tokenizer.vocab_size))
         self.messages: list[Message] = []
         self._num_answers = 0
@@ -104,7 +112,8 @@ def chat(
     check(0 <= arguments.seed < 2**32, f"--seed={arguments.seed} must lie in [0, 2^32)")
     check(arguments.max_tokens > 0, f"--max-tokens={arguments.max_tokens} must be positive")
     loaded = open_to_decode(arguments)
-    conversation = Conversation(loaded, sampling, arguments.max_tokens, arguments.seed, arguments.context)
+    most, cache_dtype = arguments.context, arguments.cache_dtype
+    conversation = Conversation(loaded, sampling, arguments.max_tokens, arguments.seed, most, cache_dtype)
     conversation.reset(arguments.system)
     try:
         if arguments.prompt is not None:

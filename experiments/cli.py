@@ -157,6 +157,8 @@ def parse(words: list[str]) -> argparse.Namespace:
 def add_decoding_flags(command: argparse.ArgumentParser) -> None:
     kinds = "of weights and activations; int8 and int4 round the weights alone; default that of a run's config, else float32"
     command.add_argument("--dtype", choices=["float32", "bfloat16", "int8", "int4"], help=kinds)
+    cache = "of the keys and values that are kept: those of the activations, or int8, rounded; default model"
+    command.add_argument("--cache-dtype", choices=["model", "int8"], default="model", help=cache)
     devices = "devices over which heads and MLPs lie (cores, on a CPU); default 1"
     command.add_argument("--tensor", type=int, default=1, metavar="N", help=devices)
 
@@ -353,10 +355,11 @@ def bench_infer(arguments: argparse.Namespace) -> int:
 def parity(arguments: argparse.Namespace) -> int:
     from model.xla import configure
 
+    environment = dict(os.environ)  # without the flags that a process gets which decodes
     configure(cpu_devices=1, decoding=True)
     from experiments import parity
 
-    parity.compare(arguments)
+    parity.compare(arguments, environment)
     return 0
 
 

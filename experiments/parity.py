@@ -1,5 +1,7 @@
 """Does the engine give what the trainer computes (`loam parity`)? Samples are drawn from a model; after each of their tokens
-log-probabilities of the whole vocabulary, by the programs that decode, are compared with those of the forward that trains.
+log-probabilities of the whole vocabulary, by the programs that decode, are compared with those of the trainer's update: its
+gradient's own forward pass, with stacked layers that are recomputed and a loss in chunks. On a CPU a process that decodes
+multiplies matrices otherwise than one that trains (`model/xla.py`), and so the trainer gets a process of its own.
 
 The last line is JSON.
 """
@@ -8,16 +10,122 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from experiments.sampling import open_any
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.sampling import is_run, open_any
 from inference.engine import Engine, EngineConfig, Request
-from inference.parity import parity
-from model.config import check
+from inference.models import describe_model
+from model.config import DType, ModelConfig, check
+from model.logprobs import token_logprobs
+from model.params import Params
+from model.transformer import forward, unembed
+from model.xla import configure
+from train.rl_step import score
+
+Rows = Sequence[Sequence[int]]
+CHUNK_TOKENS = 128  # of the trainer's loss
 
 
-def compare(arguments: argparse.Namespace) -> None:
+@dataclasses.dataclass(frozen=True)
+class Logprobs:
+    """float32 [B, T, V] of the whole vocabulary and [B, T] of the tokens drawn; T is that of the longest answer."""
+
+    everything: np.ndarray
+    drawn: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """Absolute differences of log-probabilities, nats, over the whole vocabulary; `drawn` over the rows' own tokens alone."""
+
+    largest: float
+    mean: float
+    drawn_largest: float
+    drawn_mean: float
+
+
+def trainers_logprobs(params: Params, model: ModelConfig, rows: Rows, prompt: int, chunk_tokens: int) -> Logprobs:
+    """What the trainer finds when it takes the gradient of a batch of these rows: the drawn tokens by the scorer of
+    reinforcement learning, the others by the same forward pass and normaliser.
+
+    Args:
+      rows: token ids, of which `prompt` each were not drawn, and at least one was.
+    """
+    shape = (len(rows), max(map(len, rows)) - 1)
+    tokens, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    for i, row in enumerate(rows):
+        for array, values in ((tokens, row[:-1]), (targets, row[1:]), (segments, 1)):
+            array[i, : len(row) - 1] = values
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    mask = (segments > 0) & (positions >= prompt - 1)
+    host = {"tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions, "mask": mask}
+    batch = {name: jnp.asarray(array) for name, array in host.items()}
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def update(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        scores = score(params, model, batch, 1.0, shape[1] - prompt + 1, chunk_tokens)
+        hidden, _, _ = forward(params, model, batch["tokens"], batch["positions"], batch["segment_ids"])
+        log_z = token_logprobs(params, model, hidden, batch["targets"], chunk_tokens).log_z
+        everything = unembed(params, model, hidden) - log_z[..., None]
+        return -jnp.sum(jnp.where(batch["mask"], scores.logprobs, 0)), (everything, scores.logprobs)
+
+    _, found = update(params)
+    return Logprobs(*(np.asarray(x)[:, prompt - 1 :] for x in found))
+
+
+def parity(engine: Engine, rows: Rows, prompt: int, trained: Logprobs) -> Parity:
+    """How far the two are apart.
+
+    Args:
+      engine: one without work; what it holds of other prompts is left alone.
+      rows, prompt, trained: of `trainers_logprobs`. All of a prompt but its last token is prefilled, the rest decoded.
+    """
+    all_differences, drawn_differences = [], []
+    for row, everything, of_drawn in zip(rows, trained.everything, trained.drawn, strict=True):
+        drawn = np.array(row[prompt:])
+        decoded = np.asarray(jax.nn.log_softmax(engine.logits_along(row[:-1], prompt - 1)), np.float64)
+        all_differences.append(np.abs(decoded - everything[: len(drawn)]))
+        drawn_differences.append(np.abs(decoded[np.arange(len(drawn)), drawn] - of_drawn[: len(drawn)]))
+    both = (np.concatenate([d.ravel() for d in ds]) for ds in (all_differences, drawn_differences))
+    return Parity(*(float(x) for differences in both for x in (differences.max(), differences.mean())))
+
+
+def open_to_train(source: str, dtype: DType) -> tuple[Params, ModelConfig]:
+    """A run's model as it was trained, another with stacked layers that are recomputed."""
+    if is_run(source):
+        loaded = open_any(source)
+        return loaded.params, dataclasses.replace(loaded.config, dtype=dtype)
+    described = describe_model(source)
+    model = dataclasses.replace(described.config, dtype=dtype, scan_layers=True, remat="full")
+    return described.load(model), model
+
+
+def in_another_process(source: str, dtype: DType, rows: Rows, prompt: int, environment: Mapping[str, str]) -> Logprobs:
+    """`trainers_logprobs` by a process that is set up to train."""
+    with tempfile.TemporaryDirectory() as scratch:
+        task, found = Path(scratch, "task.json"), Path(scratch, "logprobs.npz")
+        task.write_text(json.dumps([source, dtype, rows, prompt]))
+        subprocess.run([sys.executable, "-m", "experiments.parity", task, found], env=environment, check=True)
+        with np.load(found) as arrays:
+            return Logprobs(**arrays)
+
+
+def compare(arguments: argparse.Namespace, environment: Mapping[str, str]) -> None:
     """Prints the differences and one line of JSON.
+
+    Args:
+      environment: for a process that trains.
 
     Raises:
       ValueError, FileNotFoundError: see `open_any`; samples that do not fit the context.
@@ -28,18 +136,29 @@ def compare(arguments: argparse.Namespace) -> None:
     prompt = loaded.tokenizer.encode_prompt(arguments.prompt)
     config = dataclasses.replace(loaded.config, dtype=arguments.dtype)
     check(
-        len(prompt) + new < config.max_seq_len,
-        f"a prompt of {len(prompt)} tokens, --tokens={new} and one after them exceed the context of {config.max_seq_len}",
+        len(prompt) + new <= config.max_seq_len,
+        f"a prompt of {len(prompt)} tokens and --tokens={new} exceed the context of {config.max_seq_len}",
     )
     pages = samples * (-(-(len(prompt) + new) // EngineConfig.page_size) + 1)
     settings = EngineConfig(max_batch=samples, cache_tokens=pages * EngineConfig.page_size)
     engine = Engine(loaded.params, config, settings, vocab_size=loaded.tokenizer.vocab_size)
     (answers,) = engine.generate([Request(prompt, num_samples=samples, max_tokens=new, seed=arguments.seed)])
     rows = [[*prompt, *(token.token for token in answer)] for answer in answers]
-    found = parity(engine, rows, len(prompt) - 1)
+    if jax.default_backend() == "cpu":
+        trained = in_another_process(arguments.source, arguments.dtype, rows, len(prompt), environment)
+    else:  # One process at a time has the devices, and theirs are the same flags.
+        trained = trainers_logprobs(*open_to_train(arguments.source, arguments.dtype), rows, len(prompt), CHUNK_TOKENS)
+    found = parity(engine, rows, len(prompt), trained)
     print(f"{loaded.name}, activations in {config.dtype}: {samples} samples of {new} tokens")
     print("|engine - trainer|, nats       largest        mean")
     print(f"of the whole vocabulary    {found.largest:11.3g} {found.mean:11.3g}")
     print(f"of the tokens drawn        {found.drawn_largest:11.3g} {found.drawn_mean:11.3g}")
     facts = {"benchmark": "parity", "model": loaded.name, "dtype": config.dtype, "samples": samples, "tokens": new}
     print(json.dumps(facts | dataclasses.asdict(found)))
+
+
+if __name__ == "__main__":
+    task, target = map(Path, sys.argv[1:])
+    configure(cpu_devices=1)
+    source, dtype, rows, prompt = json.loads(task.read_text())
+    np.savez(target, **vars(trainers_logprobs(*open_to_train(source, dtype), rows, prompt, CHUNK_TOKENS)))

@@ -76,7 +76,7 @@ def _merged(adapters: Params, config: TrainConfig | RLConfig) -> Params:
     return merged_weights(config.model, config.lora, config.initial_weights, adapters, abstract)
 
 
-def _is_run(source: str) -> bool:
+def is_run(source: str) -> bool:
     return any((Path(source) / part).is_dir() for part in ("checkpoints", "tokenizer"))
 
 
@@ -90,7 +90,7 @@ def open_any(source: str, step: int = -1, dtype: DType | None = None, tensor: in
     Raises:
       ValueError, FileNotFoundError: see `open_run` and `open_model`.
     """
-    if not _is_run(source):
+    if not is_run(source):
         if Path(source).is_dir() and not (Path(source) / "config.json").is_file() and not [*Path(source).glob("*.gguf")]:
             raise FileNotFoundError(
                 f"{source} is not the directory of a run, nor of a checkpoint (it has no config.json): give one under runs/, a "
@@ -176,7 +176,7 @@ def convert(arguments: argparse.Namespace) -> None:
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     with tempfile.TemporaryDirectory() as scratch:
         beside = Path(scratch)
-        if not _is_run(arguments.source) and (path := locate(arguments.source)).is_dir():
+        if not is_run(arguments.source) and (path := locate(arguments.source)).is_dir():
             beside, special = path, {}
         elif isinstance(tokenizer, HuggingFaceTokenizer):
             _write_tokenizer(beside, tokenizer, loaded.chat_template)
@@ -187,7 +187,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def _gguf_keys(source: str, loaded: LoadedModel) -> dict[str, Any]:
     """The tokenizer's keys: just those of the source if it is a GGUF file."""
-    if not _is_run(source) and (path := locate(source)).is_file():
+    if not is_run(source) and (path := locate(source)).is_file():
         return {key: value for key, value in read_gguf(path).metadata.items() if key.startswith("tokenizer.")}
     return metadata_of(loaded.tokenizer, loaded.chat_template)
 
@@ -224,6 +224,7 @@ def sample(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
         sampling=sampling,
         vocab_size=tokenizer.vocab_size,
         stop_ids=loaded.stop_ids,
+        cache_dtype=arguments.cache_dtype,
     )
     for prompt, tokens in zip(prompts, outputs, strict=True):
         yield prompt, tokenizer.decode(tokens)
@@ -231,7 +232,7 @@ def sample(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 def _prompts_of(source: str) -> list[str]:
     """Those a run samples from."""
-    if not _is_run(source):
+    if not is_run(source):
         return []
     config = _config_of(Path(source))
     return list(config.eval.sample_prompts) if isinstance(config, TrainConfig) else []

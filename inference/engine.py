@@ -125,6 +125,9 @@ class Request:
         for name in ("num_samples", "max_tokens", "min_tokens", "seed", "first_sample", "top_logprobs"):
             value = getattr(self, name)
             check(value is None or isinstance(value, numbers.Integral), f"{name}={value} must be a whole number")
+        for name in ("prompt", "answer", "stop_ids"):
+            strange = [token for token in getattr(self, name) if not isinstance(token, numbers.Integral)]
+            check(not strange, f"{name} holds {strange[:1]}: tokens are whole numbers")
         check(len(self.prompt) > 0, "a prompt needs at least one token: give some text, or a <bos> token")
         check(0 < self.num_samples <= MAX_SAMPLES, f"num_samples={self.num_samples} must lie in [1, {MAX_SAMPLES}]")
         check(self.max_tokens is None or self.max_tokens > 0, f"max_tokens={self.max_tokens} must be positive")

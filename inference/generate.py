@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from inference.engine import Engine, EngineConfig, Request
 from inference.sampling import Sampling
-from model.config import ModelConfig, check
+from model.config import CacheDType, ModelConfig, check
 from model.params import Params
 
 
@@ -20,6 +20,7 @@ def generate(
     seed: int = 0,
     vocab_size: int | None = None,
     stop_ids: frozenset[int] = frozenset(),
+    cache_dtype: CacheDType = "model",
 ) -> list[list[int]]:
     """The answer to each prompt; it depends on the prompt, its place and the seed. On several processes all make this call.
 
@@ -36,7 +37,7 @@ def generate(
     engine = Engine(
         params,
         model,
-        EngineConfig(max_batch=len(requests), cache_tokens=pages * page_size),
+        EngineConfig(max_batch=len(requests), cache_tokens=pages * page_size, cache_dtype=cache_dtype),
         vocab_size=vocab_size,
     )
     return [[token.token for token in answer] for (answer,) in engine.generate(requests)]

@@ -48,6 +48,10 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
+        said = {f"logit_bias of token {token}": bias for token, bias in self.logit_bias}
+        said |= {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "logit_bias"}
+        for name, value in said.items():
+            check(isinstance(value, numbers.Real), f"{name}={value!r} must be a number")
         check(
             self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
             f"temperature={self.temperature} must lie in [0.001, 1000], or be 0 (greedy)",
@@ -199,6 +203,22 @@ def _keys(rows: Rows) -> jax.Array:
     return jax.vmap(of_row)(rows.seed, rows.sample, rows.num_drawn)
 
 
+def gumbel(bits: jax.Array) -> jax.Array:
+    """Gumbel noise -log(-log(1 - u)), float32, of uniform uint32: u = (bits + 1/2) / 2^32.
+
+    A token of probability p is drawn with p x / sinh(x), x = 2^-33 / p: too seldom by 1e-4 of it where p is 5e-9, and by less
+    than 0.12 * 2^-32 whatever it is, which over 262,144 tokens are 8e-6. With the 23 bits that `jax.random.gumbel` takes of
+    these 32 all the unlikely ones of so many together lose up to a hundredth. Its mode "high" takes 46 of twice as many, and on
+    CPUs 2 to 3 times as long as either.
+    """
+    # By halves, and as signed numbers: a float32 holds each, and CPUs convert them faster.
+    high, low = (half.astype(jnp.int32).astype(jnp.float32) for half in (bits >> 16, bits & 0xFFFF))
+    u = jnp.minimum(high * 2.0**-16 + (low + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    # Where 1 - u would lose bits of u, the logarithm is its series.
+    exponential = jnp.where(u < 2.0**-8, u * (1 + u * (1 / 2 + u / 3)), -jnp.log(1 - u))
+    return -jnp.log(exponential)
+
+
 def draw(logits_BV: jax.Array, rows: Rows, history: History, allowed_BW: jax.Array) -> Draws:
     """One token for each row.
 
@@ -218,7 +238,7 @@ def draw(logits_BV: jax.Array, rows: Rows, history: History, allowed_BW: jax.Arr
         truncates = jnp.any((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
         kept_BV = jax.lax.cond(truncates, lambda: _truncated(x_BV, rows), lambda: x_BV)
         kept_BV = jnp.where(greedy_B[:, None], x_BV, kept_BV)  # as where all rows are greedy
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(_keys(rows))
+        noise_BV = gumbel(jax.vmap(lambda key: jax.random.bits(key, (V,), jnp.uint32))(_keys(rows)))
         noisy_BV = jnp.where(kept_BV > MASKED, kept_BV + noise_BV, MASKED)
         return kept_BV, jnp.where(greedy_B, most_likely_B, jnp.argmax(noisy_BV, axis=1).astype(jnp.int32))
 

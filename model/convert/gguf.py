@@ -111,7 +111,8 @@ ARCHITECTURES = {
     "gemma": Architecture("gemma", _NEEDED | _RMS, added_one=True),
     "gemma2": Architecture("gemma2", _NEEDED | _RMS, _gemma_scale(46), added_one=True),
     "gemma3": Architecture("gemma3_text", _NEEDED | _RMS, _gemma_scale(62), added_one=True),
-    "phi3": Architecture("phi3", _NEEDED | _RMS, lambda values: {"sliding_window": None}),
+    # Its window is that of the checkpoint, 0 for none, though llama.cpp itself lets it see everything.
+    "phi3": Architecture("phi3", _NEEDED | _RMS),
     "gpt2": Architecture("gpt2", _GPT2_KEYS, transposed=True),
 }
 

@@ -53,6 +53,7 @@ def talk(monkeypatch, loaded, lines, **options):
         "top_k": 0,
         "top_p": 1.0,
         "min_p": 0.0,
+        "cache_dtype": "model",
     }
     arguments = types.SimpleNamespace(source="tiny", context=512, **(defaults | options))
     typed, written = iter(lines), []
@@ -153,7 +154,7 @@ def test_speed_is_measured_with_one_line_of_json_at_the_end(monkeypatch, capsys,
     monkeypatch.setattr(sampling, "open_any", lambda *_: loaded)
     monkeypatch.setattr(bench_infer, "read_bandwidth", lambda num_devices: 1e9 * num_devices)
     sizes = {"batch_sizes": "2,1", "prompt_tokens": 9, "new_tokens": 3}
-    options = {"source": "tiny", **sizes, "dtype": dtype, "tensor": 1}
+    options = {"source": "tiny", **sizes, "dtype": dtype, "tensor": 1, "cache_dtype": "model"}
     bench_infer.bench(types.SimpleNamespace(**options))
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["batch"] for row in summary["batches"]] == [1, 2]

@@ -20,6 +20,7 @@ from data.tokenizer import load_tokenizer
 from experiments import bench_infer, chat
 from experiments.cli import load_train_config, main, parse
 from experiments.sampling import open_any, open_to_decode, tensor_shardings
+from inference.engine import EngineConfig
 from model.config import ModelConfig
 from model.convert.gguf import save
 from model.convert.huggingface import load
@@ -98,6 +99,7 @@ def test_help_lists_the_commands():
         (["sample", "runs/x", "--config.steps=3"], "`loam sample` takes no config"),
         (["sample", "runs/x", "--max-tokens=many"], "invalid int value: 'many'"),
         (["chat", "runs/x", "--dtype=int2"], "invalid choice: 'int2'"),
+        (["bench-infer", "runs/x", "--cache-dtype=int4"], "invalid choice: 'int4'"),
     ],
 )
 def test_a_malformed_command_line_ends_with_the_usage_and_status_2(words, message, capsys):
@@ -293,6 +295,20 @@ def test_the_commands_that_decode_take_a_precision_and_devices(here, gguf_model,
     assert main(["bench-infer", *words, "--batch-sizes=2", "--prompt-tokens=5", "--new-tokens=3"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["dtype"], result["tensor"]) == (dtype, 2)
+
+
+def test_the_commands_that_decode_take_a_cache_of_8_bits(here, gguf_model, monkeypatch, capsys):
+    made, plain = [], EngineConfig.__post_init__
+    monkeypatch.setattr(EngineConfig, "__post_init__", lambda self: made.append(self.cache_dtype) or plain(self))
+    monkeypatch.setattr(bench_infer, "read_bandwidth", lambda num_devices: 1e9)
+    asked = {"sample": ["--prompt=the fox", "--max-tokens=4"], "chat": ["--prompt=the fox", "--max-tokens=4"]}
+    asked["bench-infer"] = ["--batch-sizes=1", "--prompt-tokens=5", "--new-tokens=3"]
+    for command, options in asked.items():
+        for cache, expected in ([], "model"), (["--cache-dtype=int8"], "int8"):
+            assert main([command, str(gguf_model), *options, *cache]) == 0
+            assert made.pop() == expected
+            assert not made
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["cache_dtype"] == "int8"
 
 
 def test_a_run_is_sampled_over_devices_too(here, job, capsys):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from inference.sampling import TOP_LOGPROBS, Draws, History, Rows, Sampling, draw, draw_in_turn
+from inference.sampling import TOP_LOGPROBS, Draws, History, Rows, Sampling, draw, draw_in_turn, gumbel
 
 LOGITS = np.array([1.0, 2.5, 2.5, -1.0, 0.3, 2.5, -2.0, 1.9], np.float32)
 V = len(LOGITS)
@@ -118,6 +118,47 @@ def test_tokens_come_with_their_exact_probabilities(options, allowed):
         assert statistic < QUANTILES[possible.sum() - 2]
 
 
+def test_the_noise_is_the_quantile_of_its_bits():
+    """Both ends, where float32 has few numbers, and a million between."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 1_000_000, np.uint32)
+    bits = np.sort(np.concatenate([bits, np.arange(1000, dtype=np.uint32), 2**32 - 1 - np.arange(1000, dtype=np.uint32)]))
+    u = (bits + 0.5) / 2**32
+    noise = np.asarray(jax.jit(gumbel)(bits), np.float64)
+    expected = -np.log(-np.log1p(-u))
+    np.testing.assert_allclose(noise[u < 1 - 2**-10], expected[u < 1 - 2**-10], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(noise, expected, rtol=0, atol=0.32)  # from -2.8 down; log(33 / 24) is the end
+    assert np.all(np.diff(noise) <= 1e-5)
+
+
+@pytest.mark.parametrize("p", [1e-5, 1e-6, 2.0**-23, 1e-8, 5e-9, 2.0**-32, 2.0**-34, 2.0**-40])
+def test_unlikely_tokens_are_drawn_as_often_as_promised(p):
+    """A token wins where its exponential is below p / (1 - p) times that of all others together: summed over its bits."""
+    most = int(40 * p * 2**32) + 64
+    exponentials = np.exp(-np.asarray(gumbel(np.arange(most, dtype=np.uint32)), np.float64))
+    drawn = np.sum(np.exp(-exponentials * (1 - p) / p)) / 2**32
+    assert drawn == pytest.approx(p * (2.0**-33 / p) / np.sinh(2.0**-33 / p), rel=1e-5)
+    assert abs(drawn - p) < 0.12 * 2**-32
+    assert p < 5e-9 or drawn == pytest.approx(p, rel=1.1e-4)
+
+
+@pytest.mark.slow
+def test_many_unlikely_tokens_together_have_their_mass():
+    """2^14 draws, each with 2^16 tokens of probability 2^-25: of 32 that are to be expected 13 to 56 come, but for one seed in
+    ten thousand. With noise of 23 bits 2 are."""
+    size, p = 2**16, 2.0**-25
+    logits = np.full((16, size), np.log(p), np.float32)
+    logits[:, 0] = np.log1p(-(size - 1) * p)
+    allowed = np.full((16, size // 32), 2**32 - 1, np.uint32)
+    history = History(*(np.zeros((1, size), dtype) for dtype in (np.float32, np.int32, bool)))
+
+    @jax.jit
+    def unlikely(first):
+        rows = dataclasses.replace(rows_of(Sampling(), 16), num_drawn=first + np.arange(16, dtype=np.uint32))
+        return jax.numpy.sum(draw(logits, rows, history, allowed).token > 0)
+
+    assert 13 <= sum(int(unlikely(np.uint32(first))) for first in range(0, 2**14, 16)) <= 56
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.0, "top_k": 3}])
 def test_at_temperature_zero_the_first_of_the_most_likely_is_taken_for_certain(options):
     draws = many(rows_of(Sampling(**options), 200), history_of(), words(EVERYTHING, 200), 200)
@@ -189,6 +230,9 @@ in_turn = jax.jit(draw_in_turn)
     [
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": "hot"}, "temperature='hot' must be a number"),
+        ({"min_p": None}, "min_p=None must be a number"),
+        ({"logit_bias": ((3, "1"),)}, "logit_bias of token 3='1' must be a number"),
         ({"temperature": float("inf")}, "temperature"),
         ({"temperature": 1001.0}, r"temperature=1001.0 must lie in \[0.001, 1000\], or be 0"),
         ({"temperature": 1e-4}, "temperature"),

@@ -150,6 +150,17 @@ def test_a_file_gives_the_parameters_and_config_of_the_checkpoint_it_was_made_fr
     assert_same_trees(params, expected, rtol=0, atol=3e-7 if architecture.startswith("gemma") else 0)
 
 
+@pytest.mark.parametrize("window", [7, None])
+def test_the_window_of_phi3_is_the_checkpoints(window, tmp_path):
+    """llama.cpp's converter writes 0 where the checkpoint has none."""
+    source = tmp_path / "in"
+    write_checkpoint(source, KNOWN["phi3"]["config"] | {"sliding_window": window}, KNOWN["phi3"]["tensors"])
+    path = write(tmp_path / "model.gguf", source, "phi3", edit(phi3__attention__sliding_window=window or 0))
+    expected, described = huggingface.load(source)[1], load(path)[1]
+    assert [described.window(layer) for layer in range(2)] == [window or 0] * 2
+    assert not differences(expected, described)
+
+
 def test_every_architecture_has_a_case():
     assert {architecture for architecture, _ in CASES} == set(ARCHITECTURES)
 
