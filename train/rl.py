@@ -57,7 +57,7 @@ from train.provenance import provenance
 from train.rewards import Part, Rewards, Verifiers, compose, counts_failures
 from train.rl_config import RLConfig
 from train.rl_step import Scores, policy_objective, score
-from train.rollouts import Array, Samples, draw, engine_config
+from train.rollouts import Array, Samples, draw, engine_config, fitting
 from train.scalar_head import scalar_head_spec
 from train.step import TrainState, make_trainer_of
 
@@ -231,9 +231,9 @@ class RLLoop:
             f"the tokenizer of {config.initial_weights} has no token that ends an answer: train one with document_boundaries",
         )
         self.learned = self._open_reward_model() if config.reward_model else None
-        for split in ("train", "eval"):  # Prompts that are too long, or a task without any, are told before the work.
-            for example in self._examples(split, 0, 8):
-                self._prompt(example)
+        # Prompts that are too long, or a task without any, are told before the work. A later one of training is left out.
+        for example in self._examples("train", 0, 8) + self._examples("eval", 0, config.eval.prompts):
+            self._prompt(example)
         self._write_description(initial)
         self.state, self.step, self.reference, self.ahead_metrics = self._restore(initial)
         self.engine: Engine | None = None
@@ -342,17 +342,35 @@ class RLLoop:
             for index in range(first, first + count)
         ]
 
-    def _prompt(self, example: Example) -> list[int]:
+    def _encode(self, example: Example) -> list[int]:
         if self.chat:
-            ids = self.chat.encode_prompt([{"role": "user", "content": example.prompt}]).tolist()
-        else:
-            ids = list(self.tokenizer.encode_prompt(example.prompt))
-        limit = self.config.rollouts.max_prompt_tokens
+            return self.chat.encode_prompt([{"role": "user", "content": example.prompt}]).tolist()
+        return list(self.tokenizer.encode_prompt(example.prompt))
+
+    def _prompt(self, example: Example) -> list[int]:
+        """Raises ValueError where it does not fit."""
+        ids, limit = self._encode(example), self.config.rollouts.max_prompt_tokens
         check(
             0 < len(ids) <= limit,
             f"the prompt {example.prompt!r} has {len(ids)} tokens, and rollouts.max_prompt_tokens={limit}: raise it",
         )
         return ids
+
+    def _fitting(self, first: int, count: int) -> tuple[list[Example], list[list[int]], int]:
+        """Examples to train on from number `first` on, their prompts, and how many of other prompts did not fit. Those that
+        stand in for them are numbered beyond all of the run's."""
+        config = self.config
+        stride = config.steps * config.sampling_rounds * config.rollouts.prompts
+        examples, prompts, left_out = fitting(
+            lambda number: self.task.example(number, config.seed, "train"),
+            self._encode,
+            range(first, first + count),
+            config.rollouts.max_prompt_tokens,
+            stride,
+        )
+        for example in left_out[:3]:
+            self.progress.say(f"left out, for it exceeds rollouts.max_prompt_tokens: the prompt {example.prompt[:80]!r}")
+        return examples, prompts, len(left_out)
 
     def _judge(self, samples: Samples, examples: list[Example]) -> tuple[Rewards, np.ndarray, dict[str, float]]:
         """Rewards; whether each answer is right, by the task's own verdict; what is reported."""
@@ -408,14 +426,15 @@ class RLLoop:
         config = self.config
         wanted, size = config.rollouts.prompts, config.policy.group_size
         resample = config.policy.zero_variance == "resample"
-        rounds = config.rollouts.max_rounds if resample else 1
+        rounds = config.sampling_rounds
         found: list[Judged] = []
         metrics: dict[str, float] = {}
+        left_out = 0
         for number in range(rounds):
             first = (step * rounds + number) * wanted
-            examples = self._examples("train", first, wanted)
             with self.phase("rollout"):
-                prompts = [self._prompt(example) for example in examples]
+                examples, prompts, too_long = self._fitting(first, wanted)
+                left_out += too_long
                 drawn_so = Sampling(temperature=config.rollouts.temperature, top_k=config.rollouts.top_k)
                 samples = self._draw(prompts, size, step, number * wanted, drawn_so)
             with self.phase("reward"):
@@ -448,6 +467,7 @@ class RLLoop:
             rows = (np.asarray(chosen)[:, None] * size + np.arange(size)).reshape(-1)
             together = jax.tree.map(lambda x: x[rows], together)
             metrics["rounds"] = number + 1
+        metrics["prompts_left_out"] = left_out
         # Groups are numbered within the batch.
         group = np.unique(together.samples.group, return_inverse=True)[1].astype(np.int32)
         together = dataclasses.replace(together, samples=dataclasses.replace(together.samples, group=group))
@@ -532,7 +552,7 @@ class RLLoop:
             )
         with self.phase("update"):
             sums = jax.device_get(self._update(judged.samples, constants, step))
-        updated = {name: float(np.mean([update[name] for update in sums])) for name in sums[0]}
+        updated = {name: float(np.mean([update[name] for update in sums])) for name in sums[0]} | {"updates": len(sums)}
         self._adapt(judged, metrics, updated["entropy"])
         if coming is not None:
             with self.phase("wait"):
@@ -574,7 +594,8 @@ class RLLoop:
         return constants, metrics
 
     def _update(self, samples: Samples, constants: PolicyBatch, step: int) -> list[dict[str, jax.Array]]:
-        """All updates of a step. Of several minibatches each counts as much as the whole would."""
+        """The updates of a step, up to the one that meets too large a KL. Of several minibatches each counts as much as the
+        whole would."""
         config, trainer = self.config, self.policy.trainer
         batch: dict[str, np.ndarray] = self._rows(samples) | {
             field.name: value
@@ -598,6 +619,8 @@ class RLLoop:
                 state, metrics = trainer.step(self.state.train, rows)
                 self.state = dataclasses.replace(self.state, train=state)
                 sums.append(metrics)
+                if config.policy.max_update_kl and float(metrics["update_kl"]) > config.policy.max_update_kl:
+                    return sums
         return sums
 
     def _adapt(self, judged: Judged, metrics: dict[str, Any], entropy: float) -> None:

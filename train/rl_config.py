@@ -15,7 +15,8 @@ from train.objectives.config import PolicyConfig, StepAggregation
 class RolloutConfig:
     """Attributes:
     prompts: of a step, each answered `policy.group_size` times.
-    max_prompt_tokens: longer prompts are refused; with `max_tokens` it sets the length of the rows.
+    max_prompt_tokens: longer prompts are left out, and refused among the first or the held-out ones; with `max_tokens` it sets
+      the length of the rows.
     max_tokens: of an answer, its stop token among them.
     top_k: draw from the most likely tokens alone, a bug on purpose (`policy.bugs`); 0 is off.
     ahead: the answers of a step are drawn while the update before it is made, with the weights before that update.
@@ -148,6 +149,11 @@ class RLConfig:
             self.minibatches == 1 or self.policy.surrogate != "reinforce",
             f"minibatches={self.minibatches}: policy.surrogate='reinforce' has no ratio for a policy that has moved; set 1",
         )
+        check(
+            not self.policy.max_update_kl or self.minibatches * self.policy.updates_per_batch > 1,
+            f"policy.max_update_kl={self.policy.max_update_kl} leaves out later updates of a batch, and there is one: raise "
+            "policy.updates_per_batch or minibatches, or set it to 0",
+        )
         if self.share_prompts:
             check(
                 self.rollouts.prompts % parts == 0 and self.policy.group_size % self.accumulation == 0,
@@ -230,6 +236,11 @@ class RLConfig:
     def row_tokens(self) -> int:
         """Targets of a row."""
         return self.rollouts.max_prompt_tokens + self.rollouts.max_tokens - 1
+
+    @property
+    def sampling_rounds(self) -> int:
+        """How often prompts are drawn for one step, at most."""
+        return self.rollouts.max_rounds if self.policy.zero_variance == "resample" else 1
 
     @property
     def num_updates(self) -> int:
