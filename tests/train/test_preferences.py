@@ -364,16 +364,16 @@ def compare_with_one_batch(examples, name, others):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6), params, one[0])
 
 
-SLOWER = ("dpo", "orpo", "outcome", "process")
+EVERY = (*OBJECTIVES, "process")
 
 
-@pytest.mark.parametrize("name", ["kto", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOWER)])
+@pytest.mark.parametrize("name", [n if n == "kto" else pytest.param(n, marks=pytest.mark.slow) for n in EVERY])
 def test_micro_batches_change_nothing(examples, name):
     compare_with_one_batch(examples, name, [({"accumulation": 4}, jax.devices()[:1])])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kto", "dpo", "orpo", "reward_model", "outcome", "process"])
+@pytest.mark.parametrize("name", EVERY)
 def test_eight_devices_do_what_one_does(examples, name):
     meshes = [MeshConfig(8), MeshConfig(1, 4, 2)]
     compare_with_one_batch(examples, name, [({"mesh": mesh}, jax.devices()) for mesh in meshes])
