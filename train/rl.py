@@ -37,6 +37,7 @@ from model.params import Params, param_shardings, param_specs, unstack_layers
 from model.sharding import DECODE_RULES, TRAIN_RULES, Layout
 from train.checkpoint import Checkpoints, check_room
 from train.config import PREEMPTED
+from train.distillation import TEACHER
 from train.distributed import Group
 from train.files import only_process_in, write_atomic, write_json_atomic
 from train.initial import InitialModel, compare_initial, load_initial, open_initial
@@ -162,7 +163,9 @@ class Policy:
         self.config = config
         self.specs = param_specs(config.model)
         weights = self.specs | ({"value_head": scalar_head_spec(config.model)} if config.policy.value else {})
-        self.trainer = make_trainer_of(config, functools.partial(policy_objective, config=config), weights, devices)
+        objective = functools.partial(policy_objective, config=config)
+        teacher = config.distillation.model if config.distillation else None
+        self.trainer = make_trainer_of(config, objective, weights, devices, teacher=teacher)
         mesh = self.trainer.mesh
         replicas = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
         prompts = config.update_rows // config.policy.group_size
@@ -201,7 +204,9 @@ class Policy:
         return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scores)
 
     def whole(self, state: TrainState) -> Params:
-        return self.trainer.whole(state.params, state.frozen)
+        """Parameters of the policy alone."""
+        params = self.trainer.whole(state.params, state.frozen)
+        return {name: leaf for name, leaf in params.items() if name != TEACHER}
 
 
 class RLLoop:
@@ -230,6 +235,7 @@ class RLLoop:
             bool(self.stop_ids),
             f"the tokenizer of {config.initial_weights} has no token that ends an answer: train one with document_boundaries",
         )
+        self.teacher = self._open_teacher()
         self.learned = self._open_reward_model() if config.reward_model else None
         # Prompts that are too long, or a task without any, are told before the work. A later one of training is left out.
         for example in self._examples("train", 0, 8) + self._examples("eval", 0, config.eval.prompts):
@@ -286,10 +292,10 @@ class RLLoop:
         weights = load_initial(initial, trainer)
         begun = bool(self.checkpoints.steps())
         compare_initial(self.run_dir, "initial_weights", config.initial_weights, weights, begun)
-        fresh = trainer.begin(weights, jax.random.key(config.seed))
+        fresh = trainer.begin(weights, jax.random.key(config.seed), self._teacher_weights(begun))
         reference = None
         if config.policy.kl.needs_reference:
-            reference = jax.tree.map(jnp.copy, trainer.whole(fresh.params, fresh.frozen))
+            reference = jax.tree.map(jnp.copy, self.policy.whole(fresh))
         more = (
             jnp.zeros(()),
             jnp.float32(config.policy.kl.reward_coefficient),
@@ -308,6 +314,25 @@ class RLLoop:
         for name in ("metrics", "samples"):
             truncate_jsonl(self.run_dir / f"{name}.jsonl", step + 1 if step else 0)
         return state, step, reference, ahead_metrics
+
+    def _open_teacher(self) -> InitialModel | None:
+        if self.config.distillation is None:
+            return None
+        teacher = open_initial(self.config.distillation.teacher, self.config.distillation.model)
+        check(
+            teacher.tokenizer.fingerprint == self.tokenizer.fingerprint,
+            f"distillation.teacher={self.config.distillation.teacher!r} has another tokenizer than "
+            f"{self.config.initial_weights}: take one that has the same",
+        )
+        return teacher
+
+    def _teacher_weights(self, begun: bool) -> Params | None:
+        if self.teacher is None:
+            return None
+        assert self.config.distillation is not None
+        weights = self.teacher.load(self.policy.trainer.abstract_state.frozen)
+        compare_initial(self.run_dir, "teacher", self.config.distillation.teacher, weights, begun)
+        return weights
 
     def _no_samples(self) -> Judged:
         rows, tokens = self.config.num_rows, self.config.row_tokens

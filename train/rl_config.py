@@ -7,7 +7,7 @@ import dataclasses
 
 from data.config import TaskConfig
 from model.config import LoraConfig, ModelConfig, check
-from train.config import CheckpointConfig, DeadlineConfig, MeshConfig, OptimizerConfig, WriterName
+from train.config import CheckpointConfig, DeadlineConfig, DistillationConfig, MeshConfig, OptimizerConfig, WriterName
 from train.objectives.config import PolicyConfig, StepAggregation
 
 
@@ -89,6 +89,8 @@ class RLConfig:
       chunk_tokens: see `train.config.LossConfig`.
       share_prompts: updates and scores read a prompt once for all its answers, which then stand side by side in one row. For
         long prompts with short answers: each pair of answers to one prompt is a tile of attention that is computed in vain.
+      distillation: the policy learns from a teacher too, token by token of its own answers (on-policy distillation,
+        arXiv:2306.13649); with `share=1` from it alone, and rewards are only told. None is off.
       shuffle_rewards: a control: rewards are dealt out at random within the batch, so that nothing can be learned.
     """
 
@@ -109,6 +111,7 @@ class RLConfig:
     chunk_tokens: int = 0
     share_prompts: bool = False
     lora: LoraConfig | None = None
+    distillation: DistillationConfig | None = None
     shuffle_rewards: bool = False
     seed: int = 0
     run_dir: str = ""
@@ -226,6 +229,30 @@ class RLConfig:
             not self.rollouts.ahead or self.policy.importance.level != "none",
             "rollouts.ahead draws answers with older weights: set policy.importance.level='token', which corrects for it",
         )
+
+        if self.distillation is not None:
+            self._check_distillation(self.distillation)
+
+    def _check_distillation(self, distillation: DistillationConfig) -> None:
+        theirs = distillation.model
+        check(
+            theirs.vocab_size == self.model.vocab_size,
+            f"distillation.model.vocab_size={theirs.vocab_size} is not model.vocab_size={self.model.vocab_size}: the "
+            "distributions must be over the same tokens",
+        )
+        check(
+            theirs.max_seq_len >= self.row_tokens,
+            f"distillation.model.max_seq_len={theirs.max_seq_len} is less than the {self.row_tokens} tokens of a row",
+        )
+        check(self.lora is None, "distillation does not go with lora: leave lora out")
+        check(self.model.moe is None, "distillation does not balance experts (model.moe) of a student: take a dense model")
+        check(
+            not self.share_prompts or theirs.attention_backend in ("xla", "reference"),
+            f"share_prompts is a mask that distillation.model.attention_backend={theirs.attention_backend!r} does not read: "
+            "set it to 'xla', or share_prompts to False",
+        )
+        sizes = (self.mesh.tensor, self.mesh.expert)
+        check(sizes == (1, 1), "distillation goes with the mesh axes data and fsdp alone: set the others to 1")
 
     @property
     def num_rows(self) -> int:

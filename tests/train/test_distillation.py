@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import scipy.special
 
-from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.loader import Batches
 from data.prepare import prepare
+from inference.engine import Token
 from model.config import LoraConfig, ModelConfig
 from model.transformer import forward, unembed
 from tests.networks import random_params
@@ -28,6 +29,12 @@ from train.config import (
 )
 from train.distillation import TEACHER, distillation_sums
 from train.metrics import read_jsonl
+from train.objectives.config import PolicyConfig
+from train.objectives.policy_gradient import Rollouts
+from train.objectives.policy_gradient import prepare as prepare_update
+from train.rl_config import RLConfig, RolloutConfig
+from train.rl_step import policy_objective
+from train.rollouts import to_rows
 
 TAUGHT_BY = ModelConfig(vocab_size=258, num_layers=2, d_model=24, num_heads=2, d_ff=32, max_seq_len=64)
 MODEL = ModelConfig(vocab_size=258, num_layers=1, d_model=16, num_heads=2, d_ff=32, max_seq_len=64)
@@ -57,8 +64,8 @@ def networks():
 
 
 def logits_of(params, model, rows):
-    hidden = forward(params, model, rows["tokens"], rows["positions"], rows["segment_ids"])[0]
-    return np.asarray(unembed(params, model, hidden), np.float64)
+    read = jax.jit(lambda params, *row: unembed(params, model, forward(params, model, *row)[0]))
+    return np.asarray(read(params, rows["tokens"], rows["positions"], rows["segment_ids"]), np.float64)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -87,6 +94,58 @@ def test_the_loss_is_that_of_numpy_in_float64_whole_and_in_chunks(rows, networks
         gradients.append(gradient)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *gradients)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients[0]))
+
+
+def rl_job(**options):
+    rollouts = RolloutConfig(prompts=2, max_prompt_tokens=4, max_tokens=5)
+    settings = {"steps": 1, "rollouts": rollouts, "policy": PolicyConfig(group_size=2), "initial_weights": "x"}
+    return RLConfig(**({"name": "taught", "model": MODEL, "task": TaskConfig("reverse")} | settings | options))
+
+
+@pytest.mark.parametrize("share_prompts", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_on_policy_the_teacher_s_divergence_is_a_mean_over_the_tokens_that_were_drawn(networks, share_prompts):
+    """Against numpy in float64; the rest of the loss is the policy's own, and gets the rest of the weight."""
+    config = DistillationConfig("x", TAUGHT_BY, "reverse", temperature=1.3, share=0.6)
+    taught, alone = rl_job(distillation=config, share_prompts=share_prompts), rl_job()
+    lengths = [[5, 2], [1, 3]]
+    answers = [[[Token(0, 0, 7 * n + t, -1.0, -1.0, None, None, "stop") for t in range(n)] for n in row] for row in lengths]
+    samples = to_rows([[1, 2, 3], [9]], answers, taught.row_tokens)
+    rows = {name: getattr(samples, name) for name in ("tokens", "targets", "positions", "segment_ids")}
+    flat = np.full(samples.mask.shape, -2.0, np.float32)
+    scored = Rollouts(samples.mask, flat, flat, np.array([1.0, 0, 0.5, 0]), samples.group, np.ones(4), samples.truncated)
+    constants, _ = jax.jit(prepare_update, static_argnums=0)(taught.policy, scored, 0.0)
+    batch = rows | {name: x for name, x in vars(constants).items() if x is not None}
+
+    def of(config):
+        compute = jax.value_and_grad(lambda params: policy_objective(params, MODEL, batch, None, config=config), has_aux=True)
+        return jax.jit(compute)(networks)
+
+    (total, sums), gradient = of(taught)
+    (without, _), _ = of(alone)
+    student = logits_of({name: leaf for name, leaf in networks.items() if name != TEACHER}, MODEL, rows)
+    teacher = logits_of(networks[TEACHER], TAUGHT_BY, rows)
+    log_p, log_q = (scipy.special.log_softmax(x / 1.3, axis=-1) for x in (student, teacher))
+    expected = (1.3**2 * np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))[samples.mask > 0].mean()
+    assert expected > 0.5
+    assert float(sums["teacher_kl"]) == pytest.approx(expected, rel=1e-5)
+    assert abs(float(without)) > 0.01
+    assert float(total) == pytest.approx(0.4 * float(without) + 0.6 * expected, rel=1e-5)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient.pop(TEACHER)))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": dataclasses.replace(MODEL, vocab_size=300)}, r"distillation\.model\.vocab_size=258 is not"),
+        ({"rollouts": RolloutConfig(2, 60, 6), "model": dataclasses.replace(MODEL, max_seq_len=96)}, "less than the 65 tokens"),
+        ({"lora": LoraConfig()}, "leave lora out"),
+        ({"mesh": MeshConfig(1, tensor=2)}, "mesh axes data and fsdp alone"),
+    ],
+)
+def test_what_a_teacher_of_a_policy_does_not_go_with_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        rl_job(distillation=DistillationConfig("x", TAUGHT_BY), **options)
 
 
 def job(directory, **options):

@@ -27,7 +27,7 @@ from model.params import init_params, param_specs, unstack_layers
 from model.transformer import forward, unembed
 from tests.networks import random_params
 from train import rl
-from train.config import CheckpointConfig, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from train.config import CheckpointConfig, DistillationConfig, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from train.initial import open_initial
 from train.loop import train
 from train.metrics import read_jsonl
@@ -951,6 +951,38 @@ def test_what_was_learned_by_rewards_is_gone_on_with_and_sampled_from(warm_start
     for found in (opened, open_any(str(tmp_path / "first")).params):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), jax.device_get(found), last[0])
     assert run(job(tmp_path / "first", tmp_path / "second", steps=1))
+
+
+@pytest.mark.slow
+def test_a_policy_comes_nearer_to_its_teacher_on_its_own_answers_and_goes_on_to_the_same_bits(
+    warm_start, tmp_path, monkeypatch
+):
+    """From the teacher alone, whose answers are right more often: rewards are only told."""
+    there = json.loads((warm_start / "config.json").read_text())
+    source = SourceConfig("reverse", "task", task=TASK, num_examples=200, held_out_fraction=0.1)
+    data = DataConfig((source,), tokenizer=TokenizerConfig("chars"), seq_len=16, cache_dir=there["data"]["cache_dir"])
+    wider = dataclasses.replace(MODEL, d_model=48)
+    options = {"run_dir": str(tmp_path / "teacher"), "writers": (), "optimizer": OptimizerConfig(learning_rate=1e-2)}
+    assert train(TrainConfig("teacher", wider, data, steps=60, batch_size=8, **options), log=lambda _: None) == 0
+    taught = {
+        "distillation": DistillationConfig(str(tmp_path / "teacher"), wider, "reverse", share=1.0),
+        "steps": 30,
+        "optimizer": dataclasses.replace(ONE_DEVICE, learning_rate=1e-2),
+        "policy": PolicyConfig(group_size=4, updates_per_batch=2),
+    }
+    straight = run(job(warm_start, tmp_path / "straight", **taught))
+    assert straight[-1]["teacher_kl"] < straight[0]["teacher_kl"] / 3
+    assert all(record["loss"] == pytest.approx(record["teacher_kl"]) for record in straight)
+    assert np.mean([r["reward/right"] for r in straight[-5:]]) > np.mean([r["reward/right"] for r in straight[:5]])
+    stopped, calls = job(warm_start, tmp_path / "stopped", **taught), iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "stop_on_signal", lambda: StopAfter(3, calls))
+        assert rl.train_with_rewards(stopped, log=lambda _: None) == 42
+    assert run(stopped) == straight
+    shutil.rmtree(tmp_path / "teacher/tokenizer")
+    train_tokenizer(TokenizerConfig("chars"), ["abc="]).save(tmp_path / "teacher/tokenizer")
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        run(job(warm_start, tmp_path / "other", **taught))
 
 
 @pytest.mark.slow
