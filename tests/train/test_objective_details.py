@@ -702,7 +702,7 @@ def test_kto_reference_point_is_of_mismatched_rows_detached_and_not_negative():
 
 def test_kto_weighs_classes_by_their_numbers():
     """Of three answers two are desirable; 0 where there are no undesirable ones."""
-    close(class_balance(KTOConfig(0.1, 1.0, 1.5), 2 / 3), 2 / 1.5)
+    close(class_balance(KTOConfig(0.1, 1.2, 1.5), 2 / 3), 2 * 1.2 / 1.5)
     assert class_balance(KTOConfig(), 1.0) == 0
 
 
