@@ -257,9 +257,9 @@ class DistillationConfig:
       teacher: see `TrainConfig.initial_weights`; of the same tokenizer.
       model: its network.
       direction: `forward` is KL(teacher, student), which covers all that the teacher does; `reverse` is KL(student, teacher),
-        which may drop what the student cannot do (arXiv:2306.08543; here on given texts, not on its own samples).
+        which may drop what the student cannot do (arXiv:2306.08543; there, and in `RLConfig`, on its own samples).
       temperature: of both.
-      share: of the teacher in the loss; the rest is the likelihood of the texts.
+      share: of the teacher in the loss; the rest is the likelihood of the texts, or in `RLConfig` the objective of the policy.
     """
 
     teacher: str

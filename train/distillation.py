@@ -1,4 +1,5 @@
-"""Learning from a teacher's distributions beside the texts: the objective of `TrainConfig.distillation`.
+"""Learning from a teacher's distributions beside the texts: the objective of `TrainConfig.distillation`; and, of the policy's
+own answers, a part of that of `RLConfig`.
 
 Axes: R rows, T targets of a row, D model width, V vocabulary.
 """
@@ -17,7 +18,7 @@ from model.params import Params
 from model.sharding import Layout
 from model.transformer import forward, unembed
 from train.config import DistillationConfig, LossConfig
-from train.objectives.aggregate import masked
+from train.objectives.aggregate import weighted_sum
 from train.objectives.distillation import forward_kl_losses, reverse_kl_losses
 
 if TYPE_CHECKING:
@@ -46,15 +47,9 @@ def distillation_sums(
     hidden, _, _ = forward(student, model, *read, layout=layout)
     taught, _, _ = forward(teacher, config.model, *read, layout=layout)
     out = token_logprobs(student, model, hidden, batch["targets"], loss.chunk_tokens, layout)
-    losses = forward_kl_losses if config.direction == "forward" else reverse_kl_losses
-
-    def divergences(hidden: jax.Array, taught: jax.Array) -> jax.Array:
-        logits, aims = unembed(student, model, hidden), unembed(teacher, config.model, taught)
-        return losses(logits, aims, config.temperature)
-
     weights = batch["weights"]
     nll = -jnp.sum(weights * out.logprobs)
-    divergence = jnp.sum(weights * masked(_in_chunks(divergences, hidden, taught, loss.chunk_tokens), weights))
+    divergence = weighted_sum(weights, divergences(params, model, hidden, taught, config, loss.chunk_tokens))
     total = (1 - config.share) * nll + config.share * divergence
     return total, {
         "loss": nll,
@@ -63,6 +58,24 @@ def distillation_sums(
         "accuracy": jnp.sum(weights * out.correct),
         "weight": jnp.sum(weights),
     }
+
+
+def divergences(
+    params: Params, model: ModelConfig, hidden: jax.Array, taught: jax.Array, config: DistillationConfig, chunk_tokens: int
+) -> jax.Array:
+    """KL [R, T] between the next tokens' distributions of the student and of the teacher, of hidden states [R, T, D] of each.
+
+    Args:
+      params: of the student, with those of the teacher under TEACHER, which get no gradient.
+    """
+    teacher = jax.lax.stop_gradient(params[TEACHER])
+    losses = forward_kl_losses if config.direction == "forward" else reverse_kl_losses
+
+    def of_tokens(hidden: jax.Array, taught: jax.Array) -> jax.Array:
+        logits, aims = unembed(params, model, hidden), unembed(teacher, config.model, taught)
+        return losses(logits, aims, config.temperature)
+
+    return _in_chunks(of_tokens, hidden, taught, chunk_tokens)
 
 
 def _in_chunks(divergences, hidden: jax.Array, taught: jax.Array, chunk_tokens: int) -> jax.Array:

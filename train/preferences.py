@@ -37,10 +37,10 @@ from train.objectives.config import (
     ProcessModelConfig,
     RewardModelConfig,
 )
-from train.objectives.kto import kto_losses, kto_reference_point
+from train.objectives.kto import class_balance, kto_losses, kto_reference_point
 from train.objectives.pairs import PairLogprobs, preference_accuracy
 from train.objectives.preference import pair_losses, pair_metrics
-from train.objectives.reward_model import outcome_losses, pairwise_losses, process_losses
+from train.objectives.reward_model import length_preference, outcome_losses, pairwise_losses, process_losses
 from train.scalar_head import scalar_head, scalar_head_spec
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ def _pair_sums(
 def _kto_sums(
     params: Params, model: ModelConfig, batch: Batch, layout: Layout | None, *, config: KTOConfig, loss: LossConfig
 ) -> tuple[jax.Array, Metrics]:
-    """`kl` is the reference point. An answer is classed rightly if its reward is above that of the reference point where it is
-    desirable, and below it where it is not."""
+    """`kl` is the reference point, `class_balance` of the batch. An answer is classed rightly if its reward is above that of
+    the reference point where it is desirable, and below it where it is not."""
     policy = segment_sums(row_logprobs(params, model, batch, layout, loss), batch)[..., 0]
     reference = segment_sums(batch["reference_logprobs"], batch)[..., 0]
     desirable, point = (at_ends(batch[name], segment_ends(batch))[..., 0] for name in ("labels", "reference_point"))
@@ -156,6 +156,7 @@ def _kto_sums(
     of_class = {"chosen": divide(desirable, share), "rejected": divide(1 - desirable, 1 - share)}
     metrics = {
         "kl": point,
+        "class_balance": class_balance(config, share),
         "accuracy": preference_accuracy(right, jnp.zeros_like(right)),
         **{f"reward_{name}": weight * rewards for name, weight in of_class.items()},
         "reward_margin": (of_class["chosen"] - of_class["rejected"]) * rewards,
@@ -173,7 +174,7 @@ def answer_scores(params: Params, model: ModelConfig, batch: Batch, layout: Layo
 def _reward_sums(
     params: Params, model: ModelConfig, batch: Batch, layout: Layout | None, *, config: RewardModelConfig
 ) -> tuple[jax.Array, Metrics]:
-    ends = segment_ends(batch)
+    ends, lengths = segment_ends(batch), _lengths(batch)
     scores = at_ends(answer_scores(params, model, batch, layout), ends + 1)  # where the stop token is read
     chosen, rejected = scores[..., 0], scores[..., 1]
     metrics = {
@@ -181,9 +182,10 @@ def _reward_sums(
         "reward_chosen": chosen,
         "reward_rejected": rejected,
         "reward_margin": chosen - rejected,
+        **length_preference(chosen, rejected, lengths[..., 0], lengths[..., 1]),
     }
     losses = pairwise_losses(config, chosen, rejected, at_ends(batch["labels"], ends)[..., 0])
-    return _sums(losses, metrics, jnp.prod(_lengths(batch), axis=-1) > 0)
+    return _sums(losses, metrics, jnp.prod(lengths, axis=-1) > 0)
 
 
 def _outcome_sums(

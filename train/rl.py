@@ -37,6 +37,7 @@ from model.params import Params, param_shardings, param_specs, unstack_layers
 from model.sharding import DECODE_RULES, TRAIN_RULES, Layout
 from train.checkpoint import Checkpoints, check_room
 from train.config import PREEMPTED
+from train.distillation import TEACHER
 from train.distributed import Group
 from train.files import only_process_in, write_atomic, write_json_atomic
 from train.initial import InitialModel, compare_initial, load_initial, open_initial
@@ -57,7 +58,7 @@ from train.provenance import provenance
 from train.rewards import Part, Rewards, Verifiers, compose, counts_failures
 from train.rl_config import RLConfig
 from train.rl_step import Scores, policy_objective, score
-from train.rollouts import Array, Samples, draw, engine_config
+from train.rollouts import Array, Samples, draw, engine_config, fitting
 from train.scalar_head import scalar_head_spec
 from train.step import TrainState, make_trainer_of
 
@@ -162,7 +163,9 @@ class Policy:
         self.config = config
         self.specs = param_specs(config.model)
         weights = self.specs | ({"value_head": scalar_head_spec(config.model)} if config.policy.value else {})
-        self.trainer = make_trainer_of(config, functools.partial(policy_objective, config=config), weights, devices)
+        objective = functools.partial(policy_objective, config=config)
+        teacher = config.distillation.model if config.distillation else None
+        self.trainer = make_trainer_of(config, objective, weights, devices, teacher=teacher)
         mesh = self.trainer.mesh
         replicas = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
         prompts = config.update_rows // config.policy.group_size
@@ -201,7 +204,9 @@ class Policy:
         return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scores)
 
     def whole(self, state: TrainState) -> Params:
-        return self.trainer.whole(state.params, state.frozen)
+        """Parameters of the policy alone."""
+        params = self.trainer.whole(state.params, state.frozen)
+        return {name: leaf for name, leaf in params.items() if name != TEACHER}
 
 
 class RLLoop:
@@ -230,10 +235,11 @@ class RLLoop:
             bool(self.stop_ids),
             f"the tokenizer of {config.initial_weights} has no token that ends an answer: train one with document_boundaries",
         )
+        self.teacher = self._open_teacher()
         self.learned = self._open_reward_model() if config.reward_model else None
-        for split in ("train", "eval"):  # Prompts that are too long, or a task without any, are told before the work.
-            for example in self._examples(split, 0, 8):
-                self._prompt(example)
+        # Prompts that are too long, or a task without any, are told before the work. A later one of training is left out.
+        for example in self._examples("train", 0, 8) + self._examples("eval", 0, config.eval.prompts):
+            self._prompt(example)
         self._write_description(initial)
         self.state, self.step, self.reference, self.ahead_metrics = self._restore(initial)
         self.engine: Engine | None = None
@@ -286,10 +292,10 @@ class RLLoop:
         weights = load_initial(initial, trainer)
         begun = bool(self.checkpoints.steps())
         compare_initial(self.run_dir, "initial_weights", config.initial_weights, weights, begun)
-        fresh = trainer.begin(weights, jax.random.key(config.seed))
+        fresh = trainer.begin(weights, jax.random.key(config.seed), self._teacher_weights(begun))
         reference = None
         if config.policy.kl.needs_reference:
-            reference = jax.tree.map(jnp.copy, trainer.whole(fresh.params, fresh.frozen))
+            reference = jax.tree.map(jnp.copy, self.policy.whole(fresh))
         more = (
             jnp.zeros(()),
             jnp.float32(config.policy.kl.reward_coefficient),
@@ -308,6 +314,25 @@ class RLLoop:
         for name in ("metrics", "samples"):
             truncate_jsonl(self.run_dir / f"{name}.jsonl", step + 1 if step else 0)
         return state, step, reference, ahead_metrics
+
+    def _open_teacher(self) -> InitialModel | None:
+        if self.config.distillation is None:
+            return None
+        teacher = open_initial(self.config.distillation.teacher, self.config.distillation.model)
+        check(
+            teacher.tokenizer.fingerprint == self.tokenizer.fingerprint,
+            f"distillation.teacher={self.config.distillation.teacher!r} has another tokenizer than "
+            f"{self.config.initial_weights}: take one that has the same",
+        )
+        return teacher
+
+    def _teacher_weights(self, begun: bool) -> Params | None:
+        if self.teacher is None:
+            return None
+        assert self.config.distillation is not None
+        weights = self.teacher.load(self.policy.trainer.abstract_state.frozen)
+        compare_initial(self.run_dir, "teacher", self.config.distillation.teacher, weights, begun)
+        return weights
 
     def _no_samples(self) -> Judged:
         rows, tokens = self.config.num_rows, self.config.row_tokens
@@ -342,17 +367,35 @@ class RLLoop:
             for index in range(first, first + count)
         ]
 
-    def _prompt(self, example: Example) -> list[int]:
+    def _encode(self, example: Example) -> list[int]:
         if self.chat:
-            ids = self.chat.encode_prompt([{"role": "user", "content": example.prompt}]).tolist()
-        else:
-            ids = list(self.tokenizer.encode_prompt(example.prompt))
-        limit = self.config.rollouts.max_prompt_tokens
+            return self.chat.encode_prompt([{"role": "user", "content": example.prompt}]).tolist()
+        return list(self.tokenizer.encode_prompt(example.prompt))
+
+    def _prompt(self, example: Example) -> list[int]:
+        """Raises ValueError where it does not fit."""
+        ids, limit = self._encode(example), self.config.rollouts.max_prompt_tokens
         check(
             0 < len(ids) <= limit,
             f"the prompt {example.prompt!r} has {len(ids)} tokens, and rollouts.max_prompt_tokens={limit}: raise it",
         )
         return ids
+
+    def _fitting(self, first: int, count: int) -> tuple[list[Example], list[list[int]], int]:
+        """Examples to train on from number `first` on, their prompts, and how many of other prompts did not fit. Those that
+        stand in for them are numbered beyond all of the run's."""
+        config = self.config
+        stride = config.steps * config.sampling_rounds * config.rollouts.prompts
+        examples, prompts, left_out = fitting(
+            lambda number: self.task.example(number, config.seed, "train"),
+            self._encode,
+            range(first, first + count),
+            config.rollouts.max_prompt_tokens,
+            stride,
+        )
+        for example in left_out[:3]:
+            self.progress.say(f"left out, for it exceeds rollouts.max_prompt_tokens: the prompt {example.prompt[:80]!r}")
+        return examples, prompts, len(left_out)
 
     def _judge(self, samples: Samples, examples: list[Example]) -> tuple[Rewards, np.ndarray, dict[str, float]]:
         """Rewards; whether each answer is right, by the task's own verdict; what is reported."""
@@ -408,14 +451,15 @@ class RLLoop:
         config = self.config
         wanted, size = config.rollouts.prompts, config.policy.group_size
         resample = config.policy.zero_variance == "resample"
-        rounds = config.rollouts.max_rounds if resample else 1
+        rounds = config.sampling_rounds
         found: list[Judged] = []
         metrics: dict[str, float] = {}
+        left_out = 0
         for number in range(rounds):
             first = (step * rounds + number) * wanted
-            examples = self._examples("train", first, wanted)
             with self.phase("rollout"):
-                prompts = [self._prompt(example) for example in examples]
+                examples, prompts, too_long = self._fitting(first, wanted)
+                left_out += too_long
                 drawn_so = Sampling(temperature=config.rollouts.temperature, top_k=config.rollouts.top_k)
                 samples = self._draw(prompts, size, step, number * wanted, drawn_so)
             with self.phase("reward"):
@@ -448,6 +492,7 @@ class RLLoop:
             rows = (np.asarray(chosen)[:, None] * size + np.arange(size)).reshape(-1)
             together = jax.tree.map(lambda x: x[rows], together)
             metrics["rounds"] = number + 1
+        metrics["prompts_left_out"] = left_out
         # Groups are numbered within the batch.
         group = np.unique(together.samples.group, return_inverse=True)[1].astype(np.int32)
         together = dataclasses.replace(together, samples=dataclasses.replace(together.samples, group=group))
@@ -532,7 +577,7 @@ class RLLoop:
             )
         with self.phase("update"):
             sums = jax.device_get(self._update(judged.samples, constants, step))
-        updated = {name: float(np.mean([update[name] for update in sums])) for name in sums[0]}
+        updated = {name: float(np.mean([update[name] for update in sums])) for name in sums[0]} | {"updates": len(sums)}
         self._adapt(judged, metrics, updated["entropy"])
         if coming is not None:
             with self.phase("wait"):
@@ -574,7 +619,8 @@ class RLLoop:
         return constants, metrics
 
     def _update(self, samples: Samples, constants: PolicyBatch, step: int) -> list[dict[str, jax.Array]]:
-        """All updates of a step. Of several minibatches each counts as much as the whole would."""
+        """The updates of a step, up to the one that meets too large a KL. Of several minibatches each counts as much as the
+        whole would."""
         config, trainer = self.config, self.policy.trainer
         batch: dict[str, np.ndarray] = self._rows(samples) | {
             field.name: value
@@ -598,6 +644,8 @@ class RLLoop:
                 state, metrics = trainer.step(self.state.train, rows)
                 self.state = dataclasses.replace(self.state, train=state)
                 sums.append(metrics)
+                if config.policy.max_update_kl and float(metrics["update_kl"]) > config.policy.max_update_kl:
+                    return sums
         return sums
 
     def _adapt(self, judged: Judged, metrics: dict[str, Any], entropy: float) -> None:

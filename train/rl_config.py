@@ -7,7 +7,7 @@ import dataclasses
 
 from data.config import TaskConfig
 from model.config import LoraConfig, ModelConfig, check
-from train.config import CheckpointConfig, DeadlineConfig, MeshConfig, OptimizerConfig, WriterName
+from train.config import CheckpointConfig, DeadlineConfig, DistillationConfig, MeshConfig, OptimizerConfig, WriterName
 from train.objectives.config import PolicyConfig, StepAggregation
 
 
@@ -15,7 +15,8 @@ from train.objectives.config import PolicyConfig, StepAggregation
 class RolloutConfig:
     """Attributes:
     prompts: of a step, each answered `policy.group_size` times.
-    max_prompt_tokens: longer prompts are refused; with `max_tokens` it sets the length of the rows.
+    max_prompt_tokens: longer prompts are left out, and refused among the first or the held-out ones; with `max_tokens` it sets
+      the length of the rows.
     max_tokens: of an answer, its stop token among them.
     top_k: draw from the most likely tokens alone, a bug on purpose (`policy.bugs`); 0 is off.
     ahead: the answers of a step are drawn while the update before it is made, with the weights before that update.
@@ -88,6 +89,8 @@ class RLConfig:
       chunk_tokens: see `train.config.LossConfig`.
       share_prompts: updates and scores read a prompt once for all its answers, which then stand side by side in one row. For
         long prompts with short answers: each pair of answers to one prompt is a tile of attention that is computed in vain.
+      distillation: the policy learns from a teacher too, token by token of its own answers (on-policy distillation,
+        arXiv:2306.13649); with `share=1` from it alone, and rewards are only told. None is off.
       shuffle_rewards: a control: rewards are dealt out at random within the batch, so that nothing can be learned.
     """
 
@@ -108,6 +111,7 @@ class RLConfig:
     chunk_tokens: int = 0
     share_prompts: bool = False
     lora: LoraConfig | None = None
+    distillation: DistillationConfig | None = None
     shuffle_rewards: bool = False
     seed: int = 0
     run_dir: str = ""
@@ -147,6 +151,11 @@ class RLConfig:
         check(
             self.minibatches == 1 or self.policy.surrogate != "reinforce",
             f"minibatches={self.minibatches}: policy.surrogate='reinforce' has no ratio for a policy that has moved; set 1",
+        )
+        check(
+            not self.policy.max_update_kl or self.minibatches * self.policy.updates_per_batch > 1,
+            f"policy.max_update_kl={self.policy.max_update_kl} leaves out later updates of a batch, and there is one: raise "
+            "policy.updates_per_batch or minibatches, or set it to 0",
         )
         if self.share_prompts:
             check(
@@ -221,6 +230,30 @@ class RLConfig:
             "rollouts.ahead draws answers with older weights: set policy.importance.level='token', which corrects for it",
         )
 
+        if self.distillation is not None:
+            self._check_distillation(self.distillation)
+
+    def _check_distillation(self, distillation: DistillationConfig) -> None:
+        theirs = distillation.model
+        check(
+            theirs.vocab_size == self.model.vocab_size,
+            f"distillation.model.vocab_size={theirs.vocab_size} is not model.vocab_size={self.model.vocab_size}: the "
+            "distributions must be over the same tokens",
+        )
+        check(
+            theirs.max_seq_len >= self.row_tokens,
+            f"distillation.model.max_seq_len={theirs.max_seq_len} is less than the {self.row_tokens} tokens of a row",
+        )
+        check(self.lora is None, "distillation does not go with lora: leave lora out")
+        check(self.model.moe is None, "distillation does not balance experts (model.moe) of a student: take a dense model")
+        check(
+            not self.share_prompts or theirs.attention_backend in ("xla", "reference"),
+            f"share_prompts is a mask that distillation.model.attention_backend={theirs.attention_backend!r} does not read: "
+            "set it to 'xla', or share_prompts to False",
+        )
+        sizes = (self.mesh.tensor, self.mesh.expert)
+        check(sizes == (1, 1), "distillation goes with the mesh axes data and fsdp alone: set the others to 1")
+
     @property
     def num_rows(self) -> int:
         """Answers of a step."""
@@ -230,6 +263,11 @@ class RLConfig:
     def row_tokens(self) -> int:
         """Targets of a row."""
         return self.rollouts.max_prompt_tokens + self.rollouts.max_tokens - 1
+
+    @property
+    def sampling_rounds(self) -> int:
+        """How often prompts are drawn for one step, at most."""
+        return self.rollouts.max_rounds if self.policy.zero_variance == "resample" else 1
 
     @property
     def num_updates(self) -> int:

@@ -22,6 +22,8 @@ from model.moe import Routing
 from model.params import Params
 from model.sharding import Layout
 from model.transformer import forward
+from train.distillation import TEACHER, divergences
+from train.objectives.aggregate import weighted_sum
 from train.objectives.policy_gradient import PolicyBatch, policy_sums
 from train.rl_config import RLConfig
 from train.scalar_head import scalar_head
@@ -61,15 +63,30 @@ def score(
       max_tokens: of an answer.
       shared: how many rows in turn answer one prompt, which the network then reads but once.
     """
-    # A row whose reward is missing has no mask, and the prompt of the others that answer it.
-    first = jnp.argmax(rows["mask"] > 0, axis=1).reshape(-1, shared)
-    first = jnp.broadcast_to(jnp.max(first, axis=1, keepdims=True), first.shape).reshape(-1)
-    if shared > 1:
-        answers, routing = _hidden_of_groups(params, model, rows, first, max_tokens, layout, shared)
-    else:
-        hidden, _, routing = forward(params, model, rows["tokens"], rows["positions"], rows["segment_ids"], layout=layout)
-        answers = _window(hidden, first, max_tokens)
-    targets = _window(rows["targets"], first, max_tokens)
+    first = _first_drawn(rows["mask"], shared)
+    answers, routing = _hidden_of_answers(params, model, rows, first, max_tokens, layout, shared)
+    return _scores(params, model, rows, first, answers, temperature, chunk_tokens, layout, routing)
+
+
+def _first_drawn(mask: jax.Array, shared: int) -> jax.Array:
+    """[B], the first target of each row that was drawn. One whose reward is missing has no mask, and the prompt of the others
+    that answer it."""
+    first = jnp.argmax(mask > 0, axis=1).reshape(-1, shared)
+    return jnp.broadcast_to(jnp.max(first, axis=1, keepdims=True), first.shape).reshape(-1)
+
+
+def _scores(
+    params: Params,
+    model: ModelConfig,
+    rows: Batch,
+    first: jax.Array,
+    answers: jax.Array,
+    temperature: float,
+    chunk_tokens: int,
+    layout: Layout | None,
+    routing: Routing | None,
+) -> Scores:
+    targets = _window(rows["targets"], first, answers.shape[1])
     out = token_logprobs(params, model, answers / temperature, targets, chunk_tokens, layout)
     width = rows["targets"].shape[1]
     put = jax.vmap(lambda x, start: jax.lax.dynamic_update_slice(jnp.zeros(width, x.dtype), x, (start,)))
@@ -77,11 +94,21 @@ def score(
     return Scores(put(out.logprobs, first), put(out.entropy, first), values, routing)
 
 
+def _hidden_of_answers(
+    params: Params, model: ModelConfig, rows: Batch, first: jax.Array, max_tokens: int, layout: Layout | None, shared: int
+) -> tuple[jax.Array, Routing | None]:
+    """Hidden states [B, max_tokens, D] from which the answers are predicted."""
+    if shared > 1:
+        return _hidden_of_groups(params, model, rows, first, max_tokens, layout, shared)
+    hidden, _, routing = forward(params, model, rows["tokens"], rows["positions"], rows["segment_ids"], layout=layout)
+    return _window(hidden, first, max_tokens), routing
+
+
 def _hidden_of_groups(
     params: Params, model: ModelConfig, rows: Batch, first: jax.Array, max_tokens: int, layout: Layout | None, shared: int
 ) -> tuple[jax.Array, Routing | None]:
-    """Hidden states [B, max_tokens, D] from which the answers are predicted, `shared` of them side by side in one row: their
-    prompt but its last token once, and after it each answer as a segment of its own that sees the prompt."""
+    """The same of `shared` answers side by side in one row: their prompt but its last token once, and after it each answer as a
+    segment of its own that sees the prompt."""
     groups, prefix = len(first) // shared, rows["tokens"].shape[1] - max_tokens
 
     def in_row(before: jax.Array, name: str) -> jax.Array:
@@ -108,14 +135,24 @@ def policy_objective(
 ) -> tuple[jax.Array, Metrics]:
     """The loss of some of an update's rows, and what is reported: sums, for the weights in the batch hold the normaliser.
 
+    A teacher's divergence is a mean over all actions, whatever their advantages.
     The routers' losses are means over all that these rows read, and count by the share of the update's actions that is in them.
     """
     rollouts = config.rollouts
     # Micro-batches take their rows in turn, and so as many of each group.
     shared = config.policy.group_size // config.accumulation if config.share_prompts else 1
-    scores = score(params, model, batch, rollouts.temperature, rollouts.max_tokens, config.chunk_tokens, layout, shared)
+    first = _first_drawn(batch["mask"], shared)
+    read = batch, first, rollouts.max_tokens, layout, shared
+    answers, routing = _hidden_of_answers(params, model, *read)
+    scores = _scores(params, model, batch, first, answers, rollouts.temperature, config.chunk_tokens, layout, routing)
     constants = PolicyBatch(**{name: batch.get(name) for name in POLICY_FIELDS})  # pyright: ignore[reportArgumentType]
     total, sums = policy_sums(config.policy, constants, scores.logprobs, scores.entropies, scores.values)
+    if config.distillation is not None:
+        taught, _ = _hidden_of_answers(jax.lax.stop_gradient(params[TEACHER]), config.distillation.model, *read)
+        apart = divergences(params, model, answers, taught, config.distillation, config.chunk_tokens)
+        teacher_kl = weighted_sum(_window(constants.token_weights, first, rollouts.max_tokens), apart)
+        total = (1 - config.distillation.share) * total + config.distillation.share * teacher_kl
+        sums |= {"loss": total, "teacher_kl": teacher_kl}
     if scores.routing is None:
         return total, sums
     assert model.moe is not None

@@ -9,17 +9,19 @@ Axes: B answers (all samples of a prompt side by side), T targets of a row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import numpy as np
 
+from data.tasks.task import Example
 from inference.engine import Engine, EngineConfig, Request, Token
 from inference.sampling import Sampling
 from train.rl_config import RLConfig
 
 Array = Any  # of the host, or in a checkpoint of the devices
+_MOST_LEFT_OUT = 100
 
 
 @flax.struct.dataclass
@@ -101,6 +103,35 @@ def draw(
         for i, prompt in enumerate(prompts)
     ]
     return to_rows(prompts, engine.generate(requests), row_tokens)
+
+
+def fitting(
+    example: Callable[[int], Example], encode: Callable[[Example], list[int]], numbers: range, limit: int, stride: int
+) -> tuple[list[Example], list[list[int]], list[Example]]:
+    """Examples of these numbers and their prompts, of 1 to `limit` tokens each; and those that were left out.
+
+    Args:
+      example: that of a number.
+      stride: where one does not fit, that of a number so much higher stands in for it, and so on.
+
+    Raises:
+      ValueError: none of many fits.
+    """
+    found, left_out = [], []
+    for first in numbers:
+        for number in range(first, first + _MOST_LEFT_OUT * stride, stride):
+            candidate = example(number)
+            prompt = encode(candidate)
+            if 0 < len(prompt) <= limit:
+                found.append((candidate, prompt))
+                break
+            left_out.append(candidate)
+        else:
+            raise ValueError(
+                f"of {_MOST_LEFT_OUT} prompts none has 1 to rollouts.max_prompt_tokens={limit} tokens, the last is "
+                f"{left_out[-1].prompt!r}: raise it"
+            )
+    return [candidate for candidate, _ in found], [prompt for _, prompt in found], left_out
 
 
 def to_rows(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[Token]]], row_tokens: int) -> Samples:

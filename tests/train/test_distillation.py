@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import scipy.special
 
-from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.loader import Batches
 from data.prepare import prepare
+from inference.engine import Token
 from model.config import LoraConfig, ModelConfig
 from model.transformer import forward, unembed
 from tests.networks import random_params
@@ -28,6 +29,13 @@ from train.config import (
 )
 from train.distillation import TEACHER, distillation_sums
 from train.metrics import read_jsonl
+from train.objectives.config import PolicyConfig
+from train.objectives.policy_gradient import Rollouts
+from train.objectives.policy_gradient import prepare as prepare_update
+from train.rl import Policy
+from train.rl_config import RLConfig, RolloutConfig
+from train.rl_step import policy_objective
+from train.rollouts import to_rows
 from train.step import mesh_sizes
 
 TAUGHT_BY = ModelConfig(vocab_size=258, num_layers=2, d_model=24, num_heads=2, d_ff=32, max_seq_len=64)
@@ -58,8 +66,8 @@ def networks():
 
 
 def logits_of(params, model, rows):
-    hidden = forward(params, model, rows["tokens"], rows["positions"], rows["segment_ids"])[0]
-    return np.asarray(unembed(params, model, hidden), np.float64)
+    read = jax.jit(lambda params, *row: unembed(params, model, forward(params, model, *row)[0]))
+    return np.asarray(read(params, rows["tokens"], rows["positions"], rows["segment_ids"]), np.float64)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -90,6 +98,62 @@ def test_the_loss_is_that_of_numpy_in_float64_whole_and_in_chunks(rows, networks
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients[0]))
 
 
+def rl_job(**options):
+    rollouts = RolloutConfig(prompts=2, max_prompt_tokens=4, max_tokens=5)
+    settings = {"steps": 1, "rollouts": rollouts, "policy": PolicyConfig(group_size=2), "initial_weights": "x"}
+    return RLConfig(**({"name": "taught", "model": MODEL, "task": TaskConfig("reverse")} | settings | options))
+
+
+def policy_batch(config, lengths):
+    """Rows and constants of an update, of a pair of answers of these lengths to each prompt."""
+    answers = [[[Token(0, 0, 7 * n + t, -1.0, -1.0, None, None, "stop") for t in range(n)] for n in row] for row in lengths]
+    samples = to_rows([[9, *range(i)] for i in range(len(lengths))], answers, config.row_tokens)
+    flat, rewards = np.full(samples.mask.shape, -2.0, np.float32), np.tile([1.0, 0.25], len(lengths))
+    scored = Rollouts(samples.mask, flat, flat, rewards, samples.group, np.ones(len(rewards)), samples.truncated)
+    constants, _ = jax.jit(prepare_update, static_argnums=0)(config.policy, scored, 0.0)
+    rows = {name: getattr(samples, name) for name in ("tokens", "targets", "positions", "segment_ids")}
+    return rows | {name: np.asarray(x) for name, x in vars(constants).items() if x is not None}
+
+
+@pytest.mark.parametrize("share_prompts", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_on_policy_the_teacher_s_divergence_is_a_mean_over_the_tokens_that_were_drawn(networks, share_prompts):
+    """Against numpy in float64; the rest of the loss is the policy's own, and gets the rest of the weight."""
+    config = DistillationConfig("x", TAUGHT_BY, "reverse", temperature=1.3, share=0.6)
+    taught, alone = rl_job(distillation=config, share_prompts=share_prompts), rl_job()
+    batch = policy_batch(taught, [[5, 2], [1, 3]])
+
+    def of(config):
+        compute = jax.value_and_grad(lambda params: policy_objective(params, MODEL, batch, None, config=config), has_aux=True)
+        return jax.jit(compute)(networks)
+
+    (total, sums), gradient = of(taught)
+    (without, _), _ = of(alone)
+    student = logits_of({name: leaf for name, leaf in networks.items() if name != TEACHER}, MODEL, batch)
+    teacher = logits_of(networks[TEACHER], TAUGHT_BY, batch)
+    log_p, log_q = (scipy.special.log_softmax(x / 1.3, axis=-1) for x in (student, teacher))
+    expected = (1.3**2 * np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))[batch["mask"] > 0].mean()
+    assert expected > 0.5
+    assert float(sums["teacher_kl"]) == pytest.approx(expected, rel=1e-5)
+    assert abs(float(without)) > 0.01
+    assert float(total) == pytest.approx(0.4 * float(without) + 0.6 * expected, rel=1e-5)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient.pop(TEACHER)))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": dataclasses.replace(MODEL, vocab_size=300)}, r"distillation\.model\.vocab_size=258 is not"),
+        ({"rollouts": RolloutConfig(2, 60, 6), "model": dataclasses.replace(MODEL, max_seq_len=96)}, "less than the 65 tokens"),
+        ({"lora": LoraConfig()}, "leave lora out"),
+        ({"mesh": MeshConfig(1, tensor=2)}, "mesh axes data and fsdp alone"),
+    ],
+)
+def test_what_a_teacher_of_a_policy_does_not_go_with_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        rl_job(distillation=DistillationConfig("x", TAUGHT_BY), **options)
+
+
 def job(directory, **options):
     path = directory / "chats.jsonl"
     if not path.exists():
@@ -108,34 +172,52 @@ def job(directory, **options):
     return TrainConfig(**({"name": "taught"} | settings | options))
 
 
-def after_a_step(config, devices, batch):
+SGD = OptimizerConfig("sgd", 0.1, weight_decay=0.0, clip_norm=0.0, momentum=0.0, schedule=ScheduleConfig("constant", "0 %"))
+CUTS = pytest.mark.parametrize(
+    ("changes", "devices"),
+    [({"accumulation": 4}, 1), ({"mesh": MeshConfig(8)}, 8), ({"mesh": MeshConfig(2, 4)}, 8)],
+    ids=["micro-batches", "eight devices", "eight devices, sharded"],
+)
+
+
+def after_a_step(trainer, batch):
     """Parameters after a step of plain gradient descent, and its metrics."""
-    trainer = loop.make_trainer(config, devices)
     state = trainer.begin(random_params(MODEL), jax.random.key(0), random_params(TAUGHT_BY))
     state, metrics = trainer.step(state, jax.device_put(batch, trainer.batch_sharding))
     return jax.device_get(state.params), {name: float(value) for name, value in metrics.items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("changes", "devices"),
-    [({"accumulation": 4}, 1), ({"mesh": MeshConfig(8)}, 8), ({"mesh": MeshConfig(2, 4)}, 8)],
-    ids=["micro-batches", "eight devices", "eight devices, sharded"],
-)
+@CUTS
 def test_the_way_in_which_a_batch_is_cut_changes_nothing(tmp_path, changes, devices):
     """Rows hold different numbers of texts, so that a mean of means would be another number."""
-    sgd = OptimizerConfig("sgd", 0.1, weight_decay=0.0, clip_norm=0.0, momentum=0.0, schedule=ScheduleConfig("constant", "0 %"))
     taught = DistillationConfig("x", TAUGHT_BY, temperature=1.7, share=0.3)
-    config = job(tmp_path, distillation=taught, optimizer=sgd)
+    config = job(tmp_path, distillation=taught, optimizer=SGD)
     batch = Batches(prepare(config.data, log=lambda _: None), config.data, batch_size=8, seed=0)[0]
     batch = {name: np.concatenate([x[:3], 0 * x[:1], x[4:]]) for name, x in batch.items()}  # a row of padding
     assert len(set(batch["weights"].sum(1).tolist())) > 2
-    params, metrics = after_a_step(config, jax.devices()[:1], batch)
+    compare(after_a_step(loop.make_trainer(cut, jax.devices()[:n]), batch) for cut, n in both(config, changes, devices))
+
+
+def both(config, changes, devices):
+    return (config, 1), (dataclasses.replace(config, **changes), devices)
+
+
+def compare(results):
+    (params, metrics), (found, found_metrics) = results
     assert metrics["grad_norm"] > 0.1
     assert metrics["teacher_kl"] > 0.1
-    found, found_metrics = after_a_step(dataclasses.replace(config, **changes), jax.devices()[:devices], batch)
     assert found_metrics == pytest.approx(metrics, rel=2e-5, abs=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6), found, params)
+
+
+@pytest.mark.slow
+@CUTS
+def test_on_policy_the_way_in_which_a_batch_is_cut_changes_nothing(changes, devices):
+    config = DistillationConfig("x", TAUGHT_BY, "reverse", temperature=1.3, share=0.6)
+    taught = rl_job(distillation=config, optimizer=SGD, rollouts=RolloutConfig(4, 4, 5), mesh=MeshConfig(1))
+    batch = policy_batch(taught, [[5, 2], [1, 3], [4, 4], [1, 1]])
+    compare(after_a_step(Policy(cut, jax.devices()[:n]).trainer, batch) for cut, n in both(taught, changes, devices))
 
 
 @pytest.mark.slow

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from data.config import TaskConfig
 from inference.sampling import Sampling
+from model.config import ModelConfig
 from train.objectives import config as objectives
 from train.objectives.config import (
     CPOConfig,
@@ -20,10 +22,10 @@ from train.objectives.config import (
     RewardModelConfig,
     SimPOConfig,
     ValueConfig,
-    check_rl_sampling,
     dapo,
     dr_grpo,
 )
+from train.rl_config import RLConfig, RolloutConfig
 
 NO_CLIP = {"surrogate": "reinforce", "clip_low": 0, "clip_high": 0}
 REFUSED = {
@@ -53,6 +55,7 @@ REFUSED = {
     "penalty_of_zero": ("truncation_penalty", {"truncation": "penalty"}),
     "penalty_unused": ("truncation_penalty", {"truncation_penalty": 1.0}),
     "ramp_longer_than_answers": ("overlong_cache", {"truncation": "soft_penalty", "max_length": 8, "overlong_cache": 9}),
+    "negative_limit_of_kl": ("max_update_kl=-1.0", {"max_update_kl": -1.0}),
     "unknown_name": ("policy.aggregation='mean'", {"aggregation": "mean"}),
     "no_tokens": ("entropy_fraction", {"entropy_fraction": 0.0}),
     "greedy_with_penalty": ("that of the greedy answer", {"advantage": "greedy", "truncation": "zero_reward"}),
@@ -111,14 +114,21 @@ def test_named_algorithms_are_allowed_and_bugs_must_be_named():
 
 
 def test_rollouts_are_drawn_from_what_the_trainer_scores():
-    check_rl_sampling(Sampling(temperature=0.7))
-    with pytest.raises(ValueError, match="greedy"):
-        check_rl_sampling(Sampling(temperature=0.0))
-    for options in ({"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1.1}):
-        (name,) = options
-        with pytest.raises(ValueError, match=f"sampling.{name}="):
-            check_rl_sampling(Sampling(**options))
-        check_rl_sampling(Sampling(**options), bugs=("truncated_sampling",))
+    """Of what shapes a distribution a run may set the temperature, which the trainer applies too, and no more."""
+    shapes = {field.name for field in dataclasses.fields(Sampling)} & {
+        field.name for field in dataclasses.fields(RolloutConfig)
+    }
+    assert shapes == {"temperature", "top_k"}
+    with pytest.raises(ValueError, match=r"rollouts\.temperature=0\.0 must be positive"):
+        RolloutConfig(temperature=0.0)
+
+    def job(**policy):
+        model, task = ModelConfig(32, 1, 32, 2, 32, max_seq_len=256), TaskConfig("reverse")
+        return RLConfig("x", model, "y", task, 1, rollouts=RolloutConfig(top_k=50), policy=PolicyConfig(**policy))
+
+    with pytest.raises(ValueError, match=r"rollouts\.top_k=50: the trainer scores the whole distribution"):
+        job()
+    assert job(bugs=("truncated_sampling",)).rollouts.top_k == 50
 
 
 def test_read_without_jax():

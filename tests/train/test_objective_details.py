@@ -10,6 +10,8 @@ import pytest
 import scipy.special
 import scipy.stats
 
+from model.config import ModelConfig
+from train import scalar_head
 from train.objectives import (
     aggregate,
     cispo,
@@ -29,6 +31,10 @@ from train.objectives import (
     reward_model,
 )
 from train.objectives.config import (
+    CISPO,
+    GSPO,
+    MAXRL,
+    RLOO,
     DPOConfig,
     ImportanceConfig,
     KLConfig,
@@ -79,6 +85,7 @@ entropy = quick(entropy.entropy)
 group_advantages = quick(grpo.group_advantages)
 multi_reward_advantages = quick(grpo.multi_reward_advantages)
 overlong_penalty = quick(grpo.overlong_penalty)
+maxrl_advantages = quick(grpo.maxrl_advantages)
 select_groups = quick(grpo.select_groups)
 gspo_losses = quick(gspo.gspo_losses)
 importance_weights = quick(importance.importance_weights)
@@ -86,7 +93,6 @@ log_ratio = quick(importance.log_ratio)
 kl_losses = quick(kl.kl_losses)
 kl_values = quick(kl.kl_values)
 class_balance = quick(kto.class_balance)
-class_means = quick(kto.class_means)
 kto_losses = quick(kto.kto_losses)
 kto_reference_point = quick(kto.kto_reference_point)
 mismatched_rows = kto.mismatched_rows
@@ -111,6 +117,7 @@ update_ema = quick(reinforce.update_ema)
 last_token_scores = quick(reward_model.last_token_scores)
 outcome_losses = quick(reward_model.outcome_losses)
 pairwise_losses = quick(reward_model.pairwise_losses)
+length_preference = quick(reward_model.length_preference)
 process_losses = quick(reward_model.process_losses)
 ranking_losses = quick(reward_model.ranking_losses)
 solution_scores = quick(reward_model.solution_scores)
@@ -221,6 +228,42 @@ def test_group_std_has_ddof_1_and_eps_outside_of_the_root_and_batch_std_is_of_re
     close(scaled[0], 0.5 / (np.std([1.0, 0.0], ddof=1) + 0.1))
     batch = group_advantages(rewards, GROUPS, ONES, "batch", eps=0.1)
     close(batch[0], 0.5 / (rewards.std(ddof=1) + 0.1))
+
+
+def test_a_group_of_one_is_not_compared_and_not_scaled():
+    """Mean 0 and standard deviation 1 by convention, so that its advantage is its reward; whatever the other groups are."""
+    rewards, groups = np.asarray([0.25, 1.0, 0.0]), np.asarray([0, 1, 1])
+    close(group_advantages(rewards, groups, np.ones(3), "group", eps=0.0), [0.25, 0.5**0.5, -(0.5**0.5)])
+
+
+def test_maxrl_is_zero_where_no_answer_is_rewarded():
+    rewards = np.asarray([0.0, 0.0, 0.0, 3.0])
+    close(maxrl_advantages(rewards, GROUPS, ONES), [0, -1, 0, 1])
+    assert (maxrl_advantages(np.zeros(B), GROUPS, ONES) == 0).all()
+
+
+def test_the_batch_baseline_is_the_mean_return_of_what_was_judged():
+    config = PolicyConfig(surrogate="reinforce", advantage="batch", clip_low=0, clip_high=0, kl=KLConfig(0.1))
+    batch, _ = run_prepare(config, make_rollouts(valid=np.asarray([1, 1, 0, 1])), 0.1)
+    returns = np.asarray([1.0, 0.5, 0.0, 0.25]) - 0.1 * np.sum(MASK * (OLD - REFERENCE), axis=1)
+    expected = returns - returns[[0, 1, 3]].mean()
+    expected[2] = 0
+    close(batch.advantages, MASK * expected[:, None])
+
+
+def test_rewards_that_are_all_equal_teach_nothing_and_are_counted():
+    configs = [PolicyConfig(scale="group", aggregation="seq_mean"), RLOO, MAXRL, GSPO, CISPO]
+
+    def losses(logprobs):
+        prepared = [prepare(config, make_rollouts(rewards=np.full(B, 0.7)), 0.0) for config in configs]
+        both = zip(configs, prepared, strict=True)
+        return jnp.stack([policy_sums(config, batch, logprobs)[0] for config, (batch, _) in both]), [m for _, m in prepared]
+
+    slopes, metrics = jax.device_get(jax.jit(jax.jacrev(losses, has_aux=True))(LOGPROBS))
+    assert not slopes.any()
+    for found in metrics:
+        assert found["zero_variance_fraction"] == 1
+        assert found["effective_batch_fraction"] == found["bad_reward_fraction"] == 0
 
 
 @pytest.mark.parametrize("reward", [0.1, 0.3, 1e8 + 0.1])
@@ -569,6 +612,20 @@ def test_value_loss_is_the_larger_of_both():
     close(value_losses(values, np.zeros(4), returns), np.square(values - returns) / 2)
 
 
+def test_ppo_tells_its_values_and_how_often_each_clip_bites():
+    config = PolicyConfig(advantage="gae", value=ValueConfig(clip=0.2))
+    batch, prepared = run_prepare(config, make_rollouts(values=REFERENCE), 0.0)
+    moved = REFERENCE + random.normal(0, 0.3, size=(B, T))
+    _, sums = run_sums(config, batch, LOGPROBS, None, moved)
+    acts = MASK > 0
+    close(sums["value_mean"], moved[acts].mean())
+    close(sums["value_clip_fraction"], (np.abs(moved - REFERENCE)[acts] > 0.2).mean())
+    ratio = np.exp(LOGPROBS - OLD)[acts]
+    close(sums["update_kl"], np.mean(ratio - 1 - np.log(ratio)))
+    returns = np.asarray(batch.returns)[acts]
+    close(prepared["explained_variance"], 1 - np.var(returns - REFERENCE[acts]) / np.var(returns))
+
+
 def test_explained_variance_is_0_for_zeros_and_constants_and_1_for_the_returns():
     returns = random.normal(size=(B, T))
     assert explained_variance(np.zeros((B, T)), returns, MASK) == 0
@@ -643,10 +700,10 @@ def test_kto_reference_point_is_of_mismatched_rows_detached_and_not_negative():
     assert not gradient_of(lambda x: kto_reference_point(x, np.zeros(3), np.ones(3)), policy).any()
 
 
-def test_kto_without_one_class_has_no_nan():
-    assert class_means(np.asarray([1.0, 3.0]), np.ones(2), np.ones(2)) == (2.0, 0.0)
-    close(class_balance(KTOConfig(0.1, 1.0, 1.5), np.asarray([1, 1, 0, 0]), np.asarray([1, 1, 1, 0])), 2 / 1.5)
-    assert class_balance(KTOConfig(), np.ones(2), np.ones(2)) == 0
+def test_kto_weighs_classes_by_their_numbers():
+    """Of three answers two are desirable; 0 where there are no undesirable ones."""
+    close(class_balance(KTOConfig(0.1, 1.2, 1.5), 2 / 3), 2 * 1.2 / 1.5)
+    assert class_balance(KTOConfig(), 1.0) == 0
 
 
 # Reward models.
@@ -657,12 +714,33 @@ def test_reward_is_read_at_the_last_token_wherever_padding_lies():
     close(last_token_scores(np.where(MASK > 0, scores, np.nan), MASK), scores[np.arange(B), [2, 0, 4, 3]])
 
 
+def test_the_scalar_head_is_zero_at_first_without_bias_and_computed_in_float32():
+    """Of a network that computes in bfloat16, whose sums over d_model would keep 8 bits."""
+    model = ModelConfig(vocab_size=8, num_layers=1, d_model=64, num_heads=2, d_ff=64, max_seq_len=8, dtype="bfloat16")
+    spec = scalar_head.scalar_head_spec(model)
+    assert (spec.shape, spec.init, spec.dtype) == ((64, 1), "zeros", "float32")
+    head, hidden = random.normal(size=(64, 1)).astype(np.float32), jnp.asarray(random.normal(size=(2, 3, 64)), jnp.bfloat16)
+    found = quick(scalar_head.scalar_head)(head, hidden)
+    assert found.dtype == np.float32
+    close(found, (np.asarray(hidden, np.float64) @ head)[..., 0], rtol=1e-5, atol=1e-5)
+
+
 def test_bradley_terry_begins_at_log_2_and_centring_removes_the_free_constant():
     close(pairwise_losses(RewardModelConfig(), np.zeros(2), np.zeros(2)), np.log(2))
     shifted = [pairwise_losses(RewardModelConfig(c), np.asarray(1.0) + 5, np.asarray(0.5) + 5) for c in (0, 0.01)]
     plain = [pairwise_losses(RewardModelConfig(c), np.asarray(1.0), np.asarray(0.5)) for c in (0, 0.01)]
     close(shifted[0], plain[0])
     assert shifted[1] > plain[1] + 1
+
+
+def test_scores_that_go_with_lengths_are_told():
+    """By the rank correlation of both answers of each pair, one of which is a tie in length and one in score."""
+    scores, lengths = random.normal(size=(2, 6)), np.asarray([[3, 9, 4, 4, 1, 7], [5, 2, 4, 1, 8, 2]])
+    scores[1, 3] = scores[0, 3]
+    found = length_preference(*scores, *lengths)
+    tau = [scipy.stats.kendalltau(x, y).statistic for x, y in zip(scores.T, lengths.T, strict=True)]
+    close(found["longer_scored_higher"], (np.nan_to_num(tau) + 1) / 2)
+    close(found["longer_chosen"], [0, 1, 0.5, 1, 0, 1])
 
 
 def test_ranking_is_the_mean_over_pairs_without_ties():

@@ -74,6 +74,8 @@ POLICIES = {
 PAIRS = {
     "dpo": DPOConfig(nll_coefficient=0.2),
     "ipo": DPOConfig(kind="ipo", length_normalised=True),
+    "hinge": DPOConfig(kind="hinge"),
+    "conservative": DPOConfig(kind="conservative", label_smoothing=0.1),
     "robust": DPOConfig(kind="robust", label_smoothing=0.1),
     "simpo": SimPOConfig(),
     "orpo": ORPOConfig(),

@@ -37,7 +37,7 @@ from train.objectives.config import (
     RewardModelConfig,
     SimPOConfig,
 )
-from train.preferences import REWARD_HEAD, answer_scores, at_ends, preference_objective, segment_ends
+from train.preferences import REWARD_HEAD, answer_scores, at_ends, constants_of_update, preference_objective, segment_ends
 from train.rollouts import to_rows
 from train.scalar_head import scalar_head_spec
 from train.step import gradient_sums, make_trainer
@@ -276,8 +276,30 @@ def test_gradients_through_packed_rows_are_those_of_answers_alone(examples, alon
             {key: float(value) for key, value in rewards.items()}, rel=1e-4
         )
         assert float(metrics["accuracy"]) == ((gained > 0.1 * z0) == good).sum()
+    if name == "reward_model":
+        of_pairs, lengths = np.asarray(scores).reshape(-1, 2), learned.sum(1).reshape(-1, 2)
+        agree = np.sign(of_pairs[:, 0] - of_pairs[:, 1]) * np.sign(lengths[:, 0] - lengths[:, 1])
+        assert float(metrics["longer_scored_higher"]) == ((agree + 1) / 2).sum()
     flat = ravel_pytree({**{k: jnp.zeros_like(params[k]) for k in head}, **jax.tree.map(lambda g: g / number, found)})[0]
     np.testing.assert_allclose(flat, gradient, rtol=1e-4, atol=2e-6 * np.abs(gradient).max())
+
+
+def test_answers_of_one_class_alone_have_finite_metrics_and_gradients(examples):
+    """What is reported of the class that is absent is 0, and not NaN."""
+    batch = batch_of(job(examples, KTO, batch_size=2))
+    add, objective = constants_of_update(KTO, LossConfig()), preference_objective(KTO, LossConfig())
+
+    @jax.jit
+    def gradient(params, reference, batch):
+        prepared = add(params, reference, batch, model=MODEL, accumulation=1, layout=None)
+        return jax.grad(lambda x: objective(x, MODEL, prepared, None), has_aux=True)(params)
+
+    for label, absent in ((1.0, "rejected"), (0.0, "chosen")):
+        labelled = batch | {"labels": np.full_like(batch["labels"], label)}
+        gradients, metrics = gradient(random_params(1), random_params(2), labelled)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((gradients, metrics)))
+        assert any(np.any(x) for x in jax.tree.leaves(gradients))
+        assert metrics[f"reward_{absent}"] == metrics[f"logprob_{absent}"] == metrics["class_balance"] == 0
 
 
 def test_gradients_of_a_process_model_through_packed_rows_are_those_of_solutions_alone(examples):
@@ -342,16 +364,16 @@ def compare_with_one_batch(examples, name, others):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6), params, one[0])
 
 
-SLOWER = ("dpo", "orpo", "outcome", "process")
+EVERY = (*OBJECTIVES, "process")
 
 
-@pytest.mark.parametrize("name", ["kto", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOWER)])
+@pytest.mark.parametrize("name", [n if n == "kto" else pytest.param(n, marks=pytest.mark.slow) for n in EVERY])
 def test_micro_batches_change_nothing(examples, name):
     compare_with_one_batch(examples, name, [({"accumulation": 4}, jax.devices()[:1])])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kto", "dpo", "orpo", "reward_model", "outcome", "process"])
+@pytest.mark.parametrize("name", EVERY)
 def test_eight_devices_do_what_one_does(examples, name):
     meshes = [MeshConfig(8), MeshConfig(1, 4, 2)]
     compare_with_one_batch(examples, name, [({"mesh": mesh}, jax.devices()) for mesh in meshes])

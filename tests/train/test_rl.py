@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
+from data.tasks.reverse import Reverse
 from data.tasks.task import Score
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, train_tokenizer
 from experiments.report import write_report
 from experiments.sampling import open_any
 from inference.engine import Token
@@ -25,7 +27,7 @@ from model.params import init_params, param_specs, unstack_layers
 from model.transformer import forward, unembed
 from tests.networks import random_params
 from train import rl
-from train.config import CheckpointConfig, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from train.config import CheckpointConfig, DistillationConfig, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from train.initial import open_initial
 from train.loop import train
 from train.metrics import read_jsonl
@@ -36,13 +38,18 @@ from train.objectives.config import (
     MAXRL,
     PPO,
     REINFORCE,
+    REINFORCE_PLUS_PLUS,
     REMAX,
+    RLOO,
     ImportanceConfig,
     KLConfig,
     ObjectiveConfig,
     PolicyConfig,
     ProcessModelConfig,
     RewardModelConfig,
+    ValueConfig,
+    dapo,
+    dr_grpo,
 )
 from train.preferences import answer_scores
 from train.rewards import Part, Verifiers
@@ -93,6 +100,15 @@ def job(warm_start, run_dir, **changes):
     }
     base = {"name": "tiny", "model": MODEL, "initial_weights": str(warm_start), "task": TASK, "run_dir": str(run_dir)}
     return RLConfig(**(base | settings | changes))
+
+
+# What shows whether a run is honest and healthy, beside the reasons that its verifiers give.
+WATCHED = {
+    "reward_mean", "reward_std", "reward/right", "reward/right/failed", "bad_reward_fraction",
+    "zero_variance_fraction", "effective_batch_fraction", "effective_sample_fraction", "prompts_left_out", "truncated_fraction",
+    "length_mean", "length_correct", "length_wrong", "mismatch_kl", "mismatch_max", "reference_kl", "update_kl", "updates",
+    "clip_low_fraction", "clip_high_fraction", "entropy", "grad_norm", "param_norm", "loss",
+}  # fmt: skip
 
 
 def records(run_dir):
@@ -147,10 +163,13 @@ def test_the_first_update_is_on_policy_and_the_run_ends_with_a_result(warm_start
         assert record["mismatch_max"] < 1e-5
         assert abs(record["update_kl"]) < 1e-9
         assert record["reward/right/failed"] == 0
+        if policy.kl.loss_coefficient:
+            assert record.keys() >= WATCHED
+            assert any(name.startswith("reward/right/reason/") for name in record)
     assert any(record["grad_norm"] > 0 for record in metrics)
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["steps"] == 3
-    assert 0 <= result["eval/pass@1"] <= 1
+    assert 0 <= result["eval/pass@1"] <= result["eval/pass@2"] <= 1
     assert result["drawn_tokens"] == sum(round(16 * record["length_mean"]) for record in metrics)
     page = write_report(tmp_path / "run").read_text()
     assert all(title in page for title in ("Held-out prompts", "Length of answers", "KL of sampler and trainer"))
@@ -183,15 +202,20 @@ def test_a_bug_on_purpose_changes_the_update(warm_start, tmp_path, bug, changes)
 @pytest.mark.parametrize(
     "changes",
     [
-        {"rollouts": RolloutConfig(4, 6, 6, temperature=0.7, max_batch=8, verifiers=1)},
+        {
+            "rollouts": RolloutConfig(4, 6, 6, temperature=0.7, max_batch=8, verifiers=1),
+            "policy": dataclasses.replace(GRPO, group_size=4),
+        },
         {"lora": LoraConfig(rank=2), "policy": dataclasses.replace(GRPO, group_size=4)},
         {"lora": LoraConfig(rank=2, base_bits=8)},
     ],
     ids=["temperature", "lora", "rounded base"],
 )
 def test_sampler_and_trainer_agree_for_what_else_may_be_set(warm_start, tmp_path, changes):
+    """And the reference, which is scored at the temperature of the policy: at first there is no distance between them."""
     metrics = run(job(warm_start, tmp_path / "run", **changes))
     assert all(record["mismatch_max"] < 1e-5 and abs(record["update_kl"]) < 1e-9 for record in metrics)
+    assert abs(metrics[0].get("reference_kl", 0)) < 1e-6
     assert any(record["grad_norm"] > 0 for record in metrics)
 
 
@@ -216,6 +240,68 @@ def test_a_stopped_run_goes_on_to_the_same_bits(warm_start, tmp_path, stop_after
     assert read_jsonl(tmp_path / "stopped/samples.jsonl") == read_jsonl(tmp_path / "straight/samples.jsonl")
 
 
+@pytest.fixture(scope="module")
+def updates(warm_start, tmp_path_factory):
+    """Of one batch in two minibatches, passed over twice, with a value function: the open loop; what is known before; rows and
+    metrics of each update; and the metrics with a limit between the KL of the first update and that of the second."""
+    policy = PolicyConfig(advantage="gae", value=ValueConfig(), group_size=4, updates_per_batch=2, entropy_coefficient=0.1)
+    config = job(warm_start, tmp_path_factory.mktemp("updates") / "run", policy=policy, minibatches=2)
+    rows = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl, "Policy", functools.partial(rl.Policy, devices=jax.devices()[:1]))
+        with rl.open_loop(config, lambda _: None, None, 0.0) as loop:
+            step, begun = loop.policy.trainer.step, jax.tree.map(jax.numpy.copy, loop.state.train)
+
+            def watched(state, batch):
+                rows.append(jax.device_get(batch))
+                return step(state, batch)
+
+            loop.policy.trainer = dataclasses.replace(loop.policy.trainer, step=watched)
+            loop._load_engine()
+            judged, _ = loop._samples_of(0)
+            constants, before = jax.device_get(loop._constants(judged))
+            metrics = jax.device_get(loop._update(judged.samples, constants, 0))
+            found = {"loop": loop, "before": before, "rows": list(rows), "metrics": metrics}
+            limit = float(metrics[0]["update_kl"] + metrics[1]["update_kl"]) / 2
+            loop.config = dataclasses.replace(config, policy=dataclasses.replace(policy, max_update_kl=limit))
+            loop.state = dataclasses.replace(loop.state, train=begun)
+            limited = jax.device_get(loop._update(judged.samples, constants, 0))
+            yield types.SimpleNamespace(**found, limited=limited)
+
+
+def test_the_first_minibatch_has_ratio_1_and_later_ones_do_not(updates):
+    first, *others = updates.metrics
+    assert abs(first["update_kl"]) < 1e-9
+    assert first["clip_low_fraction"] == first["clip_high_fraction"] == 0
+    assert all(update["update_kl"] > 1e-7 for update in others)
+
+
+def test_each_pass_goes_over_all_rows_in_an_order_of_its_own(updates):
+    assert len(updates.rows) == updates.loop.config.num_updates / 3 == 4  # of three steps
+    first, second = (np.concatenate([part["targets"] for part in updates.rows[i : i + 2]]) for i in (0, 2))
+    assert len(first) == 16
+    assert sorted(first.tolist()) == sorted(second.tolist())
+    assert (first != second).any()
+
+
+def test_a_large_kl_ends_the_updates_of_a_batch(updates):
+    """The update that meets it is made, and is the last."""
+    assert len(updates.metrics) == 4
+    assert len(updates.limited) == updates.loop.state.train.step == 2
+    for name in ("loss", "update_kl", "grad_norm"):
+        assert [update[name] for update in updates.limited] == [update[name] for update in updates.metrics[:2]]
+
+
+def test_a_new_value_head_explains_nothing_rather_than_less(updates):
+    assert updates.before["explained_variance"] == updates.metrics[0]["value_mean"] == 0
+    assert updates.metrics[1]["value_mean"] != 0
+
+
+def test_without_a_penalty_no_reference_is_kept(updates):
+    assert updates.loop.reference is None
+    assert "kl_loss" not in updates.metrics[0]
+
+
 class StopAfter:
     def __init__(self, steps, calls):
         self.steps, self.calls = steps, calls
@@ -227,22 +313,40 @@ class StopAfter:
         return None
 
 
+# Each surrogate, advantage and way of weighing tokens. None is silent where all rewards of a group are equal.
+ALGORITHMS = {
+    "grpo": dataclasses.replace(GRPO, entropy_coefficient=0.1),
+    "dapo": dataclasses.replace(dapo(6, 3), zero_variance="drop"),
+    "dr_grpo": dr_grpo(6),
+    "gspo": GSPO,
+    "cispo": CISPO,
+    "maxrl": MAXRL,
+    "reinforce": REINFORCE,
+    "reinforce_plus_plus": REINFORCE_PLUS_PLUS,
+    "rloo": RLOO,
+    "remax": REMAX,
+    "ppo": PPO,
+}
+
+
 @pytest.mark.slow
-def test_micro_batches_change_nothing_but_memory(warm_start, tmp_path):
-    whole, parts = (
-        run(job(warm_start, tmp_path / str(n), accumulation=n, steps=1, policy=PolicyConfig(group_size=4, scale="group")))[0]
-        for n in (1, 4)
-    )
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_micro_batches_change_nothing_but_memory(warm_start, tmp_path, name):
+    policy = dataclasses.replace(ALGORITHMS[name], group_size=4)
+    whole, parts = (run(job(warm_start, tmp_path / str(n), accumulation=n, steps=1, policy=policy))[0] for n in (1, 4))
     assert whole["grad_norm"] > 0
     for name in ("loss", "grad_norm", "entropy", "param_norm"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.slow
-def test_eight_devices_do_what_one_does(warm_start, tmp_path, monkeypatch):
-    many = run(job(warm_start, tmp_path / "many", steps=1))[0]
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_eight_devices_do_what_one_does(warm_start, tmp_path, name, monkeypatch):
+    policy = dataclasses.replace(ALGORITHMS[name], group_size=4)
+    many = run(job(warm_start, tmp_path / "many", steps=1, policy=policy))[0]
     monkeypatch.setattr(rl, "Policy", functools.partial(rl.Policy, devices=jax.devices()[:1]))
-    one = run(job(warm_start, tmp_path / "one", steps=1))[0]
+    one = run(job(warm_start, tmp_path / "one", steps=1, policy=policy))[0]
+    assert one["grad_norm"] > 0
     for name in ("reward_mean", "length_mean", "loss", "grad_norm", "entropy", "param_norm"):
         assert many[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7)
 
@@ -370,6 +474,7 @@ def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_pa
             {"policy": PolicyConfig(group_size=4, kl=KLConfig(0.1, target=1.0, horizon=3.2))},
             r"kl\.horizon=3\.2 is at most a fifth of rollouts\.prompts=4 x policy\.group_size=4 .*policy\.kl\.target=1\.0 0 or",
         ),
+        ({"policy": PolicyConfig(group_size=4, max_update_kl=0.1)}, "leaves out later updates of a batch, and there is one"),
         ({"task_weight": 0.0}, "task_weight=0.0 must be >= 0, and above 0 unless a reward_model judges"),
         ({"reward_model": "x", "policy": dataclasses.replace(MAXRL, group_size=4)}, "leave reward_model out"),
         ({"reward_model": "x", "reward_model_weight": 0.0}, "reward_model_weight=0.0 must be positive"),
@@ -405,6 +510,32 @@ def test_bad_combinations_are_refused_when_the_config_is_read(warm_start, tmp_pa
 def test_prompts_that_are_too_long_are_refused_before_the_run(warm_start, tmp_path):
     with pytest.raises(ValueError, match=r"rollouts\.max_prompt_tokens=3: raise it"):
         rl.train_with_rewards(job(warm_start, tmp_path / "run", rollouts=RolloutConfig(4, 3, 6)), log=lambda _: None)
+
+
+def test_a_tokenizer_without_a_stop_token_is_refused_before_the_run(warm_start, tmp_path):
+    shutil.copytree(warm_start, tmp_path / "endless")
+    shutil.rmtree(tmp_path / "endless/tokenizer")
+    train_tokenizer(TokenizerConfig("chars", document_boundaries=False), ["ab="]).save(tmp_path / "endless/tokenizer")
+    with pytest.raises(ValueError, match="endless has no token that ends an answer: train one with document_boundaries"):
+        rl.train_with_rewards(job(tmp_path / "endless", tmp_path / "run"), log=lambda _: None)
+
+
+@pytest.mark.slow
+def test_a_later_prompt_that_is_too_long_does_not_end_a_run(warm_start, tmp_path, monkeypatch):
+    """From the third step on each second one is, and another one, from beyond the run's own, is answered."""
+    real, asked, told = Reverse.example, [], []
+
+    def example(self, index, seed, split="train"):
+        asked.append(index)
+        found = real(self, index, seed, split)
+        return dataclasses.replace(found, prompt="a" * 9) if split == "train" and 8 <= index < 12 and index % 2 else found
+
+    monkeypatch.setattr(Reverse, "example", example)
+    config = job(warm_start, tmp_path / "run")
+    assert rl.train_with_rewards(config, log=told.append) == 0
+    assert [record["prompts_left_out"] for record in records(config.run_dir)] == [0, 0, 2]
+    assert {8, 10, 9 + 12, 11 + 12} <= set(asked)
+    assert sum("exceeds rollouts.max_prompt_tokens: the prompt 'aaaaaaaaa'" in line for line in told) == 2
 
 
 def killed_job(warm_start, run_dir, ahead):
@@ -820,6 +951,38 @@ def test_what_was_learned_by_rewards_is_gone_on_with_and_sampled_from(warm_start
     for found in (opened, open_any(str(tmp_path / "first")).params):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), jax.device_get(found), last[0])
     assert run(job(tmp_path / "first", tmp_path / "second", steps=1))
+
+
+@pytest.mark.slow
+def test_a_policy_comes_nearer_to_its_teacher_on_its_own_answers_and_goes_on_to_the_same_bits(
+    warm_start, tmp_path, monkeypatch
+):
+    """From the teacher alone, whose answers are right more often: rewards are only told."""
+    there = json.loads((warm_start / "config.json").read_text())
+    source = SourceConfig("reverse", "task", task=TASK, num_examples=200, held_out_fraction=0.1)
+    data = DataConfig((source,), tokenizer=TokenizerConfig("chars"), seq_len=16, cache_dir=there["data"]["cache_dir"])
+    wider = dataclasses.replace(MODEL, d_model=48)
+    options = {"run_dir": str(tmp_path / "teacher"), "writers": (), "optimizer": OptimizerConfig(learning_rate=1e-2)}
+    assert train(TrainConfig("teacher", wider, data, steps=60, batch_size=8, **options), log=lambda _: None) == 0
+    taught = {
+        "distillation": DistillationConfig(str(tmp_path / "teacher"), wider, "reverse", share=1.0),
+        "steps": 30,
+        "optimizer": dataclasses.replace(ONE_DEVICE, learning_rate=1e-2),
+        "policy": PolicyConfig(group_size=4, updates_per_batch=2),
+    }
+    straight = run(job(warm_start, tmp_path / "straight", **taught))
+    assert straight[-1]["teacher_kl"] < straight[0]["teacher_kl"] / 3
+    assert all(record["loss"] == pytest.approx(record["teacher_kl"]) for record in straight)
+    assert np.mean([r["reward/right"] for r in straight[-5:]]) > np.mean([r["reward/right"] for r in straight[:5]])
+    stopped, calls = job(warm_start, tmp_path / "stopped", **taught), iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "stop_on_signal", lambda: StopAfter(3, calls))
+        assert rl.train_with_rewards(stopped, log=lambda _: None) == 42
+    assert run(stopped) == straight
+    shutil.rmtree(tmp_path / "teacher/tokenizer")
+    train_tokenizer(TokenizerConfig("chars"), ["abc="]).save(tmp_path / "teacher/tokenizer")
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        run(job(warm_start, tmp_path / "other", **taught))
 
 
 @pytest.mark.slow

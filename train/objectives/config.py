@@ -6,12 +6,9 @@ A combination whose gradient would not be that of any sensible objective is refu
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from model.config import check, check_choices
-
-if TYPE_CHECKING:
-    from inference.sampling import Sampling
 
 Aggregation = Literal["token_mean", "seq_mean", "seq_sum", "dr_grpo"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -145,6 +142,8 @@ class PolicyConfig:
         `entropy_step`, above it lowered (arXiv:2505.22312); target 0 keeps it fixed.
       entropy_fraction: train only on this share of tokens, those of highest entropy (arXiv:2506.01939).
       updates_per_batch: optimizer updates made of one batch of rollouts.
+      max_update_kl: KL from the policy that was sampled to the one that is trained, in nats per token, above which the update
+        that meets it is the last of its batch; 0 is off. Schedules count the updates that are made.
       bugs: what is wrong on purpose, in a study of what it does.
     """
 
@@ -173,6 +172,7 @@ class PolicyConfig:
     entropy_step: float = 0.005
     entropy_fraction: float = 1.0
     updates_per_batch: int = 1
+    max_update_kl: float = 0.0
     bugs: tuple[Bug, ...] = ()
 
     def __post_init__(self) -> None:
@@ -266,6 +266,7 @@ class PolicyConfig:
         check(0 <= self.ema_decay < 1, f"policy.ema_decay={self.ema_decay} must lie in [0, 1)")
 
     def _check_penalties(self) -> None:
+        check(self.max_update_kl >= 0, f"policy.max_update_kl={self.max_update_kl} must be >= 0 (0 is off)")
         check(
             (self.truncation_penalty > 0) == (self.truncation == "penalty"),
             f"policy.truncation_penalty={self.truncation_penalty} must be positive with truncation='penalty', otherwise 0",
@@ -288,30 +289,6 @@ class PolicyConfig:
             or "k1_in_loss" in self.bugs,
             "kl.loss_estimator='k1' has no gradient in expectation: take 'k2', or kl.ratio='differentiated', or put it in the "
             "reward (bugs=('k1_in_loss',) is for studies)",
-        )
-
-
-def check_rl_sampling(sampling: Sampling, bugs: tuple[Bug, ...] = ()) -> None:
-    """Raises ValueError where rollouts would be drawn from a distribution that the trainer does not score.
-
-    Temperature is applied on both sides; filters and penalties are not, and their renormalisation would leak into the ratio.
-    """
-    check(sampling.temperature > 0, "sampling.temperature=0 is greedy: rollouts of RL must be drawn; set it above 0")
-    off = {
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-        "logit_bias": (),
-    }
-    for name, neutral in off.items():
-        value = getattr(sampling, name)
-        check(
-            value == neutral or "truncated_sampling" in bugs,
-            f"sampling.{name}={value!r}: the trainer scores the whole distribution, so set it to {neutral!r} in RL "
-            "(bugs=('truncated_sampling',) is for studies)",
         )
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.objectives.aggregate import as_float, divide, masked_mean
+from train.objectives.aggregate import divide, masked_mean
 from train.objectives.config import KTOConfig
 
 
@@ -43,15 +43,6 @@ def kto_losses(
     return jnp.where(desirable != 0, gain, config.undesirable_weight * jax.nn.sigmoid(z))
 
 
-def class_balance(config: KTOConfig, desirable: jax.Array, valid: jax.Array) -> jax.Array:
+def class_balance(config: KTOConfig, desirable_share: jax.Array) -> jax.Array:
     """(desirable weight x count) / (undesirable weight x count), which should lie in [1, 4/3]; 0 without undesirable ones."""
-    valid = as_float(valid)
-    good = jnp.sum(valid * as_float(desirable != 0))
-    return divide(config.desirable_weight * good, config.undesirable_weight * (jnp.sum(valid) - good))
-
-
-def class_means(x: jax.Array, desirable: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Means of `x` [B] over desirable and over undesirable answers; 0, not NaN, for a class that is absent."""
-    valid = as_float(valid)
-    good = valid * as_float(desirable != 0)
-    return masked_mean(x, good), masked_mean(x, valid - good)
+    return divide(config.desirable_weight * desirable_share, config.undesirable_weight * (1 - desirable_share))

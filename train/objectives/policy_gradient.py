@@ -258,6 +258,7 @@ def policy_sums(
         values, old_values = masked(_given(values, "values"), mask), _given(batch.old_values, "values")
         of_value = value_losses(values, old_values, _given(batch.returns, "returns"), config.value.clip)
         sums["value_loss"] = weighted_sum(weights, of_value)
+        sums["value_mean"] = weighted_sum(weights, values)
         if config.value.clip:
             moved = jnp.abs(values - old_values) > config.value.clip
             sums["value_clip_fraction"] = weighted_sum(weights, as_float(moved))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from data.config import IGNORE
 from train.objectives.aggregate import as_float, divide, masked, sequence_sums
 from train.objectives.config import RewardModelConfig, StepAggregation
+from train.objectives.pairs import preference_accuracy
 from train.objectives.ppo import last_action
 
 
@@ -30,6 +31,18 @@ def pairwise_losses(
     """
     losses = -jax.nn.log_sigmoid(chosen - rejected - margin)
     return losses + config.centring * jnp.square(chosen + rejected)
+
+
+def length_preference(
+    chosen: jax.Array, rejected: jax.Array, chosen_lengths: jax.Array, rejected_lengths: jax.Array
+) -> dict[str, jax.Array]:
+    """Of each pair, all [N]: whether the longer answer has the higher score, and whether it is the preferred one; a tie is 1/2.
+    Their means say how scores go with lengths (2 x mean - 1 is Kendall's rank correlation within pairs), and labels do."""
+    longer = jnp.sign(chosen_lengths - rejected_lengths)
+    return {
+        "longer_scored_higher": preference_accuracy(longer * chosen, longer * rejected),
+        "longer_chosen": preference_accuracy(chosen_lengths, rejected_lengths),
+    }
 
 
 def ranking_losses(config: RewardModelConfig, scores: jax.Array, ranks: jax.Array, valid: jax.Array) -> jax.Array:
