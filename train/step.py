@@ -23,7 +23,7 @@ from model.params import Params, abstract_params, dimensions, init_params, is_sp
 from model.ring_attention import zigzag
 from model.sharding import TRAIN_RULES, Layout, check_mesh, constrain, make_mesh, resolve_sizes
 from model.transformer import activations, forward
-from train.config import DEFAULT_RULES, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from train.config import DEFAULT_RULES, DistillationConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
 from train.distillation import TEACHER, distillation_sums
 from train.micro_batches import split_rows
 from train.optimizer import make_optimizer, make_schedule
@@ -248,6 +248,8 @@ class Job(Protocol):
     @property
     def lora(self) -> LoraConfig | None: ...
     @property
+    def distillation(self) -> DistillationConfig | None: ...
+    @property
     def optimizer(self) -> OptimizerConfig: ...
     @property
     def mesh(self) -> MeshConfig: ...
@@ -435,7 +437,8 @@ def mesh_sizes(config: Job, num_devices: int) -> dict[str, int]:
     specs = param_specs(config.model)
     if isinstance(config, TrainConfig):
         specs |= head_specs(config.objective, config.model)
-        specs |= {TEACHER: param_specs(config.distillation.model)} if config.distillation else {}
+    if config.distillation is not None:
+        specs |= {TEACHER: param_specs(config.distillation.model)}
     arrays = dimensions(specs) + activations(config.update_rows // config.accumulation, config.row_tokens)
     check_mesh(arrays, TRAIN_RULES, sizes)
     return sizes
