@@ -157,7 +157,7 @@ def test_every_prompt_of_every_step_has_random_numbers_of_its_own():
 )
 def test_the_first_update_is_on_policy_and_the_run_ends_with_a_result(warm_start, tmp_path, policy):
     """The sampler's log-probabilities are the trainer's, so the ratio is 1; that of a second update no longer is."""
-    metrics = run(job(warm_start, tmp_path / "run", policy=policy))
+    metrics = run(job(warm_start, tmp_path / "run", policy=policy, seed=1))
     assert [record["step"] for record in metrics] == [1, 2, 3]
     for record in metrics:
         assert record["mismatch_max"] < 1e-5
@@ -166,7 +166,7 @@ def test_the_first_update_is_on_policy_and_the_run_ends_with_a_result(warm_start
         if policy.kl.loss_coefficient:
             assert record.keys() >= WATCHED
             assert any(name.startswith("reward/right/reason/") for name in record)
-    assert any(record["grad_norm"] > 0 for record in metrics)
+    assert any(record["grad_norm"] > 0 for record in metrics[:-1]), "nothing earned a reward in time: take another seed"
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["steps"] == 3
     assert 0 <= result["eval/pass@1"] <= result["eval/pass@2"] <= 1
@@ -245,7 +245,8 @@ def updates(warm_start, tmp_path_factory):
     """Of one batch in two minibatches, passed over twice, with a value function: the open loop; what is known before; rows and
     metrics of each update; and the metrics with a limit between the KL of the first update and that of the second."""
     policy = PolicyConfig(advantage="gae", value=ValueConfig(), group_size=4, updates_per_batch=2, entropy_coefficient=0.1)
-    config = job(warm_start, tmp_path_factory.mktemp("updates") / "run", policy=policy, minibatches=2)
+    # By this seed an answer of the first minibatch is right, and there is a value to learn.
+    config = job(warm_start, tmp_path_factory.mktemp("updates") / "run", policy=policy, minibatches=2, seed=10)
     rows = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl, "Policy", functools.partial(rl.Policy, devices=jax.devices()[:1]))
