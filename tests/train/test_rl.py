@@ -245,8 +245,7 @@ def updates(warm_start, tmp_path_factory):
     """Of one batch in two minibatches, passed over twice, with a value function: the open loop; what is known before; rows and
     metrics of each update; and the metrics with a limit between the KL of the first update and that of the second."""
     policy = PolicyConfig(advantage="gae", value=ValueConfig(), group_size=4, updates_per_batch=2, entropy_coefficient=0.1)
-    # By this seed an answer of the first minibatch is right, and there is a value to learn.
-    config = job(warm_start, tmp_path_factory.mktemp("updates") / "run", policy=policy, minibatches=2, seed=10)
+    config = job(warm_start, tmp_path_factory.mktemp("updates") / "run", policy=policy, minibatches=2)
     rows = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl, "Policy", functools.partial(rl.Policy, devices=jax.devices()[:1]))
@@ -260,6 +259,8 @@ def updates(warm_start, tmp_path_factory):
             loop.policy.trainer = dataclasses.replace(loop.policy.trainer, step=watched)
             loop._load_engine()
             judged, _ = loop._samples_of(0)
+            # Whatever was drawn, there is something to learn.
+            judged = dataclasses.replace(judged, rewards=np.arange(16, dtype=np.float32) % 4 / 3)
             constants, before = jax.device_get(loop._constants(judged))
             metrics = jax.device_get(loop._update(judged.samples, constants, 0))
             found = {"loop": loop, "before": before, "rows": list(rows), "metrics": metrics}
@@ -332,7 +333,8 @@ ALGORITHMS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_micro_batches_change_nothing_but_memory(warm_start, tmp_path, name):
+def test_micro_batches_change_nothing_but_memory(warm_start, tmp_path, name, monkeypatch):
+    verifiers_instead(monkeypatch, odd_is_right, 16)
     policy = dataclasses.replace(ALGORITHMS[name], group_size=4)
     whole, parts = (run(job(warm_start, tmp_path / str(n), accumulation=n, steps=1, policy=policy))[0] for n in (1, 4))
     assert whole["grad_norm"] > 0
@@ -343,6 +345,7 @@ def test_micro_batches_change_nothing_but_memory(warm_start, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_eight_devices_do_what_one_does(warm_start, tmp_path, name, monkeypatch):
+    verifiers_instead(monkeypatch, odd_is_right, 16)
     policy = dataclasses.replace(ALGORITHMS[name], group_size=4)
     many = run(job(warm_start, tmp_path / "many", steps=1, policy=policy))[0]
     monkeypatch.setattr(rl, "Policy", functools.partial(rl.Policy, devices=jax.devices()[:1]))
@@ -804,10 +807,15 @@ def raises_on_some(completion, example):
     return Score(0.5, "so-so")
 
 
-def verifiers_that_fail(monkeypatch, verifier, calls_of):
+def odd_is_right(completion, example):
+    """Which some of any answers are."""
+    return Score(float(len(completion) % 2), "odd or even")
+
+
+def verifiers_instead(monkeypatch, verifier, calls_of):
     """In calls of so many completions, the verifier instead of the task's, in processes like it."""
 
-    class Failing(Verifiers):
+    class Others(Verifiers):
         def __init__(self, parts, *options):
             super().__init__(parts, *options)
             self.other = Verifiers((Part("right", verifier),), *options)
@@ -819,12 +827,12 @@ def verifiers_that_fail(monkeypatch, verifier, calls_of):
             self.other.close()
             super().close()
 
-    monkeypatch.setattr(rl, "Verifiers", Failing)
+    monkeypatch.setattr(rl, "Verifiers", Others)
 
 
 def test_prompts_whose_greedy_answer_cannot_be_judged_are_left_out_and_counted(warm_start, tmp_path, monkeypatch):
     seen = watch_constants(monkeypatch)
-    verifiers_that_fail(monkeypatch, raises_on_some, 6)
+    verifiers_instead(monkeypatch, raises_on_some, 6)
     policy = dataclasses.replace(REMAX, group_size=2)
     rollouts = RolloutConfig(prompts=6, max_prompt_tokens=6, max_tokens=6, max_batch=8, verifiers=1)
     (record,) = run(job(warm_start, tmp_path / "run", policy=policy, rollouts=rollouts, steps=1))
@@ -845,7 +853,7 @@ def test_prompts_whose_greedy_answer_cannot_be_judged_are_left_out_and_counted(w
 @pytest.mark.slow
 def test_failures_of_all_rounds_of_sampling_are_counted(warm_start, tmp_path, monkeypatch):
     """Of which no group can be compared, so each round draws others; and nothing is learned, and nothing breaks."""
-    verifiers_that_fail(monkeypatch, raises, 16)
+    verifiers_instead(monkeypatch, raises, 16)
     (record,) = run(job(warm_start, tmp_path / "run", policy=PolicyConfig(group_size=4, zero_variance="resample"), steps=1))
     assert record["rounds"] == 3
     assert record["reward/right/failed"] == record["reward/right/raised"] == 48
