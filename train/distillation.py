@@ -68,11 +68,10 @@ def divergences(
     Args:
       params: of the student, with those of the teacher under TEACHER, which get no gradient.
     """
-    teacher = jax.lax.stop_gradient(params[TEACHER])
     losses = forward_kl_losses if config.direction == "forward" else reverse_kl_losses
 
     def of_tokens(hidden: jax.Array, taught: jax.Array) -> jax.Array:
-        logits, aims = unembed(params, model, hidden), unembed(teacher, config.model, taught)
+        logits, aims = unembed(params, model, hidden), unembed(params[TEACHER], config.model, taught)
         return losses(logits, aims, config.temperature)
 
     return _in_chunks(of_tokens, hidden, taught, chunk_tokens)
