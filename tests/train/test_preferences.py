@@ -270,6 +270,7 @@ def test_gradients_through_packed_rows_are_those_of_answers_alone(examples, alon
         assert z0 > 0
         gained, good = 0.1 * (np.asarray(sums, np.float64) - of_reference)[::2], labels[::2] == 1
         assert 0 < good.sum() < len(good)
+        assert float(metrics["class_balance"]) / number == pytest.approx(good.sum() / (~good).sum(), rel=1e-5)
         rewards = {"reward_chosen": gained[good].mean(), "reward_rejected": gained[~good].mean()}
         rewards["reward_margin"] = rewards["reward_chosen"] - rewards["reward_rejected"]
         assert {name: float(metrics[name]) / number for name in rewards} == pytest.approx(
