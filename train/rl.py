@@ -45,6 +45,7 @@ from train.learned_reward import LearnedReward
 from train.loop import Log, differences, stop_on_signal
 from train.metrics import JsonlWriter, check_writers, make_writers, read_jsonl, truncate_jsonl
 from train.objectives.aggregate import normalised_apart
+from train.objectives.config import GROUP_ADVANTAGES
 from train.objectives.entropy import adapt_coefficient
 from train.objectives.grpo import group_statistics, select_groups
 from train.objectives.metrics import pass_at_k, rollout_metrics
@@ -58,7 +59,7 @@ from train.provenance import provenance
 from train.rewards import Part, Rewards, Verifiers, compose, counts_failures
 from train.rl_config import RLConfig
 from train.rl_step import Scores, policy_objective, score
-from train.rollouts import Array, Samples, draw, engine_config, fitting
+from train.rollouts import Array, Samples, draw, engine_config, fitting, shuffled_rows
 from train.scalar_head import scalar_head_spec
 from train.step import TrainState, make_trainer_of
 
@@ -497,7 +498,8 @@ class RLLoop:
         group = np.unique(together.samples.group, return_inverse=True)[1].astype(np.int32)
         together = dataclasses.replace(together, samples=dataclasses.replace(together.samples, group=group))
         if config.shuffle_rewards:
-            order = np.random.default_rng([config.seed, step, 1]).permutation(len(together.rewards))
+            rows, grouped = len(together.rewards), config.policy.advantage in GROUP_ADVANTAGES
+            order = shuffled_rows(np.random.default_rng([config.seed, step, 1]), rows, size if grouped else rows)
             together = dataclasses.replace(
                 together,
                 rewards=together.rewards[order],

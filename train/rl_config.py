@@ -91,7 +91,8 @@ class RLConfig:
         long prompts with short answers: each pair of answers to one prompt is a tile of attention that is computed in vain.
       distillation: the policy learns from a teacher too, token by token of its own answers (on-policy distillation,
         arXiv:2306.13649); with `share=1` from it alone, and rewards are only told. None is off.
-      shuffle_rewards: a control: rewards are dealt out at random within the batch, so that nothing can be learned.
+      shuffle_rewards: a control: rewards are dealt out at random and teach nothing; within groups where answers are
+        compared with their group, and within the batch otherwise.
     """
 
     name: str

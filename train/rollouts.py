@@ -149,3 +149,12 @@ def to_rows(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequenc
     truncated = np.array([answer[-1].finish_reason == "length" for _, _, answer in pairs])
     group = np.array([i for i, _, _ in pairs], np.int32)
     return Samples(tokens, targets, segments, positions, mask, behavior, truncated, group)
+
+
+def shuffled_rows(generator: np.random.Generator, num_rows: int, size: int) -> np.ndarray:
+    """[num_rows] of int: whose reward each row gets where they are dealt out at random among every `size` rows.
+
+    Given the rewards, each row's is on average the mean of those it is dealt from: less that mean it teaches nothing. And
+    groups keep their rewards, and with them their share of the noise.
+    """
+    return generator.permuted(np.arange(num_rows).reshape(-1, size), axis=1).reshape(-1)

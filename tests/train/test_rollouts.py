@@ -15,7 +15,7 @@ from inference.sampling import Sampling
 from model.transformer import forward, unembed
 from tests.networks import SMALL, random_params
 from train.rl_step import score
-from train.rollouts import draw, fitting
+from train.rollouts import draw, fitting, shuffled_rows
 
 MODEL = dataclasses.replace(SMALL, num_layers=2)
 PARAMS = random_params(MODEL)
@@ -126,3 +126,13 @@ def test_prompts_that_do_not_fit_are_left_out_by_name_and_others_stand_in():
         ValueError, match=r"of 100 prompts none has 1 to rollouts\.max_prompt_tokens=4 tokens, .* '9902': raise it"
     ):
         fitting(example, lambda e: [1] * 5, range(2, 3), 4, 100)
+
+
+def test_shuffled_rewards_stay_in_their_group_and_are_its_mean_on_average():
+    generator, rewards = np.random.default_rng(0), np.arange(12.0) ** 2
+    orders = np.array([shuffled_rows(generator, 12, 4) for _ in range(4000)])
+    assert (np.sort(orders.reshape(-1, 3, 4), axis=-1) == np.arange(12).reshape(3, 4)).all()
+    means, spread = rewards.reshape(3, 4).mean(1), rewards.reshape(3, 4).std(1)
+    errors = (rewards[orders].mean(0).reshape(3, 4) - means[:, None]) / (spread[:, None] / np.sqrt(len(orders)))
+    assert np.abs(errors).max() < 5
+    assert set(shuffled_rows(generator, 12, 12)[:4]) != set(range(4))
