@@ -530,15 +530,14 @@ class Engine:
           ValueError: see `submit`; RuntimeError: a watcher, a constraint or a guess failed. The requests are dropped.
         """
         answers: dict[int, dict[int, list[Token]]] = {}
-        others: list[Token] = []
         try:
             for request in requests:
                 samples = range(request.first_sample, request.first_sample + request.num_samples)
                 answers[self.submit(request)] = {n: [] for n in samples}
             unfinished = sum(len(samples) for samples in answers.values())
             while unfinished:
-                tokens = self.step()
-                others += [token for token in tokens if token.request not in answers]
+                tokens = self._draw_next()
+                self._unclaimed += [token for token in tokens if token.request not in answers]
                 for token in tokens:
                     if token.request in answers:
                         if token.error is not None:
@@ -549,8 +548,6 @@ class Engine:
             for request_id in answers:
                 self.abort(request_id)
             raise
-        finally:
-            self._unclaimed = others
         return [list(samples.values()) for samples in answers.values()]
 
     def logits_along(self, tokens: Sequence[int], num_prefilled: int) -> np.ndarray:
@@ -592,11 +589,15 @@ class Engine:
 
     def step(self) -> list[Token]:
         """Goes on with what there is to do; returns the tokens that were drawn, those of a request in their order."""
-        self.stats.steps += 1
+        drawn = self._draw_next()
         unclaimed, self._unclaimed = self._unclaimed, []
+        return [*unclaimed, *drawn]
+
+    def _draw_next(self) -> list[Token]:
+        self.stats.steps += 1
         self._fill()
         self._find_room()
-        return [*unclaimed, *(self._advance() if self._running else [])]
+        return self._advance() if self._running else []
 
     def _holding(self) -> list[Ongoing]:
         return [*self._running, *([self._filling] if self._filling else [])]

@@ -294,8 +294,22 @@ class Traces(RuleBasedStateMachine):
     def step(self, steps):
         for _ in range(steps):
             for token in self.engine.step():
+                assert token.request in self.requests
                 assert token.request not in self.dropped
                 self.answers[token.request, token.sample].append(token)
+
+    @rule(prompt=PROMPTS, calls=st.lists(st.sampled_from(["good", "refused", "empty"]), min_size=1, max_size=3))
+    def generate(self, prompt, calls):
+        """What was submitted goes on beside it, and its tokens are not lost."""
+        good = Request(prompt, max_tokens=3, seed=7)
+        for call in calls:
+            if call == "refused":
+                with pytest.raises(ValueError, match=r"token ids 48\.\.48"):
+                    self.engine.generate([good, Request([MODEL.vocab_size])])
+            else:
+                requests = [good] if call == "good" else []
+                for (answer,) in self.engine.generate(requests):
+                    check_answer(good, 0, answer, cache_dtype=self.engine.config.cache_dtype)
 
     @rule(data=st.data())
     def abort(self, data):

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import queue
 import threading
 
 import pytest
@@ -43,6 +44,20 @@ def test_what_is_generated_between_two_steps_takes_no_tokens_from_others(service
     tokens += concurrent.futures.ThreadPoolExecutor(1).submit(list, stream).result(timeout=60)
     check_tokens(request, tokens)
     assert not service.call(lambda engine: engine.has_work)
+
+
+def test_a_search_that_fails_takes_no_tokens_from_others(service):
+    """It draws for those who stream too, before what it asks for next is refused."""
+    request = Request(CHAIN[:3], SAMPLINGS[0], max_tokens=20, seed=3)
+    told = queue.SimpleQueue()
+
+    def submit_and_search(engine):
+        service._listeners[engine.submit(request)] = told.put, request.num_samples
+        with pytest.raises(ValueError, match=r"exceed model\.max_seq_len"):
+            beam_search(engine, CHAIN[:28], num_beams=2, max_tokens=9)
+
+    service.call(submit_and_search)
+    check_tokens(request, [told.get(timeout=20) for _ in range(request.max_tokens)])
 
 
 def test_tasks_get_their_own_answers(service):
