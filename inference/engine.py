@@ -105,7 +105,8 @@ class Request:
     seed: with it and the weights, an answer is always the same, whatever else the engine does.
     top_logprobs: alternatives reported for each token.
     watch: makes, for a sample by its number, a function that is told its tokens and says whether to stop there.
-    constraint: makes, for each sample, what its tokens must satisfy.
+    constraint: makes, for each sample, what its tokens must satisfy; of `stop_ids` only its own may then be drawn, so that an
+      answer that ends with `stop` is complete.
     """
 
     prompt: Sequence[int]
@@ -169,7 +170,8 @@ class Token:
       request, sample: whose.
       logprob: under the distribution it was drawn from (0 where the most likely one was taken).
       raw_logprob: under the model's own distribution, as the trainer computes it.
-      finish_reason: if it is the last: `stop` (a stop token, or the watcher said so), `length`, or `error`.
+      finish_reason: if it is the last: `stop` (a stop token, or the watcher said so), `length` (cut off: as long as it may
+        become, or the watcher said so of an answer with a constraint, which nobody knows to be complete there), or `error`.
       error: what the request's own watcher or constraint raised, or the guesses at it; the token then says nothing.
     """
 
@@ -716,14 +718,16 @@ class Engine:
     def _token(self, seq: Ongoing, draws: Draws, row: int, turn: int) -> Token:
         token = int(draws.token[row, turn])
         request = seq.request
-        stops = token in request.stop_ids
+        finish_reason: FinishReason | None = "length" if len(seq.tokens) + 1 == seq.max_len else None
+        if token in request.stop_ids:
+            finish_reason = "stop"
         try:
             if seq.constraint:
                 seq.constraint.advance(token)
-            stops |= seq.watcher is not None and seq.watcher(token)
+            if seq.watcher and seq.watcher(token):
+                finish_reason = "length" if seq.constraint else "stop"
         except Exception as error:
             seq.error = seq.error or error
-        finish_reason: FinishReason | None = "stop" if stops else "length" if len(seq.tokens) + 1 == seq.max_len else None
         if seq.error is not None:
             finish_reason = "error"
 
@@ -829,11 +833,12 @@ class Engine:
         """uint32 [words], as `Constraint.allowed`; what raises, or allows nothing, is an error of the sequence."""
         allowed = self._in_vocabulary.copy()
         try:
+            ends = seq.request.stop_ids if seq.num_drawn < seq.request.min_tokens else frozenset[int]()
             if seq.constraint:
                 allowed &= seq.constraint.allowed()
-            if seq.num_drawn < seq.request.min_tokens:
-                for token in seq.request.stop_ids:
-                    allowed[token // 32] &= ~np.uint32(1 << (token % 32))
+                ends = seq.request.stop_ids - {seq.constraint.stop_id}
+            for token in ends:
+                allowed[token // 32] &= ~np.uint32(1 << (token % 32))
             check(bool(allowed.any()), "no token is allowed here, by the constraint, or min_tokens and stop_ids")
         except Exception as error:
             seq.error = error

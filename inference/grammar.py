@@ -1,8 +1,9 @@
 """Answers that must satisfy a JSON schema, a regular expression or a grammar, through `llguidance`.
 
-Every finished answer satisfies it: a stop token may be drawn only where the answer is complete. One that `max_tokens` cuts
-off (`finish_reason="length"`) is only the beginning of one that does. Schemas and grammars come from strangers: what is too
-large, or cannot be had, is refused before it is queued.
+Every answer that ends with `finish_reason="stop"` satisfies it, without its stop token: that of the grammar may be drawn only
+where the answer is complete, and no other of `stop_ids` at all. One that `max_tokens` or a stop string cuts off, both
+`finish_reason="length"`, is only the beginning of one that does. Schemas and grammars come from strangers: what is too large,
+or cannot be had, is refused before it is queued.
 """
 
 from __future__ import annotations

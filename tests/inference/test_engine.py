@@ -101,7 +101,8 @@ def redraw(request, sample, logits, prompt, answer):
 
 
 class Moody:
-    """A constraint of which every token changes what may come next; the reference asks `possible` for the whole answer."""
+    """A constraint of which every token changes what may come next; the reference asks `possible` for the whole answer. Token
+    40, which ends no answer, is always among it."""
 
     stop_id = 5
 
@@ -111,7 +112,7 @@ class Moody:
     @classmethod
     def possible(cls, said):
         may = np.random.default_rng([len(said), *said]).random(MODEL.vocab_size) < 0.25
-        may[7], may[cls.stop_id] = True, len(said) > 1
+        may[40], may[cls.stop_id] = True, len(said) > 1
         return may
 
     def allowed(self):
@@ -126,7 +127,8 @@ class Moody:
 def possible_after(request, said):
     """bool [V]: what a request lets follow the beginning of an answer, a token at a time."""
     if request.constraint:
-        return request.constraint.possible(said)
+        other_ends = sorted(request.stop_ids - {request.constraint.stop_id})
+        return request.constraint.possible(said) & ~np.isin(np.arange(MODEL.vocab_size), other_ends)
     return (len(said) >= request.min_tokens) | ~np.isin(np.arange(MODEL.vocab_size), list(request.stop_ids))
 
 

@@ -12,6 +12,7 @@ import pytest
 from inference.engine import Engine, EngineConfig, Request
 from inference.grammar import Grammars
 from inference.sampling import Sampling
+from inference.text import Answers
 from tests.networks import SMALL, random_params
 
 STOP = 256
@@ -90,6 +91,21 @@ def test_what_is_cut_off_is_said_to_be():
     ((text, reason),) = answers_to([GRAMMARS.constraint("json_schema", {"type": "string", "minLength": 50})], max_tokens=10)
     assert reason == "length"
     assert text.startswith(b'"')
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_other_end_makes_what_is_incomplete_look_finished(seed):
+    """Stop tokens that the grammar knows as digits are not drawn; a stop string cuts off, be it at the last token or before."""
+    digits, ends = GRAMMARS.constraint("regex", "[0-9]{6}"), frozenset({STOP, *map(ord, "1234")})
+    request = Request([65], max_tokens=20, stop_ids=ends, seed=seed, constraint=digits)
+    ((answer,),) = ENGINE.generate([request])
+    assert answer[-1].finish_reason == "stop"
+    assert re.fullmatch(b"[0-9]{6}", b"".join(TOKEN_BYTES[token.token] for token in answer))
+
+    answers = Answers(TOKEN_BYTES, list("56789"))
+    ((answer,),) = ENGINE.generate([dataclasses.replace(request, watch=answers.watch)])
+    assert "".join(answers.text(token) for token in answer).strip("0") == ""
+    assert answer[-1].finish_reason == ("stop" if answer[-1].token == STOP else "length")
 
 
 def test_regular_expressions_and_grammars_hold():
