@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol, TypeVar
@@ -41,6 +42,7 @@ Tree = TypeVar("Tree")
 
 
 MAX_SAMPLES = 16_384  # of a request
+FAILED = "watcher, constraint or guess failed, or its logits are not finite"
 
 
 class Constraint(Protocol):
@@ -172,7 +174,8 @@ class Token:
       raw_logprob: under the model's own distribution, as the trainer computes it.
       finish_reason: if it is the last: `stop` (a stop token, or the watcher said so), `length` (cut off: as long as it may
         become, or the watcher said so of an answer with a constraint, which nobody knows to be complete there), or `error`.
-      error: what the request's own watcher or constraint raised, or the guesses at it; the token then says nothing.
+      error: what the request's own watcher or constraint raised, or the guesses at it, or that the model's logits are not
+        finite; the token then says nothing.
     """
 
     request: int
@@ -214,7 +217,7 @@ class Ongoing:
       max_len: how many they may become.
       pages: that hold the first `num_cached` of its tokens.
       slot: its row of the history; negative while it waits.
-      error: what its watcher, its constraint or a guess at it raised, which ends it and nothing else.
+      error: as of a `Token`; it ends this sample and nothing else.
     """
 
     request_id: int
@@ -529,7 +532,8 @@ class Engine:
         """The answers of each request, a list of tokens per sample; what was drawn of others beside, the next step returns.
 
         Raises:
-          ValueError: see `submit`; RuntimeError: a watcher, a constraint or a guess failed. The requests are dropped.
+          ValueError: see `submit`; RuntimeError: a watcher, a constraint or a guess failed, or logits are not finite. The
+            requests are dropped.
         """
         answers: dict[int, dict[int, list[Token]]] = {}
         try:
@@ -543,7 +547,7 @@ class Engine:
                 for token in tokens:
                     if token.request in answers:
                         if token.error is not None:
-                            raise RuntimeError("a request's watcher, constraint or guess failed") from token.error
+                            raise RuntimeError(f"a request's {FAILED}") from token.error
                         answers[token.request][token.sample].append(token)
                         unfinished -= token.finish_reason is not None
         except BaseException:
@@ -721,7 +725,12 @@ class Engine:
         finish_reason: FinishReason | None = "length" if len(seq.tokens) + 1 == seq.max_len else None
         if token in request.stop_ids:
             finish_reason = "stop"
+        raw_logprob = float(draws.raw_logprob[row, turn])
         try:
+            if not math.isfinite(raw_logprob):
+                raise FloatingPointError(
+                    f"the logits after token {len(seq.tokens) - 1} are not finite: look at the weights and model.dtype"
+                )
             if seq.constraint:
                 seq.constraint.advance(token)
             if seq.watcher and seq.watcher(token):
@@ -743,7 +752,7 @@ class Engine:
             seq.sample,
             token,
             float(draws.logprob[row, turn]),
-            float(draws.raw_logprob[row, turn]),
+            raw_logprob,
             best(draws.top_tokens, draws.top_logprobs),
             best(draws.raw_top_tokens, draws.raw_top_logprobs),
             finish_reason,

@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from typing import TypeVar
 
-from inference.engine import Engine, Request, Token
+from inference.engine import FAILED, Engine, Request, Token
 
 T = TypeVar("T")
 # What a listener is told: its tokens one by one, or the error that ended the engine. One that raises is told nothing more, and
@@ -156,10 +156,10 @@ class Service:
 def _raised(token: Token | BaseException) -> Token:
     """
     Raises:
-      RuntimeError: the engine has ended, or the request's watcher, constraint or guess raised.
+      RuntimeError: the engine has ended, or the request failed (`Token.error`).
     """
     if isinstance(token, BaseException):
         raise RuntimeError("the engine ended before the answer did") from token
     if token.error is not None:
-        raise RuntimeError("the request's watcher, constraint or guess failed") from token.error
+        raise RuntimeError(f"the request's {FAILED}") from token.error
     return token

@@ -460,6 +460,31 @@ def test_what_a_request_brings_along_harms_no_other_request():
         Request(CHAIN[:4], num_samples=10**9)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=["nan", "inf"])
+def test_logits_that_are_not_finite_are_an_error_of_their_request(monkeypatch, bad):
+    """What follows token 40 overflows, as at the second token of one of three that are drawn together."""
+
+    def decode(params, model, placement, pages, table, tokens, positions):
+        pages, logits = _decode(params, model, placement, pages, table, tokens, positions)
+        return pages, logits.at[..., 3].set(jax.numpy.where(tokens == 40, bad, logits[..., 3]))
+
+    monkeypatch.setattr("inference.engine._decode", decode)
+    engine = Engine(PARAMS, MODEL, ROOMY)
+    but_40 = Sampling(logit_bias=((40, -100.0),))
+    good = [Request(CHAIN[:5], but_40, max_tokens=6, seed=seed) for seed in (0, 1)]
+    overflows = Request(CHAIN[:5], Sampling(logit_bias=((40, 100.0),)), max_tokens=6)
+    first, ill, second = (engine.submit(request) for request in (good[0], overflows, good[1]))
+    answers = run_to_end(engine)
+    *_, last = answers[ill, 0]
+    assert [token.finish_reason for token in answers[ill, 0]] == [None, "error"]
+    assert isinstance(last.error, FloatingPointError)
+    for request, request_id in zip(good, (first, second), strict=True):
+        check_answer(request, 0, answers[request_id, 0])
+    with pytest.raises(RuntimeError, match="its logits are not finite"):
+        engine.generate([overflows])
+    assert (engine.num_pages_held, engine.has_work) == (0, False)
+
+
 def small_pairs(answer):
     return [(token.token, token.logprob, token.raw_logprob) for token in answer]
 
