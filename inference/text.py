@@ -20,7 +20,8 @@ class TextStream:
 
     Args:
       token_bytes: what each id decodes to, empty for special tokens.
-      stop: strings that end the answer and are not part of it.
+      stop: strings that end the answer and are not part of it: the one that is complete first, of several the longest, however
+        the text is cut into tokens.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()):
@@ -34,10 +35,11 @@ class TextStream:
         """What can be shown now that `token` has come."""
         data = self._token_bytes[token] if token < len(self._token_bytes) else b""
         self._held += self._decoder.decode(data)
-        ends = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        if ends:
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
             self.stopped = True
-            shown, self._held = self._held[: min(ends)], ""
+            _, start = min(found)
+            shown, self._held = self._held[:start], ""
             return shown
         held = max((_length_of_beginning(self._held, stop) for stop in self._stop), default=0)
         shown, self._held = self._held[: len(self._held) - held], self._held[len(self._held) - held :]

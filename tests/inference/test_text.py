@@ -1,9 +1,10 @@
 """Streams of text: every border of bytes, characters and stop strings, against decoding the whole at once."""
 
 import collections
+import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from inference.engine import Token
@@ -11,30 +12,39 @@ from inference.text import Answers, TextStream
 
 BYTES = (*(bytes([i]) for i in range(256)), b"")
 STRINGS = st.text(st.sampled_from("abc€😀é "), max_size=12)
+SIZES = st.lists(st.integers(0, 6), max_size=12)
 
 
-def streamed(data, stop=()):
-    """(pieces, whether it stopped) of the bytes of `data` as tokens, as far as they are needed."""
-    stream, pieces = TextStream(BYTES, stop), []
-    for token in data:
+def streamed(tokens, stop=()):
+    """(pieces, whether it stopped) of bytes as tokens, as far as they are needed."""
+    stream, pieces = TextStream(tokens, stop), []
+    for token in range(len(tokens)):
         pieces.append(stream.push(token))
         if stream.stopped:
             break
     return [*pieces, stream.finish()], stream.stopped
 
 
-@given(st.binary(max_size=24))
-def test_pieces_together_are_the_text_and_none_breaks_a_character(data):
-    pieces, _ = streamed(data)
+def cut(data, sizes):
+    """Tokens of so many bytes each, and the rest."""
+    ends = list(itertools.accumulate(sizes))
+    return [data[start:end] for start, end in zip([0, *ends], [*ends, len(data)], strict=True)]
+
+
+@given(st.binary(max_size=24), SIZES)
+def test_pieces_together_are_the_text_and_none_breaks_a_character(data, sizes):
+    pieces, _ = streamed(cut(data, sizes))
     assert "".join(pieces) == data.decode("utf-8", errors="replace")
     for end in range(len(pieces)):
         shown = "".join(pieces[:end])
         assert "".join(pieces).startswith(shown)
 
 
-@given(STRINGS, st.lists(STRINGS.filter(bool), min_size=1, max_size=3))
-def test_nothing_of_a_stop_string_is_ever_shown(text, stop):
-    pieces, stopped = streamed(text.encode(), stop)
+@given(STRINGS, st.lists(STRINGS.filter(bool), min_size=1, max_size=3), SIZES)
+@example("abcd", ["abcd", "bc"], [4])
+@example("abcd", ["abcd", "bc"], [1, 1, 1])
+def test_nothing_of_a_stop_string_is_ever_shown(text, stop, sizes):
+    pieces, stopped = streamed(cut(text.encode(), sizes), stop)
     # The stop string that is complete first ends the answer; of those that are at once, the one that began first.
     prefixes = [text[:end] for end in range(len(text) + 1)]
     complete = next((prefix for prefix in prefixes if any(s in prefix for s in stop)), None)
