@@ -102,7 +102,7 @@ class Request:
     first_sample: number of the first of them; samples of a seed differ by their number alone.
     answer: tokens that were drawn before, as of an answer that was broken off; what is drawn goes on from there.
     max_tokens: of an answer, with what was drawn before; None is as many as the context holds.
-    min_tokens: before them no token of `stop_ids` is drawn.
+    min_tokens: before them no token of `stop_ids` is drawn, and a watcher that says stop is not heeded.
     stop_ids: tokens that end an answer and are its last.
     seed: with it and the weights, an answer is always the same, whatever else the engine does.
     top_logprobs: alternatives reported for each token.
@@ -733,7 +733,7 @@ class Engine:
                 )
             if seq.constraint:
                 seq.constraint.advance(token)
-            if seq.watcher and seq.watcher(token):
+            if seq.watcher and seq.watcher(token) and seq.num_drawn + 1 >= request.min_tokens:
                 finish_reason = "length" if seq.constraint else "stop"
         except Exception as error:
             seq.error = seq.error or error

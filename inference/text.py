@@ -22,11 +22,13 @@ class TextStream:
       token_bytes: what each id decodes to, empty for special tokens.
       stop: strings that end the answer and are not part of it: the one that is complete first, of several the longest, however
         the text is cut into tokens.
+      min_tokens: a stop string that is complete before so many tokens is text like any other.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()):
+    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = (), min_tokens: int = 0):
         self._token_bytes = token_bytes
         self._stop = tuple(stop)
+        self._tokens_missing = min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self.stopped = False
@@ -34,9 +36,13 @@ class TextStream:
     def push(self, token: int) -> str:
         """What can be shown now that `token` has come."""
         data = self._token_bytes[token] if token < len(self._token_bytes) else b""
+        num_seen = len(self._held)
         self._held += self._decoder.decode(data)
-        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
+        self._tokens_missing -= 1
+        # Where each stands with its end among what is new: what is complete in the rest came too early.
+        places = [(stop, self._held.find(stop, max(num_seen - len(stop) + 1, 0))) for stop in self._stop]
+        found = [(at + len(stop), at) for stop, at in places if at >= 0]
+        if found and self._tokens_missing <= 0:
             self.stopped = True
             _, start = min(found)
             shown, self._held = self._held[:start], ""
@@ -53,12 +59,16 @@ class TextStream:
 
 
 class Answers:
-    """Text beside the tokens of one request: `watch` goes into the request, and `text` is asked once for each of its tokens."""
+    """Text beside the tokens of one request: `watch` goes into the request, and `text` is asked once for each of its tokens.
 
-    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()):
+    Args:
+      min_tokens: that of the request. See `TextStream` for the others.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = (), min_tokens: int = 0):
         if not all(stop):
             raise ValueError("a stop string is empty: leave it out")
-        self._arguments = (token_bytes, stop)
+        self._arguments = (token_bytes, stop, min_tokens)
         self._samples: dict[int, tuple[TextStream, collections.deque[str]]] = {}
 
     def watch(self, sample: int) -> Callable[[int], bool]:

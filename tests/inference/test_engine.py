@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from inference.engine import Engine, EngineConfig, Request, _decode, lower_decode
 from inference.sampling import TOP_LOGPROBS, History, Rows, Sampling, draw
 from inference.speculate import DraftModel, prompt_lookup
+from inference.text import Answers
 from model import transformer
 from model.attention import attention
 from model.params import param_shardings, param_specs
@@ -594,6 +595,16 @@ def test_a_minimum_of_tokens_keeps_stop_tokens_away():
     for answer in answers:
         assert all(token.token not in stops for token in answer[:3])
     assert any(answer[-1].finish_reason == "stop" and len(answer) == 4 for answer in answers)
+
+
+def test_a_minimum_of_tokens_holds_against_stop_strings():
+    engine = Engine(PARAMS, MODEL, ROOMY)
+    answers = Answers([b"x"] * MODEL.vocab_size, ["x"], min_tokens=4)
+    ((answer,),) = engine.generate([Request(CHAIN[:5], max_tokens=8, min_tokens=4, watch=answers.watch)])
+    assert "".join(answers.text(token) for token in answer) == "xxx"
+    assert (len(answer), answer[-1].finish_reason) == (4, "stop")
+    impatient = Request(CHAIN[:5], max_tokens=8, min_tokens=3, watch=lambda sample: lambda token: True)
+    assert [len(answer) for answer in engine.generate([impatient])[0]] == [3]
 
 
 def test_tokens_beyond_the_tokenizers_are_never_drawn():

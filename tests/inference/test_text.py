@@ -15,9 +15,9 @@ STRINGS = st.text(st.sampled_from("abc€😀é "), max_size=12)
 SIZES = st.lists(st.integers(0, 6), max_size=12)
 
 
-def streamed(tokens, stop=()):
+def streamed(tokens, stop=(), min_tokens=0):
     """(pieces, whether it stopped) of bytes as tokens, as far as they are needed."""
-    stream, pieces = TextStream(tokens, stop), []
+    stream, pieces = TextStream(tokens, stop, min_tokens), []
     for token in range(len(tokens)):
         pieces.append(stream.push(token))
         if stream.stopped:
@@ -40,16 +40,21 @@ def test_pieces_together_are_the_text_and_none_breaks_a_character(data, sizes):
         assert "".join(pieces).startswith(shown)
 
 
-@given(STRINGS, st.lists(STRINGS.filter(bool), min_size=1, max_size=3), SIZES)
-@example("abcd", ["abcd", "bc"], [4])
-@example("abcd", ["abcd", "bc"], [1, 1, 1])
-def test_nothing_of_a_stop_string_is_ever_shown(text, stop, sizes):
-    pieces, stopped = streamed(cut(text.encode(), sizes), stop)
+@given(STRINGS, st.lists(STRINGS.filter(bool), min_size=1, max_size=3), SIZES, st.sampled_from([0, 0, 0, 1, 2, 4]))
+@example("abcd", ["abcd", "bc"], [4], 0)
+@example("abcd", ["abcd", "bc"], [1, 1, 1], 0)
+@example("abcabcd", ["abcd", "bc"], [3, 1, 1, 1], 2)
+@example("abcab", ["abcd", "bc"], [3, 1], 2)
+def test_nothing_of_a_stop_string_is_ever_shown(text, stop, sizes, min_tokens):
+    """But of those that are complete before the least number of tokens."""
+    tokens = cut(text.encode(), sizes)
+    pieces, stopped = streamed(tokens, stop, min_tokens)
     # The stop string that is complete first ends the answer; of those that are at once, the one that began first.
-    prefixes = [text[:end] for end in range(len(text) + 1)]
-    complete = next((prefix for prefix in prefixes if any(s in prefix for s in stop)), None)
+    too_early = len(b"".join(tokens[: max(min_tokens - 1, 0)]).decode(errors="ignore"))
+    prefixes = [text[:end] for end in range(too_early + 1, len(text) + 1)]
+    complete = next((prefix for prefix in prefixes if prefix.endswith(tuple(stop))), None)
     assert stopped == (complete is not None)
-    expected = text if complete is None else complete[: min(complete.find(s) for s in stop if s in complete)]
+    expected = text if complete is None else min((complete.removesuffix(s) for s in stop), key=len)
     assert "".join(pieces) == expected
 
 
