@@ -33,7 +33,7 @@ from inference.sampling import SAMPLING, TOP_LOGPROBS, Draws, History, Rows, Sam
 from model.attention import check_backend
 from model.config import CacheDType, ModelConfig, check, check_choices
 from model.kernels.tiles import MASKED
-from model.params import Params, unstack_layers
+from model.params import Params, path_name, unstack_layers
 from model.sharding import Layout
 from model.transformer import KVCache, LayerPages, empty_pages, forward, unembed
 
@@ -368,6 +368,10 @@ def _placement(params: Params, model: ModelConfig) -> Placement:
     return Placement.beside(params, model.num_heads, 1 if model.mla else model.num_kv_heads)
 
 
+def _described(params: Params) -> dict[str, str]:
+    return {path_name(path): f"{leaf.dtype} {leaf.shape}" for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
 def _table_width(model: ModelConfig, config: EngineConfig) -> int:
     """Pages of the longest row."""
     return min(-(-model.max_seq_len // config.page_size), config.num_pages)
@@ -520,9 +524,16 @@ class Engine:
 
         What was computed with the old ones is forgotten; sequences that are running go on with their tokens, whose keys and
         values are computed anew.
+
+        Raises:
+          ValueError: the configuration, or a parameter's name, shape or dtype, is another. The engine keeps the old ones.
         """
         params, model = unstack_layers(params, model)
         check(model == self.model, "the new weights are of another network: make a new Engine")
+        old, new = _described(self.params), _described(params)
+        for name in sorted(old | new):
+            there, here = new.get(name, "missing"), old.get(name, "no parameter")
+            check(there == here, f"of the new weights {name} is {there}, in this engine {here}: they are of another network")
         for seq in sorted(self._holding(), key=lambda seq: seq.order, reverse=True):
             self._preempt(seq)
         self._pool.forget_all()

@@ -533,6 +533,25 @@ def test_new_weights_take_over_in_the_midst_of_an_answer():
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {k: v for k, v in w.items() if k != "final_norm"}, r"final_norm/scale is missing, in this engine float32"),
+        (lambda w: w | {"embedding": w["embedding"][:40]}, r"embedding is float32 \(40, 16\), in this engine float32 \(48"),
+        (lambda w: w | {"embedding": w["embedding"].astype("bfloat16")}, r"embedding is bfloat16 .*, in this engine float32"),
+        (lambda w: w | {"more": w["embedding"]}, r"more is float32 .*, in this engine no parameter"),
+    ],
+    ids=["a_leaf_missing", "another_shape", "another_dtype", "a_leaf_more"],
+)
+def test_weights_of_another_network_are_refused_and_the_old_ones_stay(change, message):
+    engine, request = Engine(PARAMS, MODEL, ROOMY), Request(CHAIN[:9], max_tokens=4)
+    request_id = engine.submit(request)
+    first = [token for _ in range(2) for token in engine.step()]
+    with pytest.raises(ValueError, match=message):
+        engine.load(change(PARAMS), MODEL)
+    check_answer(request, 0, [*first, *run_to_end(engine)[request_id, 0]])
+
+
+@pytest.mark.parametrize(
     "name",
     [
         *(pytest.param(f"tiny-{name}", marks=pytest.mark.slow) for name in ("gpt2", "qwen3", "gemma3", "falcon", "mixtral")),
