@@ -26,7 +26,7 @@ from tests.networks import SMALL, random_params
 
 CONTEXT = 32
 MODEL = dataclasses.replace(SMALL, num_layers=2, window_pattern=(0, 6), max_seq_len=CONTEXT)
-PARAMS = random_params(MODEL)
+PARAMS, OTHERS = (random_params(MODEL, seed) for seed in (0, 1))
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -147,10 +147,12 @@ def check_alternatives(found, count, tokens, logprobs):
 
 def check_answer(request, sample, answer, params=PARAMS, model=MODEL, cache_dtype="model"):
     """Every token and log-probability of an answer is that of recomputation, and it ends where it should. After keys or values
-    of which it is not sure how they are rounded, a token may be another one."""
+    of which it is not sure how they are rounded, a token may be another one. `params` may be a list: those of each token."""
     prompt, tokens = list(request.prompt), [*request.answer, *(token.token for token in answer)]
-    logits, sure = recomputed(prompt + tokens, params, model, cache_dtype)
+    weights = params if isinstance(params, list) else [params] * len(answer)
+    by_weights = {id(w): recomputed(prompt + tokens, w, model, cache_dtype) for w in {id(w): w for w in weights}.values()}
     for i, token in enumerate(answer, start=len(request.answer)):
+        logits, sure = by_weights[id(weights[i - len(request.answer)])]
         at = logits[len(prompt) + i - 1]
         possible = possible_after(request, tokens[:i])
         left = np.where(possible, at, -np.inf)
@@ -246,6 +248,14 @@ class Traces(RuleBasedStateMachine):
     def start(self, data):
         self.engine = data.draw(st.sampled_from(self.engines))()
         self.requests, self.answers, self.dropped = {}, collections.defaultdict(list), set()
+        self.now, self.weights = PARAMS, collections.defaultdict(list)  # by which each token of an answer was drawn
+
+    def take(self, tokens):
+        for token in tokens:
+            assert token.request in self.requests
+            assert token.request not in self.dropped
+            self.answers[token.request, token.sample].append(token)
+            self.weights[token.request, token.sample].append(self.now)
 
     @rule(
         prompt=PROMPTS,
@@ -296,10 +306,7 @@ class Traces(RuleBasedStateMachine):
     @rule(steps=st.integers(1, 6))
     def step(self, steps):
         for _ in range(steps):
-            for token in self.engine.step():
-                assert token.request in self.requests
-                assert token.request not in self.dropped
-                self.answers[token.request, token.sample].append(token)
+            self.take(self.engine.step())
 
     @rule(prompt=PROMPTS, calls=st.lists(st.sampled_from(["good", "refused", "empty"]), min_size=1, max_size=3))
     def generate(self, prompt, calls):
@@ -312,7 +319,7 @@ class Traces(RuleBasedStateMachine):
             else:
                 requests = [good] if call == "good" else []
                 for (answer,) in self.engine.generate(requests):
-                    check_answer(good, 0, answer, cache_dtype=self.engine.config.cache_dtype)
+                    check_answer(good, 0, answer, self.now, cache_dtype=self.engine.config.cache_dtype)
 
     @rule(data=st.data())
     def abort(self, data):
@@ -323,7 +330,11 @@ class Traces(RuleBasedStateMachine):
 
     @rule()
     def load(self):
-        self.engine.load(self.engine.params, MODEL)
+        """The other one of two sets of weights; what was drawn by the old ones and not fetched is fetched first."""
+        self.take(self.engine._unclaimed)
+        self.engine._unclaimed = []
+        self.now = OTHERS if self.now is PARAMS else PARAMS
+        self.engine.load(jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), self.now, self.engine.params), MODEL)
 
     @invariant()
     def every_page_is_held_by_those_who_name_it(self):
@@ -340,15 +351,16 @@ class Traces(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "engine"):
             return
-        for key, tokens in run_to_end(self.engine).items():
-            self.answers[key] += tokens
+        for tokens in run_to_end(self.engine).values():
+            self.take(tokens)
         assert self.engine.num_pages_held == 0
         assert len(self.engine._slots) == self.engine.config.max_batch
         for request_id, request in self.requests.items():
             for sample in range(request.first_sample, request.first_sample + request.num_samples):
                 answer = self.answers[request_id, sample]
                 if request_id not in self.dropped or (answer and answer[-1].finish_reason):
-                    check_answer(request, sample, answer, cache_dtype=self.engine.config.cache_dtype)
+                    weights = self.weights[request_id, sample]
+                    check_answer(request, sample, answer, weights, cache_dtype=self.engine.config.cache_dtype)
 
 
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -518,15 +530,14 @@ def test_samples_of_one_prompt_cost_one_prefill():
 
 
 def test_new_weights_take_over_in_the_midst_of_an_answer():
-    other = random_params(MODEL, seed=1)
     engine, request = Engine(PARAMS, MODEL, ROOMY), Request(CHAIN[:9], GREEDY, max_tokens=10)
     engine.submit(request)
     first = [token for _ in range(5) for token in engine.step()]
     assert 0 < len(first) < 10
-    engine.load(other, MODEL)
+    engine.load(OTHERS, MODEL)
     rest = [token for tokens in run_to_end(engine).values() for token in tokens]
     tokens = [*CHAIN[:9], *(token.token for token in (*first, *rest))]
-    before, after = logits_after(tokens, PARAMS, MODEL), logits_after(tokens, other, MODEL)
+    before, after = logits_after(tokens, PARAMS, MODEL), logits_after(tokens, OTHERS, MODEL)
     for i, token in enumerate((*first, *rest)):
         at = (before if i < len(first) else after)[8 + i]
         assert at[token.token] >= np.max(at) - 1e-5
