@@ -7,8 +7,8 @@
 
 A model without a chat template is not one that was taught to answer: it continues what is typed.
 
-The n-th answer of a talk is drawn with seed + n - 1, after /reset too: what is asked again is answered anew, and the same lines
-get the same talk again.
+Each answer of a talk has random numbers by --seed and its own number, after /reset too: what is asked again is answered anew,
+and the same lines get the same talk again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from data.chat_template import encode_chat
 from experiments.sampling import open_to_decode
 from inference.engine import Engine, EngineConfig, Request
 from inference.models import LoadedModel
-from inference.sampling import Sampling
+from inference.sampling import Sampling, derived_seed
 from inference.service import Service
 from inference.text import Answers
 from model.config import CacheDType, check
@@ -75,7 +75,7 @@ class Conversation:
             self._sampling,
             max_tokens=min(self._max_tokens, room),
             stop_ids=self._loaded.stop_ids,
-            seed=(self._seed + self._num_answers) % 2**32,
+            seed=derived_seed("answer", self._seed, self._num_answers),
             watch=answers.watch,
         )
         self._num_answers += 1

@@ -107,7 +107,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     chat.add_argument("--top-k", type=int, default=0, help="0 is off")
     chat.add_argument("--top-p", type=float, default=0.95, help="1 is off; default 0.95")
     chat.add_argument("--min-p", type=float, default=0.0, help="0 is off")
-    chat.add_argument("--seed", type=int, default=0, help="of the first answer; the next has the next; default 0")
+    chat.add_argument("--seed", type=int, default=0, help="of the talk, each answer of which is drawn anew; default 0")
     add_decoding_flags(chat)
     chat.add_argument("--context", type=int, default=8192, help="tokens of the conversation, at most; default 8192")
     bench = commands.add_parser("bench-infer", help="measure how fast a model is decoded here")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from inference.engine import Engine, EngineConfig, Request
-from inference.sampling import Sampling
+from inference.sampling import Sampling, derived_seed
 from model.config import CacheDType, ModelConfig, check
 from model.params import Params
 
@@ -28,7 +28,7 @@ def generate(
       ValueError: see `Request` and `Engine.submit`.
     """
     requests = [
-        Request(prompt, sampling, max_tokens=max_tokens, stop_ids=stop_ids, seed=(seed + i) % 2**32)
+        Request(prompt, sampling, max_tokens=max_tokens, stop_ids=stop_ids, seed=derived_seed("prompt", seed, i))
         for i, prompt in enumerate(prompts)
     ]
     check(bool(requests), "a prompt needs at least one token: give some text, or a <bos> token")

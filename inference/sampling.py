@@ -12,6 +12,7 @@ Axes: B rows, T tokens of a row, V vocabulary, W words of 32 tokens.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import numbers
 
 import flax.struct
@@ -80,6 +81,11 @@ class Sampling:
 
 
 SAMPLING = Sampling()  # from the model's own distribution
+
+
+def derived_seed(purpose: str, *numbers: int) -> int:
+    """For a request: 32 bits that no other purpose and numbers have but by chance."""
+    return int.from_bytes(hashlib.sha256("/".join([purpose, *map(str, numbers)]).encode()).digest()[:4], "little")
 
 
 @flax.struct.dataclass

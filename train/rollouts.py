@@ -8,7 +8,6 @@ Axes: B answers (all samples of a prompt side by side), T targets of a row.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from data.tasks.task import Example
 from inference.engine import Engine, EngineConfig, Request, Token
-from inference.sampling import Sampling
+from inference.sampling import Sampling, derived_seed
 from train.rl_config import RLConfig
 
 Array = Any  # of the host, or in a checkpoint of the devices
@@ -64,9 +63,8 @@ def engine_config(config: RLConfig) -> EngineConfig:
 
 
 def prompt_seed(seed: int, step: int, number: int) -> int:
-    """Of the random numbers of all answers to a step's prompt of that number: 32 bits that no other prompt of the run has but
-    by chance."""
-    return int.from_bytes(hashlib.sha256(f"rollout/{seed}/{step}/{number}".encode()).digest()[:4], "little")
+    """Of the random numbers of all answers to a step's prompt of that number."""
+    return derived_seed("rollout", seed, step, number)
 
 
 def draw(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from inference.engine import Engine, EngineConfig, Request, _decode, lower_decode
+from inference.generate import generate
 from inference.sampling import TOP_LOGPROBS, History, Rows, Sampling, draw
 from inference.speculate import DraftModel, prompt_lookup
 from inference.text import Answers
@@ -514,6 +515,14 @@ def test_an_answer_does_not_depend_on_the_requests_beside_it():
     again = Engine(PARAMS, MODEL, ROOMY).generate([*requests[4:], *requests[:4]])
     for (answer,), (same,) in zip(together, [*again[4:], *again[:4]], strict=True):
         np.testing.assert_allclose(small_pairs(answer), small_pairs(same), atol=1e-5, rtol=0)
+
+
+def test_prompts_of_one_call_and_seeds_of_several_have_random_numbers_of_their_own():
+    def answers(seed):
+        return generate(PARAMS, MODEL, [CHAIN[:5]] * 3, max_tokens=12, sampling=Sampling(), seed=seed)
+
+    assert len({tuple(answer) for seed in (0, 1, 2**32 - 1) for answer in answers(seed)}) == 9
+    assert answers(0) == answers(0)
 
 
 def test_samples_of_one_prompt_cost_one_prefill():
