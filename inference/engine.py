@@ -21,7 +21,7 @@ import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -236,6 +236,11 @@ class Ongoing:
     @property
     def num_drawn(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @functools.cached_property
+    def asked(self) -> dict[str, Any]:
+        """What its row of `Rows` says at every step."""
+        return _asked(self.request, self.sample)
 
 
 # For speculative decoding: up to so many tokens each that may follow (`inference/speculate.py`).
@@ -824,23 +829,10 @@ class Engine:
             tokens[i, :count] = seq.tokens[-1], *guessed
             positions[i, :count] = np.arange(seq.num_cached, seq.num_cached + count)
             allowed[i] &= self._allowed(seq)
+        wanted = [seq.asked | {"slot": seq.slot, "num_drawn": seq.num_drawn} for seq in rows]
         # Rows without a sequence name a slot that does not exist, and what they add to it is dropped.
-        none = dataclasses.asdict(Sampling()) | {"temperature": 0.0, "slot": self.config.max_batch}
-        none |= dict.fromkeys(("reads_history", "seed", "sample", "num_drawn", "top_logprobs"), 0)
-        wanted = [
-            dataclasses.asdict(seq.request.sampling)
-            | {
-                "slot": seq.slot,
-                "reads_history": seq.request.sampling.reads_history,
-                "seed": seq.request.seed,
-                "sample": seq.sample,
-                "num_drawn": seq.num_drawn,
-                "top_logprobs": seq.request.top_logprobs,
-            }
-            for seq in rows
-        ]
-        wanted += [none] * (size - len(rows))
-        columns = {
+        wanted += [_NOTHING | {"slot": self.config.max_batch, "num_drawn": 0}] * (size - len(rows))
+        columns: dict[str, Any] = {
             field.name: np.array([row[field.name] for row in wanted], _DTYPES.get(field.name, np.float32))
             for field in dataclasses.fields(Rows)
         }
@@ -901,6 +893,19 @@ class Engine:
             self._running.remove(seq)
 
 
+def _asked(request: Request, sample: int) -> dict[str, Any]:
+    """The fields of `Rows` that stay the same from token to token."""
+    sampling = request.sampling
+    names = [field.name for field in dataclasses.fields(Sampling) if field.name != "logit_bias"]
+    return {name: getattr(sampling, name) for name in names} | {
+        "reads_history": sampling.reads_history,
+        "seed": request.seed,
+        "sample": sample,
+        "top_logprobs": request.top_logprobs,
+    }
+
+
+_NOTHING = _asked(Request([0], Sampling(temperature=0.0)), sample=0)
 _DTYPES = {
     "slot": np.int32,
     "reads_history": bool,

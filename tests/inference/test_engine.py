@@ -627,6 +627,24 @@ def test_what_is_lowered_without_weights_is_what_decodes(cache_dtype):
     assert lower_decode(abstract, MODEL, config).as_text() == real.as_text()
 
 
+def test_a_bias_is_read_when_its_request_comes_and_not_at_every_step():
+    class Bias(tuple):
+        times_read = 0
+
+        def __iter__(self):
+            self.times_read += 1
+            return super().__iter__()
+
+    bias = Bias([(token, 1.0) for token in range(40)])
+    engine, request = Engine(PARAMS, MODEL, ROOMY), Request(CHAIN[:5], Sampling(logit_bias=bias), max_tokens=9)
+    request_id = engine.submit(request)
+    first = engine.step()
+    times_read = bias.times_read
+    rest = run_to_end(engine)[request_id, 0]
+    assert (len(rest) >= 8, bias.times_read) == (True, times_read)
+    check_answer(request, 0, [*first, *rest])
+
+
 def test_a_minimum_of_tokens_keeps_stop_tokens_away():
     stops = frozenset(range(40))
     engine = Engine(PARAMS, MODEL, ROOMY)
