@@ -95,7 +95,7 @@ def paged_attention(
         first = jnp.maximum(earliest - window + 1, 0) // S
     pages = (jnp.max(end_BT) + S - 1) // S
     _, total, out_BHTD = jax.lax.fori_loop(first, pages, page, (highest, total, out))
-    return jnp.where(total > 0, out_BHTD / total, 0.0).swapaxes(1, 2).astype(q_BTHD.dtype)
+    return jnp.where(total == 0, 0.0, out_BHTD / total).swapaxes(1, 2).astype(q_BTHD.dtype)
 
 
 def _among_new(

@@ -499,6 +499,15 @@ def test_logits_that_are_not_finite_are_an_error_of_their_request(monkeypatch, b
     assert (engine.num_pages_held, engine.has_work) == (0, False)
 
 
+@pytest.mark.parametrize("chunk", [1, 18])
+def test_what_is_not_finite_in_the_cache_makes_no_answer(chunk):
+    """The token of the prompt whose key and value it is stands before those that are drawn, which all see it."""
+    params = PARAMS | {"embedding": PARAMS["embedding"].at[40].set(np.nan)}
+    engine = Engine(params, MODEL, dataclasses.replace(ROOMY, prefill_chunk=chunk))
+    request_id = engine.submit(Request([40, *CHAIN[:4]], max_tokens=4))
+    assert [token.finish_reason for token in run_to_end(engine)[request_id, 0]] == ["error"]
+
+
 def small_pairs(answer):
     return [(token.token, token.logprob, token.raw_logprob) for token in answer]
 
