@@ -1,7 +1,9 @@
-"""Does the engine give what the trainer computes (`loam parity`)? Samples are drawn from a model; after each of their tokens
-log-probabilities of the whole vocabulary, by the programs that decode, are compared with those of the trainer's update: its
-gradient's own forward pass, with stacked layers that are recomputed and a loss in chunks. On a CPU a process that decodes
-multiplies matrices otherwise than one that trains (`model/xla.py`), and so the trainer gets a process of its own.
+"""Does the engine give what the trainer computes (`loam parity`)? Samples are drawn from a model, all at once. What was then
+reported of their tokens, and log-probabilities of the whole vocabulary after each of them, by the programs that decode, a row
+at a time, are compared with those of the trainer's update: its gradient's own forward pass, with stacked layers that are
+recomputed and a loss in chunks. The engine's weights are of the activations' dtype, as by `loam sample --dtype`; the trainer's
+are float32 and rounded where they are used. On a CPU a process that decodes multiplies matrices otherwise than one that trains
+(`model/xla.py`), and so the trainer gets a process of its own.
 
 The last line is JSON.
 """
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.sampling import is_run, open_any
-from inference.engine import Engine, EngineConfig, Request
+from inference.engine import Engine, EngineConfig, Request, Token
 from inference.models import describe_model
 from model.config import DType, ModelConfig, check
 from model.logprobs import token_logprobs
@@ -46,12 +48,15 @@ class Logprobs:
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """Absolute differences of log-probabilities, nats, over the whole vocabulary; `drawn` over the rows' own tokens alone."""
+    """Absolute differences of log-probabilities, nats, over the whole vocabulary; `drawn` over the tokens drawn alone, each row
+    decoded again by itself; `reported` over the same as the engine reported them when it drew them."""
 
     largest: float
     mean: float
     drawn_largest: float
     drawn_mean: float
+    reported_largest: float
+    reported_mean: float
 
 
 def trainers_logprobs(params: Params, model: ModelConfig, rows: Rows, prompt: int, chunk_tokens: int) -> Logprobs:
@@ -84,21 +89,25 @@ def trainers_logprobs(params: Params, model: ModelConfig, rows: Rows, prompt: in
     return Logprobs(*(np.asarray(x)[:, prompt - 1 :] for x in found))
 
 
-def parity(engine: Engine, rows: Rows, prompt: int, trained: Logprobs) -> Parity:
+def parity(engine: Engine, prompt: Sequence[int], answers: Sequence[Sequence[Token]], trained: Logprobs) -> Parity:
     """How far the two are apart.
 
     Args:
       engine: one without work; what it holds of other prompts is left alone.
-      rows, prompt, trained: of `trainers_logprobs`. All of a prompt but its last token is prefilled, the rest decoded.
+      prompt: token ids. All but the last are prefilled; the last, and answers, are decoded.
+      answers: that this engine gave to the prompt.
+      trained: of the prompt with each of them.
     """
-    all_differences, drawn_differences = [], []
-    for row, everything, of_drawn in zip(rows, trained.everything, trained.drawn, strict=True):
-        drawn = np.array(row[prompt:])
-        decoded = np.asarray(jax.nn.log_softmax(engine.logits_along(row[:-1], prompt - 1)), np.float64)
-        all_differences.append(np.abs(decoded - everything[: len(drawn)]))
-        drawn_differences.append(np.abs(decoded[np.arange(len(drawn)), drawn] - of_drawn[: len(drawn)]))
-    both = (np.concatenate([d.ravel() for d in ds]) for ds in (all_differences, drawn_differences))
-    return Parity(*(float(x) for differences in both for x in (differences.max(), differences.mean())))
+    every, of_drawn, of_reported = [], [], []
+    for answer, everything, drawn in zip(answers, trained.everything, trained.drawn, strict=True):
+        tokens = np.array([token.token for token in answer])
+        logits = engine.logits_along([*prompt, *tokens[:-1].tolist()], len(prompt) - 1)
+        decoded = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        every.append(np.abs(decoded - everything[: len(tokens)]))
+        of_drawn.append(np.abs(decoded[np.arange(len(tokens)), tokens] - drawn[: len(tokens)]))
+        of_reported.append(np.abs(np.array([token.raw_logprob for token in answer]) - drawn[: len(tokens)]))
+    gathered = (np.concatenate([d.ravel() for d in ds]) for ds in (every, of_drawn, of_reported))
+    return Parity(*(float(x) for differences in gathered for x in (differences.max(), differences.mean())))
 
 
 def open_to_train(source: str, dtype: DType) -> tuple[Params, ModelConfig]:
@@ -132,28 +141,28 @@ def compare(arguments: argparse.Namespace, environment: Mapping[str, str]) -> No
     """
     samples, new = arguments.samples, arguments.tokens
     check(samples > 0 and new > 0, f"--samples={samples} and --tokens={new} must be positive")
-    loaded = open_any(arguments.source)
+    loaded = open_any(arguments.source, dtype=arguments.dtype)
     prompt = loaded.tokenizer.encode_prompt(arguments.prompt)
-    config = dataclasses.replace(loaded.config, dtype=arguments.dtype)
     check(
-        len(prompt) + new <= config.max_seq_len,
-        f"a prompt of {len(prompt)} tokens and --tokens={new} exceed the context of {config.max_seq_len}",
+        len(prompt) + new <= loaded.config.max_seq_len,
+        f"a prompt of {len(prompt)} tokens and --tokens={new} exceed the context of {loaded.config.max_seq_len}",
     )
     pages = samples * (-(-(len(prompt) + new) // EngineConfig.page_size) + 1)
     settings = EngineConfig(max_batch=samples, cache_tokens=pages * EngineConfig.page_size)
-    engine = Engine(loaded.params, config, settings, vocab_size=loaded.tokenizer.vocab_size)
+    engine = Engine(loaded.params, loaded.config, settings, vocab_size=loaded.tokenizer.vocab_size)
     (answers,) = engine.generate([Request(prompt, num_samples=samples, max_tokens=new, seed=arguments.seed)])
     rows = [[*prompt, *(token.token for token in answer)] for answer in answers]
     if jax.default_backend() == "cpu":
         trained = in_another_process(arguments.source, arguments.dtype, rows, len(prompt), environment)
     else:  # One process at a time has the devices, and theirs are the same flags.
         trained = trainers_logprobs(*open_to_train(arguments.source, arguments.dtype), rows, len(prompt), CHUNK_TOKENS)
-    found = parity(engine, rows, len(prompt), trained)
-    print(f"{loaded.name}, activations in {config.dtype}: {samples} samples of {new} tokens")
+    found = parity(engine, prompt, answers, trained)
+    print(f"{loaded.name}, activations in {arguments.dtype}: {samples} samples of {new} tokens")
     print("|engine - trainer|, nats       largest        mean")
     print(f"of the whole vocabulary    {found.largest:11.3g} {found.mean:11.3g}")
     print(f"of the tokens drawn        {found.drawn_largest:11.3g} {found.drawn_mean:11.3g}")
-    facts = {"benchmark": "parity", "model": loaded.name, "dtype": config.dtype, "samples": samples, "tokens": new}
+    print(f"as they were reported      {found.reported_largest:11.3g} {found.reported_mean:11.3g}")
+    facts = {"benchmark": "parity", "model": loaded.name, "dtype": arguments.dtype, "samples": samples, "tokens": new}
     print(json.dumps(facts | dataclasses.asdict(found)))
 
 

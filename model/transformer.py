@@ -353,7 +353,7 @@ def head_weights(params: Params, config: ModelConfig) -> tuple[jax.Array, jax.Ar
 
 
 def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """float32 logits [..., V] of hidden states [..., D]."""
+    """float32 logits [..., V] of hidden states [..., D], by weights of their dtype (but see `_YNNPACK`, model/xla.py)."""
     if isinstance(params.get("head"), Quantized):
         logits, bias = params["head"].dot(hidden), params.get("head_bias")
     else:

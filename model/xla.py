@@ -15,7 +15,8 @@ _CPU_FLAGS = (
 )
 # Eigen's matmuls are up to 1.2 times faster than YNNPACK's for the many rows of a batch. For the few that are decoded at once
 # they are half as fast, and slower still with transposed or int8 matrices. YNNPACK's maximum of NaNs, moreover, is -inf, so it
-# gets nothing but matmuls.
+# gets nothing but matmuls. Float32 weights that are rounded to bfloat16 where they are used, it takes unrounded for two rows or
+# more (experiments/LOG.md); with `--dtype=bfloat16` they are rounded beforehand.
 _EIGEN = "--xla_cpu_experimental_ynn_fusion_type="
 _YNNPACK = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 

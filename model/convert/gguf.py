@@ -104,6 +104,13 @@ def _gemma_scale(layers_of_27b: int) -> Callable[[dict[str, Any]], dict[str, Any
     return settings
 
 
+def _phi3_window(values: dict[str, Any]) -> dict[str, Any]:
+    """Files from before there was a key for it: the two models of 4,096 tokens have the window that llama.cpp gave them
+    (ggml-org/llama.cpp#8931), the others none."""
+    has_one = values["num_hidden_layers"] in (32, 40) and values["max_position_embeddings"] == 4096
+    return {"sliding_window": 2047} if has_one and "sliding_window" not in values else {}
+
+
 ARCHITECTURES = {
     "llama": Architecture("llama", _NEEDED | _RMS, interleaved=True),
     "qwen2": Architecture("qwen2", _NEEDED | _RMS),
@@ -111,8 +118,8 @@ ARCHITECTURES = {
     "gemma": Architecture("gemma", _NEEDED | _RMS, added_one=True),
     "gemma2": Architecture("gemma2", _NEEDED | _RMS, _gemma_scale(46), added_one=True),
     "gemma3": Architecture("gemma3_text", _NEEDED | _RMS, _gemma_scale(62), added_one=True),
-    # Its window is that of the checkpoint, 0 for none, though llama.cpp itself lets it see everything.
-    "phi3": Architecture("phi3", _NEEDED | _RMS),
+    # Its window is that of the checkpoint, 0 for none, though llama.cpp itself has let it see everything since.
+    "phi3": Architecture("phi3", _NEEDED | _RMS, _phi3_window),
     "gpt2": Architecture("gpt2", _GPT2_KEYS, transposed=True),
 }
 

@@ -7,20 +7,33 @@ import numpy as np
 import pytest
 
 from experiments.parity import parity, trainers_logprobs
-from inference.engine import Engine
+from inference.engine import Engine, Request
 from model.presets import preset
 from tests.inference.test_engine import CHAIN, MODEL, ROOMY
 from tests.networks import random_params
 
-ROWS = [CHAIN[:20], CHAIN[:7] + CHAIN[9:28], CHAIN[:11]]
+PROMPT, LENGTHS = CHAIN[:7], (13, 19, 4)
 # As it is trained: layers in a scan, computed again for the gradient, and the loss in chunks.
 STACKED = dataclasses.replace(MODEL, scan_layers=True, remat="full")
 PARAMS = random_params(STACKED)
 CHUNK_TOKENS = 16  # of 75
 
 
-def found(model, params, rows=ROWS):
-    return parity(Engine(params, model, ROOMY), rows, 7, trainers_logprobs(params, model, rows, 7, CHUNK_TOKENS))
+def draw(engine):
+    """An answer of each of the lengths, drawn beside each other."""
+    requests = [Request(PROMPT, max_tokens=length, seed=seed) for seed, length in enumerate(LENGTHS)]
+    return [answer for (answer,) in engine.generate(requests)]
+
+
+def trained(params, model, answers):
+    rows = [[*PROMPT, *(token.token for token in answer)] for answer in answers]
+    return trainers_logprobs(params, model, rows, len(PROMPT), CHUNK_TOKENS)
+
+
+def found(model, params):
+    engine = Engine(params, model, ROOMY)
+    answers = draw(engine)
+    return parity(engine, PROMPT, answers, trained(params, model, answers))
 
 
 @pytest.mark.optimised
@@ -31,6 +44,7 @@ def test_in_float32_they_agree_on_the_whole_vocabulary(name):
     assert differences.largest < 1e-5
     assert 0 < differences.mean < 2e-6
     assert differences.drawn_largest < 1e-5
+    assert 0 < differences.reported_largest < 1e-5
 
 
 def test_in_bfloat16_they_differ_by_rounding():
@@ -39,32 +53,39 @@ def test_in_bfloat16_they_differ_by_rounding():
     # A thousandth more in one layer's weights is lost in that, a hundredth is not.
     assert differences.largest < 0.08
     assert differences.mean < 0.01
+    assert differences.reported_largest < 0.08
 
 
 def test_the_trainers_tokens_are_of_its_own_vocabulary():
     """What the scorer says of the drawn tokens stands in the whole vocabulary, which sums to one; a short row is padded."""
-    trained = trainers_logprobs(PARAMS, STACKED, ROWS, 7, CHUNK_TOKENS)
-    np.testing.assert_allclose(np.exp(trained.everything).sum(axis=-1), 1, atol=1e-5)
-    for row, everything, drawn in zip(ROWS, trained.everything, trained.drawn, strict=True):
-        places = np.arange(len(row) - 7)
-        np.testing.assert_allclose(everything[places, row[7:]], drawn[places], atol=1e-5)
+    answers = draw(Engine(PARAMS, STACKED, ROOMY))
+    scores = trained(PARAMS, STACKED, answers)
+    np.testing.assert_allclose(np.exp(scores.everything).sum(axis=-1), 1, atol=1e-5)
+    for answer, everything, drawn in zip(answers, scores.everything, scores.drawn, strict=True):
+        places, tokens = np.arange(len(answer)), [token.token for token in answer]
+        np.testing.assert_allclose(everything[places, tokens], drawn[places], atol=1e-5)
 
 
 def test_a_difference_would_be_seen():
-    """Weights that differ by a thousandth, of one layer in the engine or of the trainer's scorer alone."""
+    """Weights that differ by a thousandth, of one layer in the engine or of the trainer's scorer alone, or a single report."""
     other = PARAMS | {"scanned_blocks": jax.tree.map(lambda leaf: leaf * 1.001, PARAMS["scanned_blocks"])}
-    right, wrong = (trainers_logprobs(params, STACKED, ROWS, 7, CHUNK_TOKENS) for params in (PARAMS, other))
     engine = Engine(PARAMS, STACKED, ROOMY)
-    seen = parity(engine, ROWS, 7, wrong)
-    assert seen.largest > 1e-4
-    assert seen.drawn_largest > 1e-4
-    drawn_alone = parity(engine, ROWS, 7, dataclasses.replace(right, drawn=wrong.drawn))
-    assert drawn_alone.largest < 1e-4 < drawn_alone.drawn_largest
+    answers = draw(engine)
+    right, wrong = (trained(params, STACKED, answers) for params in (PARAMS, other))
+    seen = parity(engine, PROMPT, answers, wrong)
+    assert min(seen.largest, seen.drawn_largest, seen.reported_largest) > 1e-4
+    of_scorer = parity(engine, PROMPT, answers, dataclasses.replace(right, drawn=wrong.drawn))
+    assert of_scorer.largest < 1e-4 < of_scorer.drawn_largest
+    last = answers[1][-1]
+    answers[1][-1] = dataclasses.replace(last, raw_logprob=last.raw_logprob + 1e-3)
+    of_report = parity(engine, PROMPT, answers, right)
+    assert of_report.drawn_largest < 1e-4 < of_report.reported_largest
 
 
 def test_nothing_is_left_held_and_work_is_not_disturbed():
     engine = Engine(PARAMS, STACKED, ROOMY)
-    parity(engine, ROWS, 7, trainers_logprobs(PARAMS, STACKED, ROWS, 7, CHUNK_TOKENS))
+    answers = draw(engine)
+    parity(engine, PROMPT, answers, trained(PARAMS, STACKED, answers))
     assert engine.num_pages_held == 0
     assert not engine.has_work
     assert np.isfinite(engine.logits_along(CHAIN[:3], 0)).all()

@@ -161,6 +161,20 @@ def test_the_window_of_phi3_is_the_checkpoints(window, tmp_path):
     assert not differences(expected, described)
 
 
+@pytest.mark.parametrize(
+    ("layers", "context", "window"),
+    [(32, 4096, 2047), (40, 4096, 2047), (32, 8192, 0), (40, 131_072, 0), (24, 4096, 0)],
+    ids=["mini", "medium", "small", "medium 128k", "another"],
+)
+def test_a_phi3_file_without_a_window_has_that_of_its_model(layers, context, window, tmp_path):
+    """As published: 2047 in the config.json of Phi-3-mini-4k-instruct and Phi-3-medium-4k-instruct."""
+    write_checkpoint(tmp_path, KNOWN["phi3"]["config"] | {"sliding_window": None}, KNOWN["phi3"]["tensors"])
+    shape = edit(phi3__block_count=layers, phi3__context_length=context)
+    path = write(tmp_path / "model.gguf", tmp_path, "phi3", shape)
+    assert "phi3.attention.sliding_window" not in read_gguf(path).metadata
+    assert read_config(read_gguf(path))[2].window(0) == window
+
+
 def test_every_architecture_has_a_case():
     assert {architecture for architecture, _ in CASES} == set(ARCHITECTURES)
 
