@@ -36,7 +36,7 @@ from model.chips import Topology
 
 Groups = list[tuple[int, ...]]
 # An all-reduce of shards, each padded with zeros to the whole: an all-gather at twice the bytes. libtpu makes one where a group
-# is the whole slice, unless it is told to prefer the other (`model.xla.tpu_flags`).
+# is the whole slice, unless it is told to prefer the other (`model.xla.TPU_FLAGS`).
 GATHER_BY_ALL_REDUCE = "all-gather by all-reduce"
 
 

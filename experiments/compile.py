@@ -41,7 +41,7 @@ from experiments.tpu_schedule import (
 )
 from model.chips import Topology, topology_of
 from model.config import check
-from model.xla import tpu_flags, with_flags
+from model.xla import TPU_FLAGS, with_flags
 from train.config import TrainConfig
 from train.rl_config import RLConfig
 
@@ -310,7 +310,7 @@ def run_compiler(
       RuntimeError: the compiler failed, or took more than `most_seconds`.
     """
     environment = compiler_environment()
-    environment["LIBTPU_INIT_ARGS"] = with_flags(environment["LIBTPU_INIT_ARGS"], tpu_flags())
+    environment["LIBTPU_INIT_ARGS"] = with_flags(environment["LIBTPU_INIT_ARGS"], TPU_FLAGS)
     with tempfile.TemporaryDirectory() as directory:
         task = {"config": path, "overrides": list(overrides), "program": program, "topology": topology.name}
         Path(directory, "task.json").write_text(json.dumps(task))

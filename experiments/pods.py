@@ -20,7 +20,7 @@ from experiments.collectives import GATHER_BY_ALL_REDUCE
 from experiments.compile import GIB, MOST_COMPILE_SECONDS, Report, compile_config, require_libtpu
 from experiments.config import chosen
 from model.chips import topology_of
-from model.xla import tpu_flags
+from model.xla import TPU_FLAGS
 from train.config import TrainConfig
 from train.files import write_atomic, write_json_atomic
 from train.rl_config import RLConfig
@@ -46,7 +46,7 @@ KEPT_OF_A_PROGRAM = (
     "exposed_collective_seconds", "loops_of_unknown_length", "estimated_step_seconds", "compile_seconds",
 )  # fmt: skip
 # Of the estimated step, for gathers of weights that no work covers. Not 0: the first of a layer has nothing before it in the
-# body of the loop over layers to hide behind, and the head's has little; in docs/pods.json these are 0.2 to 0.5 % of a step. If
+# body of the loop over layers to hide behind, and the head's has little; in docs/pods.json at most 0.4 % of a step. If
 # a whole pass of a dense model had to wait for its gathers, that would be 2 to 3 %: half their seconds there, over those of the
 # step. The bound lies between.
 MOST_EXPOSED_GATHERS = 0.01
@@ -66,7 +66,7 @@ Made by `make pods` with libtpu, the TPU compiler, on a machine without a TPU. *
 and MFU are its estimate** (cycles of its operations over the clock, bundles of our kernels times the tiles they visit for one
 document as long as the row, and collectives by their bytes over the links where no work covers them). Nothing here was
 measured on a TPU: contention for HBM, stalls and stragglers are not in it. MaxText's numbers are measurements.
-Compiling was timed by the wall clock on one core, the machine's other one being at work.
+Compiling was timed by the wall clock on one core, which it shared with other work at times.
 
 """
 
@@ -114,7 +114,7 @@ seconds of it on the links if nothing else used them, and those of the whole pro
 is decoded at once, at the end of full rows: the compiler's estimate, or what it takes to read weights and pages once if that is
 more. All seconds are estimates.
 
-Most of the update's time are exposed gathers and scatters of activations over `tensor`, 18 of 27 s: the axis is as large as
+Much of the update's time are exposed gathers and scatters of activations over `tensor`, 4.5 of 12.7 s: the axis is as large as
 decoding wants it, and larger than the trainer does. A mesh of its own for the sampler would spare them; there is none yet.
 
 """
@@ -134,7 +134,7 @@ def topology_in(path: Path) -> str:
 def made_of(config: TrainConfig | RLConfig) -> dict[str, Any]:
     """What a report depends on beside our own code."""
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-    return {"config_sha256": config_hash(config), "flags": list(tpu_flags()), **versions}
+    return {"config_sha256": config_hash(config), "flags": list(TPU_FLAGS), **versions}
 
 
 def config_hash(config: TrainConfig | RLConfig) -> str:

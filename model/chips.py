@@ -5,7 +5,7 @@ https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x (its two-way f
 twice `link_bandwidth` here). What the documentation leaves open is what libtpu 0.0.42 says of itself:
 
 1. `hbm_bytes` is what its compiler allocates from, named when a program does not fit: a little less than the chip has.
-   0.0.50 keeps 10 MiB more of a v5p to itself, which are left out here.
+   0.0.50 keeps 10 MiB more of a v5p, v6e and tpu7x to itself, which are left out here.
 2. A device is what jax computes with: a whole chip, but one of two cores on tpu7x, where both share HBM and links.
    v4 chips are one device only under the chip configuration `megacore`, which TPU VMs start with; libtpu's own default is not.
 3. `clock` is the peak over the FLOPs that the MXUs do in a cycle. For v4, v5e, v5p and v6e it is the documented or generally
@@ -65,8 +65,8 @@ CHIPS: dict[str, Chip] = {
         Chip("v5e", 2, 256, 1, int(15.75 * GIB), 819e9, 50e9, 197e12, 4 * _MXU_128),
         Chip("v5p", 3, 6144, 1, int(95.73 * GIB), 2765e9, 100e9, 459e12, 8 * _MXU_128, 2),
         # Two MXUs of 256 x 256, each with two slots in a bundle.
-        Chip("v6e", 2, 256, 1, int(31.25 * GIB), 1638e9, 100e9, 918e12, 4 * _MXU_256),
-        Chip("tpu7x", 3, 9216, 2, int(94.75 * GIB), 3690e9, 50e9, 1153.5e12, 4 * _MXU_256),
+        Chip("v6e", 2, 256, 1, int(31.24 * GIB), 1638e9, 100e9, 918e12, 4 * _MXU_256),
+        Chip("tpu7x", 3, 9216, 2, int(94.74 * GIB), 3690e9, 50e9, 1153.5e12, 4 * _MXU_256),
     )
 }
 

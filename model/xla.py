@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
 
 # For the CPU backend only; what each one gains is measured by `make bench` and noted in experiments/LOG.md.
@@ -22,40 +20,31 @@ _YNNPACK = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 
 # For libtpu, which reads LIBTPU_INIT_ARGS when it is loaded; any other backend leaves them alone. `loam compile` compiles with
 # the same, and shows what becomes of the collectives; which of them matter is noted in experiments/LOG.md.
-_TPU_FLAGS = (
-    # Collectives begin early, and go on in pieces beside the matmuls that do not need them yet.
+TPU_FLAGS = (
+    # Collectives begin early, and go on beside the matmuls that do not need them yet.
     "--xla_enable_async_all_gather=true",
     "--xla_enable_async_all_reduce=true",
     "--xla_enable_async_collective_permute=true",
     # Where fsdp is the whole slice, shards would be padded with zeros and added up instead of gathered, at twice the bytes.
     "--xla_tpu_prefer_async_allgather_to_allreduce=true",
-    "--xla_tpu_enable_async_collective_fusion=true",
-    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
-    "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true",
-    "--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=true",
-    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
     "--xla_tpu_overlap_compute_collective_tc=true",
     # Gradients of sharded parameters may be reduced and scattered in one, whatever the size of the shards. Over a whole
     # slice of v5e or v5p they are not, for all that; with data 2 and half the fsdp they are.
     "--xla_tpu_use_minor_sharding_for_major_trivial_input=true",
     "--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1",
     "--xla_tpu_assign_all_reduce_scatter_layout=true",
+    # On v5p, v6e and tpu7x SparseCores carry them, and the TensorCore goes on; v4 and v5e leave these alone. The continuation
+    # fusion did as much for it, but newer libtpu calls it unsafe ("incorrect results, hang") on all but v5e.
+    "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true",
+    "--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true",
+    "--xla_tpu_enable_sparse_core_collective_offload_3d_all_gather=true",
+    "--xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true",
+    "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true",
+    "--xla_tpu_use_tc_device_shape_on_sc=true",
+    "--xla_sc_disable_megacore_partitioning=true",
+    "--xla_sc_enable_instruction_fusion=false",
+    "--xla_sc_disjoint_spmem=false",
 )
-
-# Of those, libtpu 0.0.50 refuses the ones of this name on every chip but v5e, and calls them unsafe there. Up to 0.0.42 they
-# stay, by which docs/pods.md is made; what it compiled without was the same (experiments/LOG.md).
-_CONTINUATION_FUSION, _LAST_WITH_IT = "--xla_tpu_enable_async_collective_fusion", (0, 0, 42)
-
-
-def tpu_flags(libtpu: str = "") -> tuple[str, ...]:
-    """Flags for a version of libtpu; without one for that which is installed, and for the newest where none is."""
-    if not libtpu:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            libtpu = metadata.version("libtpu")
-    if libtpu and tuple(int(part) for part in libtpu.split(".")[:3]) <= _LAST_WITH_IT:
-        return _TPU_FLAGS
-    return tuple(flag for flag in _TPU_FLAGS if not flag.startswith(_CONTINUATION_FUSION))
-
 
 # XLA allocates the buffer of a step anew each time. On pages of 2 MiB that costs a hundred times fewer page faults, which take
 # a tenth of the time of a step of the quickstart. glibc reads this when a process starts.
@@ -92,7 +81,7 @@ def configure(cpu_devices: int, *, decoding: bool = False) -> None:
       RuntimeError: jax has already started its backends.
     """
     os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), cpu_flags(decoding))
-    os.environ["LIBTPU_INIT_ARGS"] = with_flags(os.environ.get("LIBTPU_INIT_ARGS", ""), tpu_flags())
+    os.environ["LIBTPU_INIT_ARGS"] = with_flags(os.environ.get("LIBTPU_INIT_ARGS", ""), TPU_FLAGS)
 
     import jax
 

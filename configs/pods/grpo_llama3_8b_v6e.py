@@ -2,7 +2,7 @@
 
 Command:   loam compile --config=configs/pods/grpo_llama3_8b_v6e.py --topology=v6e:8x8
 Hardware:  v6e:8x8; compiling takes a laptop
-Expected:  23.1 of 31.25 GiB a device at most, in the update; for the layout of decoding 3.27 GiB arrive at each device, 35 ms
+Expected:  23.3 of 31.24 GiB a device at most, in the update; for the layout of decoding 3.27 GiB arrive at each device, 35 ms
            on the links by estimate; docs/pods.md
 """
 

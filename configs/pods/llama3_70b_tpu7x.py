@@ -2,7 +2,7 @@
 
 Command:   loam compile --config=configs/pods/llama3_70b_tpu7x.py --topology=tpu7x:4x4x4
 Hardware:  tpu7x:4x4x4; compiling takes a laptop
-Expected:  49.7 of 94.75 GiB a device; by the compiler's estimate 12.8 s a step, 49.8 % MFU; docs/pods.md
+Expected:  49.7 of 94.74 GiB a device; by the compiler's estimate 12.8 s a step, 49.8 % MFU; docs/pods.md
 """
 
 from ml_collections import ConfigDict

@@ -12,7 +12,7 @@ from experiments.compile import compile_config
 from experiments.config import chosen
 from experiments.inspect import PLAN_MAY_LACK
 from model.chips import topology_of
-from model.xla import tpu_flags
+from model.xla import TPU_FLAGS
 from tests.libtpu import require_libtpu
 from train.memory import plan_memory, plan_sampler
 from train.rl_config import RLConfig
@@ -160,7 +160,7 @@ def test_a_run_of_reinforcement_learning_was_compiled_in_both_layouts(name):
 @pytest.mark.parametrize("name", list(REPORTS))
 def test_a_config_of_a_pod_was_compiled_with_the_flags_of_today(name):
     made_of = REPORTS[name]["made_of"]
-    assert made_of["flags"] == list(tpu_flags(made_of["libtpu"]))
+    assert made_of["flags"] == list(TPU_FLAGS)
 
 
 @pytest.mark.parametrize("name", NAMES)

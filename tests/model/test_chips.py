@@ -124,7 +124,7 @@ SMALLEST = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 
 
 def test_libtpu_has_as_many_devices_and_as_much_memory():
-    """The least of any version: 0.0.50 keeps 10 MiB more of a v5p to itself than 0.0.42. A table must not promise more."""
+    """The least of any version: 0.0.50 keeps 10 MiB more of three of them than 0.0.42. A table must not promise more."""
     said = json.loads(run_with_libtpu(ASK % SMALLEST).splitlines()[-1])
     for name, (devices, gib, sides, kind) in said.items():
         topology: Topology = topology_of(name)
