@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import collectives, hlo
+from experiments.launch_local import POLL_SECONDS, end_by, noted_stops
 from experiments.tpu_schedule import (
     AttentionCode,
     causal_tiles,
@@ -327,29 +328,29 @@ def run_compiler(
 
 
 def run_alone(command: Sequence[str], environment: Mapping[str, str], most_seconds: float | None) -> tuple[int, str]:
-    """The exit status of a command and what it wrote to stderr. It leaves nothing running, however this ends.
+    """The exit status of a command and what it wrote to stderr. It leaves nothing running, unless this is killed by SIGKILL.
 
     Raises:
       RuntimeError: it took too long.
     """
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        _, said = process.communicate(timeout=most_seconds)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"took more than {most_seconds:g} s") from error
-    finally:
+    until = time.monotonic() + (math.inf if most_seconds is None else most_seconds)
+    with tempfile.TemporaryFile("w+", errors="replace") as said, noted_stops() as stops:
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=said, text=True, start_new_session=True
+        )
+        while process.poll() is None and not stops and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+        status = process.poll()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return process.returncode, said
+        said.seek(0)
+        text = said.read()
+    if stops:
+        end_by(stops[0])
+    if status is None:
+        raise RuntimeError(f"took more than {most_seconds:g} s")
+    return status, text
 
 
 def live_bytes(memory: Mapping[str, int]) -> int:
@@ -498,13 +499,11 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
     for each, and so on. To recompute less is guessed to be better, then more rows; of meshes, less tensor parallelism, then
     experts spread as in the config.
     """
-    from model.params import dimensions, param_specs
     from model.sharding import TRAIN_RULES, factorizations, mesh_problem, resolve_sizes
-    from model.transformer import activations
     from train.memory import plan_memory
+    from train.step import mesh_arrays
 
     given = resolve_sizes(dataclasses.asdict(config.mesh), topology.num_devices)
-    weights = dimensions(param_specs(config.model))
 
     def change(mesh: Mapping[str, int], rows: int, remat: str) -> dict[str, Any]:
         changes: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
@@ -515,8 +514,7 @@ def candidates(config: TrainConfig, topology: Topology) -> list[dict[str, Any]]:
             changed = changed_config(config, changes)
         except ValueError:  # Some jobs go with some axes only.
             return False
-        arrays = weights + activations(changed.batch_size // changed.accumulation, changed.data.seq_len)
-        if mesh_problem(arrays, TRAIN_RULES, mesh):
+        if mesh_problem(mesh_arrays(changed), TRAIN_RULES, mesh):
             return False
         return sum(plan_memory(changed, mesh).values()) <= topology.chip.hbm_bytes
 

@@ -10,14 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import IO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, NoReturn
 
 from train.config import PREEMPTED
 
 # Once one has left, the others have saved with it, or cannot save any more (that takes all of them).
 SECONDS_AFTER_A_CRASH = 10.0
-STOPS = (signal.SIGTERM, signal.SIGINT)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+POLL_SECONDS = 0.05
 
 
 def free_port() -> int:
@@ -30,38 +31,35 @@ def free_port() -> int:
 def run_together(commands: Sequence[Sequence[str]], grace_seconds: float) -> int:
     """Runs all commands at once, their output line by line behind `[index] `, until all have ended.
 
-    SIGTERM and Ctrl-C reach each as SIGTERM, and all have `grace_seconds` to save and end. When one ends badly, of a crash or
-    because another hangs or is gone, the others are asked to end and have SECONDS_AFTER_A_CRASH.
+    SIGTERM, Ctrl-C and a lost terminal reach each as SIGTERM, and all have `grace_seconds` to save and end. When one ends
+    badly, of a crash or because another hangs or is gone, the others are asked to end and have SECONDS_AFTER_A_CRASH.
 
     Returns:
       The exit status of the first that ended badly, 128 + n for signal n, or 0.
     """
-    stops: list[int] = []
-    handlers = {number: signal.signal(number, lambda *received: stops.append(received[0])) for number in STOPS}
     processes: list[subprocess.Popen[str]] = []
     readers: list[threading.Thread] = []
     status, kill_at, forwarded = 0, float("inf"), 0
-    try:
-        for index, command in enumerate(commands):
-            _start(command, f"[{index}] ", processes, readers)
-        while None in [process.poll() for process in processes]:
-            failed = next((process.returncode for process in processes if process.returncode), 0)
-            if len(stops) > forwarded or (failed and not status):
-                saving = len(stops) > 0 and failed in (0, PREEMPTED)
-                patience = grace_seconds if saving else min(grace_seconds, SECONDS_AFTER_A_CRASH)
-                status, forwarded = status or failed, len(stops)
-                _signal(processes, signal.SIGTERM)
-                kill_at = min(kill_at, time.monotonic() + patience)
-            if time.monotonic() > kill_at:
-                _signal(processes, signal.SIGKILL)
-            time.sleep(0.05)
-        status = status or next((process.returncode for process in processes if process.returncode), 0)
-    finally:
-        _signal(processes, signal.SIGKILL)
-        for process in processes:
-            process.wait()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with noted_stops() as stops:
+        try:
+            for index, command in enumerate(commands):
+                _start(command, f"[{index}] ", processes, readers)
+            while None in [process.poll() for process in processes]:
+                failed = next((process.returncode for process in processes if process.returncode), 0)
+                if len(stops) > forwarded or (failed and not status):
+                    saving = len(stops) > 0 and failed in (0, PREEMPTED)
+                    patience = grace_seconds if saving else min(grace_seconds, SECONDS_AFTER_A_CRASH)
+                    status, forwarded = status or failed, len(stops)
+                    _signal(processes, signal.SIGTERM)
+                    kill_at = min(kill_at, time.monotonic() + patience)
+                if time.monotonic() > kill_at:
+                    _signal(processes, signal.SIGKILL)
+                time.sleep(POLL_SECONDS)
+            status = status or next((process.returncode for process in processes if process.returncode), 0)
+        finally:
+            _signal(processes, signal.SIGKILL)
+            for process in processes:
+                process.wait()
     for reader in readers:
         reader.join(timeout=5)
     return exit_status(status)
@@ -70,27 +68,48 @@ def run_together(commands: Sequence[Sequence[str]], grace_seconds: float) -> int
 def run_side_by_side(commands: Mapping[str, Sequence[str]]) -> list[int]:
     """Runs commands that do not need each other at once, their output line by line behind `[name] `, until all have ended.
 
-    SIGTERM and Ctrl-C end all, with what they have started.
+    SIGTERM, Ctrl-C and a lost terminal end all, with what they have started.
 
     Returns:
       The exit status of each, 128 + n for signal n.
     """
     processes: list[subprocess.Popen[str]] = []
     readers: list[threading.Thread] = []
-    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
-    try:
-        for name, command in commands.items():
-            _start(command, f"[{name}] ", processes, readers)
-        statuses = [exit_status(process.wait()) for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
-        signal.signal(signal.SIGTERM, handler)
+    with noted_stops() as stops:
+        try:
+            for name, command in commands.items():
+                _start(command, f"[{name}] ", processes, readers)
+            while None in [process.poll() for process in processes] and not stops:
+                time.sleep(POLL_SECONDS)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+            statuses = [exit_status(process.wait()) for process in processes]
+    if stops:
+        end_by(stops[0])
     for reader in readers:
         reader.join(timeout=5)
     return statuses
+
+
+@contextlib.contextmanager
+def noted_stops() -> Iterator[list[int]]:
+    """The signals of STOPS that have arrived within; they do nothing else, so that no process is lost while it is started."""
+    stops: list[int] = []
+    handlers = {number: signal.signal(number, lambda *received: stops.append(received[0])) for number in STOPS}
+    try:
+        yield stops
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def end_by(stop: int) -> NoReturn:
+    """Ends this process as the signal would have, once what it must not leave behind is gone."""
+    if stop == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(PREEMPTED)
 
 
 def exit_status(returncode: int) -> int:

@@ -21,7 +21,7 @@ from model.lora import adapt, adapter_specs, frozen_base
 from model.moe import balance_experts
 from model.params import Params, abstract_params, dimensions, init_params, is_spec, param_shardings, param_specs
 from model.ring_attention import zigzag
-from model.sharding import TRAIN_RULES, Layout, check_mesh, constrain, make_mesh, resolve_sizes
+from model.sharding import TRAIN_RULES, Dimensions, Layout, check_mesh, constrain, make_mesh, resolve_sizes
 from model.transformer import activations, forward
 from train.config import DEFAULT_RULES, DistillationConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
 from train.distillation import TEACHER, distillation_sums
@@ -434,11 +434,15 @@ def mesh_sizes(config: Job, num_devices: int) -> dict[str, int]:
       ValueError: they do not multiply to the number of devices, or the model or the batch does not divide over them.
     """
     sizes = resolve_sizes(dataclasses.asdict(config.mesh), num_devices)
+    check_mesh(mesh_arrays(config), TRAIN_RULES, sizes)
+    return sizes
+
+
+def mesh_arrays(config: Job) -> list[Dimensions]:
+    """What a mesh must divide: all parameters, those of a head and of a teacher among them, rows and their tokens."""
     specs = param_specs(config.model)
     if isinstance(config, TrainConfig):
         specs |= head_specs(config.objective, config.model)
     if config.distillation is not None:
         specs |= {TEACHER: param_specs(config.distillation.model)}
-    arrays = dimensions(specs) + activations(config.update_rows // config.accumulation, config.row_tokens)
-    check_mesh(arrays, TRAIN_RULES, sizes)
-    return sizes
+    return dimensions(specs) + activations(config.update_rows // config.accumulation, config.row_tokens)

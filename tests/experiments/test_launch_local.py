@@ -129,7 +129,7 @@ def test_side_by_side_the_failure_of_one_is_its_own(tmp_path, capsys):
     assert capsys.readouterr().out == "[b] done\n"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 42), (signal.SIGINT, -signal.SIGINT)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 42), (signal.SIGHUP, 42), (signal.SIGINT, -signal.SIGINT)])
 def test_a_signal_ends_all_that_run_side_by_side(tmp_path, number, status):
     scripts = {name: ["bash", "-c", f"echo $$ > {tmp_path}/{name}; sleep 60; touch {tmp_path}/survivor"] for name in "ab"}
     code = f"import sys\nfrom experiments.launch_local import run_side_by_side\nsys.exit(run_side_by_side({scripts!r}))"
@@ -140,6 +140,17 @@ def test_a_signal_ends_all_that_run_side_by_side(tmp_path, number, status):
     assert launcher.wait(timeout=20) == status
     assert not any(is_alive(int(file.read_text())) for file in files)
     assert not (tmp_path / "survivor").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_compiler(tmp_path, number):
+    script = ["bash", "-c", f"echo $$ > {tmp_path}/pid; sleep 60"]
+    code = f"from experiments.compile import run_alone\nimport os\nrun_alone({script!r}, os.environ, None)"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    parent.send_signal(number)
+    assert parent.wait(timeout=20) == 42
+    wait_for(lambda: not is_alive(int((tmp_path / "pid").read_text())))
 
 
 def test_a_free_port_can_be_listened_on():
