@@ -23,7 +23,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "hand_over": TRAINED,
     "decode": ("weights of the sampler", "pages of the sampler"),
     "score": TRAINED,
-    "update": (*TRAINED, "optimizer state", "moving average"),
+    "update": (*TRAINED, "optimizer state", "moving average", "teacher"),
 }
 HELD = (*PROGRAMS["update"], "reference", *PROGRAMS["decode"])
 

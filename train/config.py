@@ -275,6 +275,15 @@ class DistillationConfig:
         check(0 < self.share <= 1, f"distillation.share={self.share} must lie in (0, 1]")
 
 
+def check_row_tokens(model: ModelConfig, row_tokens: int, name: str) -> None:
+    """Raises ValueError where attention cannot train on rows of that length."""
+    check(
+        model.attention_backend != "cudnn" or row_tokens % 2 == 0,
+        f"{name}={row_tokens} is odd, and model.attention_backend='cudnn' takes a mask of even sizes only: change it, or take "
+        "'xla'",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A run that learns to write texts, or the answers in conversations, or from preferences between answers: `steps` optimizer
@@ -347,11 +356,7 @@ class TrainConfig:
             self.model.attention_backend != "cudnn" or self.mesh.context == 1,
             "model.attention_backend='cudnn' attends to whole rows: set mesh.context to 1, or take 'xla'",
         )
-        check(
-            self.model.attention_backend != "cudnn" or self.data.seq_len % 2 == 0,
-            f"data.seq_len={self.data.seq_len} is odd, and model.attention_backend='cudnn' takes a mask of even sizes only: "
-            "change data.seq_len, or take 'xla'",
-        )
+        check_row_tokens(self.model, self.data.seq_len, "data.seq_len")
         tokenizer = self.data.tokenizer
         tokens = 256 + 2 * tokenizer.document_boundaries if tokenizer.kind == "bytes" else tokenizer.vocab_size
         check(
@@ -404,6 +409,7 @@ class TrainConfig:
         check(self.lora is None, "distillation does not go with lora: leave lora out")
         check(self.model.moe is None, "distillation does not balance experts (model.moe) of a student: take a dense model")
         check(not self.loss.z_loss, "distillation has no z-loss: set loss.z_loss to 0")
+        check_row_tokens(distillation.model, self.data.seq_len, "data.seq_len")
         sizes = (self.mesh.tensor, self.mesh.context, self.mesh.expert)
         check(sizes == (1, 1, 1), "distillation goes with the mesh axes data and fsdp alone: set the others to 1")
 

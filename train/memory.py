@@ -46,7 +46,7 @@ def plan_memory(config: Job, mesh: Mapping[str, int]) -> dict[str, int]:
     }
     if objective and objective.needs_reference and not config.lora:
         plan["reference"] = parameters
-    if isinstance(config, TrainConfig) and config.distillation:
+    if config.distillation:
         plan["teacher"] = _weight_bytes(config.distillation.model, mesh, TRAIN_RULES)
     if config.lora:
         plan["frozen weights"] = _weight_bytes(config.model, mesh, TRAIN_RULES)

@@ -7,7 +7,15 @@ import dataclasses
 
 from data.config import TaskConfig
 from model.config import LoraConfig, ModelConfig, check
-from train.config import CheckpointConfig, DeadlineConfig, DistillationConfig, MeshConfig, OptimizerConfig, WriterName
+from train.config import (
+    CheckpointConfig,
+    DeadlineConfig,
+    DistillationConfig,
+    MeshConfig,
+    OptimizerConfig,
+    WriterName,
+    check_row_tokens,
+)
 from train.objectives.config import PolicyConfig, StepAggregation
 
 
@@ -231,6 +239,7 @@ class RLConfig:
             "rollouts.ahead draws answers with older weights: set policy.importance.level='token', which corrects for it",
         )
 
+        check_row_tokens(self.model, self.row_tokens, "rollouts.max_prompt_tokens + rollouts.max_tokens - 1")
         if self.distillation is not None:
             self._check_distillation(self.distillation)
 
@@ -252,6 +261,7 @@ class RLConfig:
             f"share_prompts is a mask that distillation.model.attention_backend={theirs.attention_backend!r} does not read: "
             "set it to 'xla', or share_prompts to False",
         )
+        check_row_tokens(theirs, self.row_tokens, "rollouts.max_prompt_tokens + rollouts.max_tokens - 1")
         sizes = (self.mesh.tensor, self.mesh.expert)
         check(sizes == (1, 1), "distillation goes with the mesh axes data and fsdp alone: set the others to 1")
 

@@ -291,6 +291,9 @@ def get_config():
 """
 
 
+MESH_OF_TEACHER = ("--config.mesh.fsdp=4", "--config.mesh.tensor=1")
+
+
 @pytest.fixture
 def rl_config(tmp_path):
     path = tmp_path / "by_reward.py"
@@ -316,6 +319,24 @@ def test_the_programs_of_reinforcement_learning_compile(rl_config, capsys):
     assert all(one["estimated_step_seconds"] > 0 for one in report["programs"].values())
     text = compile_rl.describe(report)
     assert f"MFU {100 * report['estimated_update_mfu']:.1f} %" in text
+
+
+def test_a_teacher_stands_beside_all_but_the_update(rl_config, monkeypatch):
+    told = {"memory": dict.fromkeys(("arguments", "outputs", "temporaries", "generated_code"), 1000) | {"aliased": 500}}
+    told |= {"mesh": {"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}, "estimated_step_seconds": 2.0, "collectives": []}
+    monkeypatch.setattr(loam_compile, "run_alone", compiler_that_says(told))
+    alone = compile_rl.compile_config(rl_config, MESH_OF_TEACHER, topology_of("v5e:2x2"))
+    path = Path(rl_config)
+    teacher = 'config.distillation = {"teacher": "not read", "model": preset("tiny-llama", max_seq_len=64)}'
+    path.write_text(path.read_text().replace("    return config", f"    {teacher}\n    return config"))
+    taught = compile_rl.compile_config(rl_config, MESH_OF_TEACHER, topology_of("v5e:2x2"))
+    assert taught["planned_bytes_per_device"]["teacher"] == alone["planned_bytes_per_device"]["parameters"]
+    more = {
+        name: one["held_beside_bytes"] - alone["programs"][name]["held_beside_bytes"]
+        for name, one in taught["programs"].items()
+    }
+    size = taught["planned_bytes_per_device"]["teacher"]
+    assert more == {"hand_over": size, "decode": size, "score": size, "update": 0}
 
 
 def test_what_stands_beside_a_program_counts(rl_config, monkeypatch, capsys):

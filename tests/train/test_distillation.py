@@ -302,3 +302,16 @@ def test_a_teacher_that_does_not_divide_over_the_mesh_is_refused(tmp_path):
     wide = job(tmp_path, distillation=DistillationConfig("x", uneven), mesh=MeshConfig(1, fsdp=8), batch_size=8)
     with pytest.raises(ValueError, match=r"teacher.*d_model|teacher.*36"):
         mesh_sizes(wide, 8)
+
+
+def test_rows_of_odd_length_are_refused_with_cudnn_of_policy_or_teacher():
+    cudnn = {"attention_backend": "cudnn", "dtype": "bfloat16"}
+    assert rl_job().row_tokens % 2 == 0
+    odd = RolloutConfig(prompts=2, max_prompt_tokens=4, max_tokens=6)
+    for options in (
+        {"model": dataclasses.replace(MODEL, **cudnn)},
+        {"distillation": DistillationConfig("x", dataclasses.replace(TAUGHT_BY, head_dim=8, **cudnn))},
+    ):
+        rl_job(**options)
+        with pytest.raises(ValueError, match=r"rollouts\.max_prompt_tokens \+ rollouts\.max_tokens - 1=9 is odd"):
+            rl_job(**options, rollouts=odd)
