@@ -56,11 +56,21 @@ def is_in_checkout(path: str) -> bool:
     """Whether git knows of a file at this path, below it, or of this glob, seen from the working directory.
 
     What it does not know of is not in the image. Without git, or outside of a repository, nothing is known.
+
+    Raises:
+      ValueError: it knows of some of the files, and a job would read those alone.
     """
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:  # The checkout may lie elsewhere there.
         return False
-    command = ["git", "--glob-pathspecs", "ls-files", "--", path]
+    command = ["git", "--glob-pathspecs", "ls-files"]
     try:
-        return bool(subprocess.run(command, capture_output=True, timeout=10).stdout)
+        known = subprocess.run([*command, "--", path], capture_output=True, timeout=10).stdout
+        others = subprocess.run([*command, "--others", "--", path], capture_output=True, timeout=10).stdout if known else b""
     except (OSError, subprocess.TimeoutExpired):
         return False
+    check(
+        not others,
+        f"git knows only some of the files of {path}, and the job would read those alone: add the others, such as "
+        f"{others.decode(errors='replace').splitlines()[:1]}, or copy all to --storage",
+    )
+    return bool(known)

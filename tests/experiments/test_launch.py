@@ -688,6 +688,11 @@ def test_the_checkout_has_what_git_knows(tmp_path, monkeypatch):
     inside = ["data/a.jsonl", "data", "data/", "./data/a.jsonl", "data/*.jsonl", "data/**/*.txt"]
     outside = ["new.jsonl", "*.jsonl", "*.txt", "data/none", "runs/x", str(tmp_path / "data"), "../data", "data/../data"]
     assert [path for path in inside + outside if is_in_checkout(path)] == inside
+    (tmp_path / "data" / "c.jsonl").write_text("x")
+    for path in ("data", "data/*.jsonl"):
+        with pytest.raises(ValueError, match=r"git knows only some of the files of data.*'data/c\.jsonl'"):
+            is_in_checkout(path)
+    assert is_in_checkout("data/a.jsonl")
     monkeypatch.setenv("PATH", "")
     assert not is_in_checkout("data")
 
