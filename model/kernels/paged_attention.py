@@ -65,7 +65,7 @@ def paged_attention(
         end_BT = jnp.broadcast_to(positions_BT[:, :1], positions_BT.shape)
         k_BKTD, v_BKTD = (x.swapaxes(1, 2) for x in new_BTKD)
         out, highest = _among_new(q_BHTD, k_BKTD, v_BKTD, positions_BT, sinks_H, scale=scale, window=window, cap=cap)
-        total = jnp.where(highest > MASKED / 2, 1.0, 0.0)
+        total = jnp.where(highest <= MASKED / 2, 0.0, 1.0)  # of a NaN 1, so that it stays one
 
     def page(p: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         highest, total, out = carry

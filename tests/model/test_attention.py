@@ -8,6 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from model.attention import attention, make_pattern
 from model.kernels import xla_attention
+from model.kernels.paged_attention import CHUNK, paged_attention
 
 B, T, K, G, D = 2, 11, 2, 3, 4
 SCALE, CAP = 0.6, 1.5
@@ -97,3 +98,19 @@ def test_tiles_skip_the_keys_after_their_end():
         function = jax.jit(lambda *qkv, backend=backend: attention(*qkv, pairs, scale=1.0, backend=backend))
         flops[backend] = function.lower(q, k, v).compile().cost_analysis()["flops"]
     assert flops["xla"] / flops["reference"] == pytest.approx(9 / 16, rel=0.02)
+
+
+@pytest.mark.parametrize("tokens", [CHUNK - 1, CHUNK])
+def test_what_is_not_finite_is_not_taken_for_a_row_that_sees_nothing(tokens):
+    """A NaN query, and all that see an infinite key, which they score infinitely, alone or amid a chunk; the others are well."""
+    rng = np.random.default_rng(0)
+    new = [rng.uniform(0.5, 1.0, (1, tokens, heads, D)).astype(np.float32) for heads in (K * G, K, K)]
+    new[0][0, 1] = np.nan
+    new[1][0, 3] = np.inf
+    q, *kept = map(jnp.asarray, new)
+    pages = tuple(x.swapaxes(1, 2) for x in kept)  # one, of all tokens
+    positions = jnp.arange(tokens, dtype=jnp.int32)[None]
+    out = np.asarray(paged_attention(q, (kept[0], kept[1]), pages, jnp.zeros((1, 1), jnp.int32), positions, scale=SCALE))
+    ill = np.isin(np.arange(tokens), [1, *range(3, tokens)])
+    np.testing.assert_array_equal(np.isfinite(out[0]).all(axis=(1, 2)), ~ill)
+    assert np.isnan(out[0, ill]).all()
