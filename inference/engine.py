@@ -344,6 +344,16 @@ def _copy_page(
     return placement.pages(jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source]), pages))
 
 
+@functools.partial(jax.jit, static_argnames="placement", donate_argnames="pages")
+def _zero_page(pages: tuple[LayerPages, ...], placement: Placement, page: jax.Array) -> tuple[LayerPages, ...]:
+    return placement.pages(jax.tree.map(lambda leaf: leaf.at[page].set(0), pages))
+
+
+@functools.partial(jax.jit, static_argnames="placement", donate_argnames="pages")
+def _zero_pages(pages: tuple[LayerPages, ...], placement: Placement) -> tuple[LayerPages, ...]:
+    return placement.pages(jax.tree.map(jnp.zeros_like, pages))
+
+
 @functools.partial(jax.jit, static_argnames="placement", donate_argnames="history")
 def _set_history(history: History, placement: Placement, slot: jax.Array, row: History) -> History:
     return placement.everywhere(jax.tree.map(lambda leaf, new: leaf.at[slot].set(new), history, row))
@@ -542,6 +552,8 @@ class Engine:
         for seq in sorted(self._holding(), key=lambda seq: seq.order, reverse=True):
             self._preempt(seq)
         self._pool.forget_all()
+        # What the old ones made of tokens may not be finite, and attention takes what a row does not see times 0.
+        self._pages = _zero_pages(self._pages, self._placement)
         self.params = params
 
     def generate(self, requests: Iterable[Request]) -> list[list[list[Token]]]:
@@ -605,6 +617,8 @@ class Engine:
         for size in self._row_sizes:
             self._run([], size)
         self._pages = _copy_page(self._pages, self._placement, np.int32(0), np.int32(0))
+        self._pages = _zero_page(self._pages, self._placement, np.int32(0))
+        self._pages = _zero_pages(self._pages, self._placement)
         self._history = _set_history(self._history, self._placement, np.int32(0), self._history_row(Sampling(), [], []))
 
     # --- steps --------------------------------------------------------------------------------------------------------
@@ -726,7 +740,10 @@ class Engine:
                 if seq.num_cached % self.config.page_size == 0:
                     self._pool.learn(seq.pages, seq.tokens[: seq.num_cached])
                 if token.finish_reason:
-                    self._pool.learn(seq.pages, seq.tokens[: seq.num_cached], partial=True)
+                    if math.isfinite(token.raw_logprob):
+                        self._pool.learn(seq.pages, seq.tokens[: seq.num_cached], partial=True)
+                    else:
+                        self._zero_own_pages(seq)
                     self._let_go(seq)
                     break
                 if turn == len(guesses[row]) or guesses[row][turn] != token.token:
@@ -880,6 +897,13 @@ class Engine:
         self.stats.preemptions += 1
         self._let_go(seq)
         self._waiting.appendleft(seq)
+
+    def _zero_own_pages(self, seq: Ongoing) -> None:
+        """Forgets what is not finite, perhaps: whoever got such a page next would take it times 0, which is not 0."""
+        for page in seq.pages:
+            if self._pool.holders(page) == 1:
+                self._pool.forget_beyond(page, 0)
+                self._pages = _zero_page(self._pages, self._placement, np.int32(page))
 
     def _let_go(self, seq: Ongoing) -> None:
         # The beginning last: what others may share longest is forgotten last.

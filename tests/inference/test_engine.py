@@ -508,6 +508,45 @@ def test_what_is_not_finite_in_the_cache_makes_no_answer(chunk):
     assert [token.finish_reason for token in run_to_end(engine)[request_id, 0]] == ["error"]
 
 
+def check_healthy(engine):
+    """Requests that get every page, one after the other."""
+    for seed in range(2 * engine.config.num_pages):
+        request = Request([seed % 40, 3, 4], max_tokens=3, seed=seed)
+        check_answer(request, 0, engine.generate([request])[0][0], cache_dtype=engine.config.cache_dtype)
+
+
+def test_what_is_not_finite_in_the_cache_does_not_outlive_its_request():
+    """In pages of the prompt, which samples share, and of the answer; a request beside them and those after them are well."""
+    params = PARAMS | {"embedding": PARAMS["embedding"].at[40].set(np.nan)}
+    engine = Engine(params, MODEL, dataclasses.replace(ROOMY, cache_tokens=64))
+    draws_40 = Sampling(logit_bias=((40, 100.0),))
+    beside = Request(CHAIN[:9], Sampling(logit_bias=((40, -100.0),)), max_tokens=12)
+    request_id = engine.submit(beside)
+    ill = [engine.submit(Request([*CHAIN[:2], 40, *CHAIN[:8]], num_samples=2, max_tokens=4)) for _ in range(2)]
+    ill += [engine.submit(Request(CHAIN[:9], draws_40, max_tokens=4, seed=seed)) for seed in range(2)]
+    answers = run_to_end(engine)
+    assert all(answer[-1].finish_reason == "error" for (n, _), answer in answers.items() if n in ill)
+    check_answer(beside, 0, answers[request_id, 0])
+    with pytest.raises(RuntimeError, match="its logits are not finite"):  # again, though its pages are zeros by now
+        engine.generate([Request([*CHAIN[:2], 40, *CHAIN[:8]], max_tokens=4)])
+    check_healthy(engine)
+
+
+@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
+def test_what_old_weights_made_of_tokens_does_not_outlive_them(cache_dtype):
+    config = dataclasses.replace(ROOMY, cache_tokens=64, prefill_chunk=18, cache_dtype=cache_dtype)
+    engine = Engine(jax.tree.map(lambda leaf: leaf * np.nan, PARAMS), MODEL, config)
+    dropped, request = (Request(CHAIN[start:24], max_tokens=4) for start in (1, 0))
+    request_id = engine.submit(dropped)
+    assert not engine.step()  # Of neither is it seen yet what came of it.
+    engine.abort(request_id)
+    request_id = engine.submit(request)
+    assert not engine.step()
+    engine.load(PARAMS, MODEL)
+    check_answer(request, 0, run_to_end(engine)[request_id, 0], cache_dtype=cache_dtype)
+    check_healthy(engine)
+
+
 def small_pairs(answer):
     return [(token.token, token.logprob, token.raw_logprob) for token in answer]
 

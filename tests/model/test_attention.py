@@ -102,7 +102,7 @@ def test_tiles_skip_the_keys_after_their_end():
 
 @pytest.mark.parametrize("tokens", [CHUNK - 1, CHUNK])
 def test_what_is_not_finite_is_not_taken_for_a_row_that_sees_nothing(tokens):
-    """A NaN query, and all that see an infinite key, which they score infinitely, alone or amid a chunk; the others are well."""
+    """A NaN query, and all that see an infinite key, which they score infinitely; the others are well."""
     rng = np.random.default_rng(0)
     new = [rng.uniform(0.5, 1.0, (1, tokens, heads, D)).astype(np.float32) for heads in (K * G, K, K)]
     new[0][0, 1] = np.nan
