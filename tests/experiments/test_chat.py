@@ -94,7 +94,10 @@ def test_what_is_asked_again_is_answered_anew_and_the_same_talk_is_the_same(monk
     thrice = answers("Hi", "/reset", "Hi", "/system", "Hi")  # the same prompt each time
     assert thrice == answers("Hi", "/reset", "Hi", "/system", "Hi")
     firsts = [answers("Hi", seed=seed) for seed in range(3)]
-    assert thrice.startswith(firsts[0])
+    twice = answers("Hi", "/reset", "Hi")
+    assert twice.startswith(firsts[0])
+    assert thrice.startswith(twice)
+    assert len({firsts[0], twice.removeprefix(firsts[0]), thrice.removeprefix(twice)}) == 3
     assert not any(first in thrice for first in firsts[1:])  # no answer of one talk is that of another's
     with pytest.raises(ValueError, match=r"--seed=-1 must lie in \[0, 2\^32\)"):
         answers("Hi", seed=-1)
