@@ -39,15 +39,19 @@ def found(model, params, answers=None):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("name", ["", "tiny-gemma2", "tiny-deepseek"])
-def test_in_float32_they_agree_on_the_whole_vocabulary(name):
+# Of 22,000 numbers after drawn tokens the largest difference of tiny-deepseek is 1.7e-5. It is that of three layers of 64
+# dimensions, whose sums are longer: without latent attention and experts it is 1.5e-5, and in one layer of them 0.7e-5.
+@pytest.mark.parametrize(("name", "bound"), [("", 1e-5), ("tiny-gemma2", 1e-5), ("tiny-deepseek", 2e-5)])
+def test_in_float32_they_agree_on_the_whole_vocabulary(name, bound):
     model = preset(name, vocab_size=48, max_seq_len=32, scan_layers=True, remat="full") if name else STACKED
     params = random_params(model) if name else PARAMS
-    differences = found(model, params, GIVEN)
-    assert differences.largest < 1e-5
-    assert 0 < differences.mean < 2e-6
-    assert differences.drawn_largest < 1e-5
-    assert 0 < found(model, params).reported_largest < 1e-5
+    given, drawn = found(model, params, GIVEN), found(model, params)
+    assert given.largest < 1e-5
+    assert given.drawn_largest < 1e-5
+    assert drawn.largest < bound
+    assert max(drawn.drawn_largest, drawn.reported_largest) < 1e-5
+    for mean in (given.mean, drawn.mean, drawn.reported_mean):
+        assert 0 < mean < 2e-6
 
 
 def test_in_bfloat16_they_differ_by_rounding():
