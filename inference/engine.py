@@ -387,6 +387,13 @@ def _described(params: Params) -> dict[str, str]:
     return {path_name(path): f"{leaf.dtype} {leaf.shape}" for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
+def _placed_like(new: jax.Array | np.ndarray, old: jax.Array) -> jax.Array:
+    """`new` where `old` lies, tied to that place or not as it is: for others the programs would be compiled anew."""
+    if isinstance(new, jax.Array) and (new.sharding, new.committed) == (old.sharding, old.committed):
+        return new
+    return jax.device_put(new, old.sharding) if old.committed else jax.device_put(np.asarray(new))
+
+
 def _table_width(model: ModelConfig, config: EngineConfig) -> int:
     """Pages of the longest row."""
     return min(-(-model.max_seq_len // config.page_size), config.num_pages)
@@ -537,8 +544,8 @@ class Engine:
     def load(self, params: Params, model: ModelConfig) -> None:
         """Takes other weights of the same network, as after an update of the trainer.
 
-        What was computed with the old ones is forgotten; sequences that are running go on with their tokens, whose keys and
-        values are computed anew.
+        They are put where the old ones lie. What was computed with those is forgotten; sequences that are running go on with
+        their tokens, whose keys and values are computed anew.
 
         Raises:
           ValueError: the configuration, or a parameter's name, shape or dtype, is another. The engine keeps the old ones.
@@ -554,7 +561,7 @@ class Engine:
         self._pool.forget_all()
         # What the old ones made of tokens may not be finite, and attention takes what a row does not see times 0.
         self._pages = _zero_pages(self._pages, self._placement)
-        self.params = params
+        self.params = jax.tree.map(_placed_like, params, self.params)
 
     def generate(self, requests: Iterable[Request]) -> list[list[list[Token]]]:
         """The answers of each request, a list of tokens per sample; what was drawn of others beside, the next step returns.
@@ -591,19 +598,21 @@ class Engine:
           ValueError: the engine has work, or the tokens do not fit.
         """
         check(not self.has_work, "the engine has work: wait for its end")
-        self.submit(Request(tokens[: num_prefilled + 1], max_tokens=len(tokens) - num_prefilled))
-        while not self._running:
-            self._fill()
-        seq, logits = self._running[0], []
-        for i in range(num_prefilled, len(tokens)):
-            seq.tokens, seq.num_cached = [*tokens[: i + 1]], i
-            self._find_room()
-            token, position = (np.full((1, 1 + self.config.num_guesses), fill, np.int32) for fill in (0, -1))
-            token[0, 0], position[0, 0] = tokens[i], i
-            table = self._table([seq], 1)
-            self._pages, row = _decode(self.params, self.model, self._placement, self._pages, table, token, position)
-            logits.append(np.asarray(row)[0, 0])
-        self._let_go(seq)
+        request_id = self.submit(Request(tokens[: num_prefilled + 1], max_tokens=len(tokens) - num_prefilled))
+        try:
+            while not self._running:
+                self._fill()
+            seq, logits = self._running[0], []
+            for i in range(num_prefilled, len(tokens)):
+                seq.tokens, seq.num_cached = [*tokens[: i + 1]], i
+                self._find_room()
+                token, position = (np.full((1, 1 + self.config.num_guesses), fill, np.int32) for fill in (0, -1))
+                token[0, 0], position[0, 0] = tokens[i], i
+                table = self._table([seq], 1)
+                self._pages, row = _decode(self.params, self.model, self._placement, self._pages, table, token, position)
+                logits.append(np.asarray(row)[0, 0])
+        finally:
+            self.abort(request_id)
         return np.stack(logits)
 
     def warm_up(self) -> None:

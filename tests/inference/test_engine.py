@@ -547,6 +547,17 @@ def test_what_old_weights_made_of_tokens_does_not_outlive_them(cache_dtype):
     check_healthy(engine)
 
 
+@pytest.mark.parametrize("program", ["_prefill", "_decode"])
+def test_logits_that_cannot_be_computed_leave_nothing_behind(monkeypatch, program):
+    engine = Engine(PARAMS, MODEL, ROOMY)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"inference.engine.{program}", mock.Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            engine.logits_along(CHAIN[:9], 5)
+    assert (engine.num_pages_held, engine.has_work) == (0, False)
+    np.testing.assert_allclose(engine.logits_along(CHAIN[:9], 5), logits_after(CHAIN[:9], PARAMS, MODEL)[5:], atol=1e-5)
+
+
 def small_pairs(answer):
     return [(token.token, token.logprob, token.raw_logprob) for token in answer]
 
@@ -794,6 +805,10 @@ def test_weights_on_a_mesh_decode_as_on_one_device(rules):
         for request, (answer,) in zip(batch, engine.generate(batch), strict=True):
             check_answer(request, 0, answer)
     assert engine._pages[0][0].sharding.spec[1] == "tensor"
+    placed = jax.tree.map(lambda leaf: leaf.sharding, engine.params)
+    engine.load(jax.tree.map(np.asarray, OTHERS), MODEL)
+    assert jax.tree.map(lambda leaf: leaf.sharding, engine.params) == placed
+    check_answer(requests[0], 0, engine.generate(requests[:1])[0][0], OTHERS)
 
 
 # --- Compilation ------------------------------------------------------------------------------------------------------
@@ -813,6 +828,10 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+def tied_to_a_device(leaf):
+    return jax.device_put(leaf, jax.devices()[0])
+
+
 @pytest.mark.parametrize("guesses", ["none", "looked_up", "drafted"])
 def test_nothing_is_compiled_after_the_warm_up(compilations, guesses):
     model = dataclasses.replace(MODEL, d_ff=20)  # whose programs no other test has made
@@ -827,6 +846,7 @@ def test_nothing_is_compiled_after_the_warm_up(compilations, guesses):
     engine = Engine(random_params(model), model, config, guess=guess)
     engine.warm_up()
     assert compilations
+    elsewhere = functools.partial(jax.tree.map, np.asarray if guess is None else tied_to_a_device)
     compilations.clear()
     rng = np.random.default_rng(0)
     for i in range(1000 if guesses == "none" else 200):
@@ -839,6 +859,8 @@ def test_nothing_is_compiled_after_the_warm_up(compilations, guesses):
         engine.submit(Request(prompt, sampling, samples, tokens, seed=i, top_logprobs=top_logprobs, **ends))
         for _ in range(int(rng.integers(3))):
             engine.step()
+        if i == 99:
+            engine.load(elsewhere(random_params(model, seed=1)), model)
     run_to_end(engine)
     assert engine.stats.preemptions > 0
     assert guess is None or engine.stats.guessed > 0
