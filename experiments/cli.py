@@ -118,7 +118,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     add_decoding_flags(bench)
     parity = commands.add_parser("parity", help="compare what a model is decoded with and what the trainer computes")
     parity.add_argument("source", metavar="MODEL", help=model_help)
-    parity.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of activations; default float32")
+    computed = "of activations, and of the engine's weights; the trainer's stay as they are; default float32"
+    parity.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help=computed)
     parity.add_argument("--prompt", default="The ", help="what the samples continue")
     parity.add_argument("--samples", type=int, default=4, help="default 4")
     parity.add_argument("--tokens", type=int, default=64, help="of a sample; default 64")
