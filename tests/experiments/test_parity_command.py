@@ -61,7 +61,7 @@ def test_the_trainer_gets_stacked_layers_that_are_recomputed(model):
     assert (config.scan_layers, config.remat, config.dtype, config.param_dtype) == (True, "full", "bfloat16", "float32")
 
 
-@pytest.mark.optimised
+@pytest.mark.slow
 def test_what_a_process_reports_that_decodes_in_bfloat16_is_what_the_trainer_finds(tmp_path):
     """Weights are bfloat16 numbers and layers add nothing, so that no rounding is left but that of a head of four rows; logits
     are up to 10, and would be wrong by 1/32. Processes are set up as a command's are."""

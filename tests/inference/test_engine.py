@@ -366,7 +366,7 @@ class Traces(RuleBasedStateMachine):
 
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 TestTraces = Traces.TestCase
-TestTraces.settings = settings(max_examples=25, stateful_step_count=20, **_SETTINGS)
+TestTraces.settings = settings(max_examples=10, stateful_step_count=20, **_SETTINGS)
 
 
 class ManyTraces(Traces):
@@ -402,7 +402,7 @@ class ManyMeshTraces(Traces):
 
 TestMeshTraces, TestManyMeshTraces = MeshTraces.TestCase, pytest.mark.slow(ManyMeshTraces.TestCase)
 _UNSHRUNK = {"phases": [Phase.explicit, Phase.reuse, Phase.generate], **_SETTINGS}  # a step takes long over eight devices
-TestMeshTraces.settings = settings(max_examples=4, stateful_step_count=12, **_UNSHRUNK)
+TestMeshTraces.settings = settings(max_examples=3, stateful_step_count=12, **_UNSHRUNK)
 TestManyMeshTraces.settings = settings(max_examples=100, stateful_step_count=30, **_UNSHRUNK)
 
 
