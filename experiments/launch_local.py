@@ -95,9 +95,11 @@ def run_side_by_side(commands: Mapping[str, Sequence[str]]) -> list[int]:
 
 @contextlib.contextmanager
 def noted_stops() -> Iterator[list[int]]:
-    """The signals of STOPS that have arrived within; they do nothing else, so that no process is lost while it is started."""
+    """The signals of STOPS that have arrived within; they do nothing else, so that no process is lost while it is started.
+    What is ignored, as a lost terminal under nohup, stays so."""
     stops: list[int] = []
-    handlers = {number: signal.signal(number, lambda *received: stops.append(received[0])) for number in STOPS}
+    heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, lambda *received: stops.append(received[0])) for number in heeded}
     try:
         yield stops
     finally:

@@ -7,7 +7,7 @@ Of each task (`reverse`, `countdown`), all begin with one checkpoint that half k
 prompts:
 
 - `grpo`: `configs/grpo_<task>.py`.
-- `shuffled`: the same with rewards dealt out at random within the batch; must not learn. Half as long. (Its
+- `shuffled`: the same with rewards dealt out at random within each group; must not learn. Half as long. (Its
   noise is that of `grpo`, which is enough to take a policy apart.)
 - `rejection`: keep the right answers, raise their likelihood, draw again. It is the same run with the loss -r log p, r in
   {0, 1}, and no baseline. One update is made of each batch, by the policy that drew it, so the gradient is exactly that of

@@ -142,6 +142,21 @@ def test_a_signal_ends_all_that_run_side_by_side(tmp_path, number, status):
     assert not (tmp_path / "survivor").exists()
 
 
+def test_a_lost_terminal_ends_nothing_under_nohup(tmp_path):
+    scripts = {"a": [*program(f"{WAIT_FOR_FILE}\nprint('done')"), str(tmp_path / "go")]}
+    scripts["b"] = program(f"import pathlib; pathlib.Path({str(tmp_path / 'began')!r}).write_text('x')")
+    code = (
+        "import signal, sys\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        f"from experiments.launch_local import run_side_by_side\nsys.exit(sum(run_side_by_side({scripts!r})))"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for((tmp_path / "began").exists)
+    launcher.send_signal(signal.SIGHUP)
+    (tmp_path / "go").write_text("x")
+    out, _ = launcher.communicate(timeout=20)
+    assert (launcher.returncode, out) == (0, "[a] done\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_compiler(tmp_path, number):
     script = ["bash", "-c", f"echo $$ > {tmp_path}/pid; sleep 60"]
