@@ -114,8 +114,8 @@ seconds of it on the links if nothing else used them, and those of the whole pro
 is decoded at once, at the end of full rows: the compiler's estimate, or what it takes to read weights and pages once if that is
 more. All seconds are estimates.
 
-Much of the update's time are exposed gathers and scatters of activations over `tensor`, 4.5 of 12.7 s: the axis is as large as
-decoding wants it, and larger than the trainer does. A mesh of its own for the sampler would spare them; there is none yet.
+The axis `tensor` is as large as decoding wants it, and larger than the trainer does; what updates pay for it stands below. A
+mesh of its own for the sampler would spare that; there is none yet.
 
 """
 COLUMNS_OF_RL = (
@@ -223,6 +223,7 @@ def page(reports: dict[str, Report]) -> str:
         f"| {' | '.join(COLUMNS_OF_RL)} |",
         "|---" * len(COLUMNS_OF_RL) + "|",
         *(rl_line(name, report) for name, report in sorted(of_rl.items())),
+        *(f"\n{exposed_over_tensor(name, report['programs']['update'])}" for name, report in sorted(of_rl.items())),
     ]
     return HEADER + "\n".join(lines) + "\n" + notes + REINFORCEMENT + "\n".join(of_rl_lines) + "\n"
 
@@ -233,6 +234,12 @@ def notes_on(qwen3: Report) -> str:
     busy = step * (parts["matmuls"] + parts["attention"] + parts["experts"])
     best = 100 * qwen3["estimated_mfu"] * step / busy
     return NOTES_ON_QWEN3.format(busy=busy, step=step, other=step * parts["other operations"], best=best)
+
+
+def exposed_over_tensor(name: str, update: Report) -> str:
+    seconds = sum(row["exposed_seconds"] for row in update["collectives"] if row["axes"] == "tensor")
+    step = update["estimated_step_seconds"]
+    return f"{name}: of the {step:.1f} s of an update {seconds:.1f} are exposed collectives of activations over `tensor`."
 
 
 def rl_line(name: str, report: Report) -> str:
