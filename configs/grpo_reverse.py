@@ -1,8 +1,8 @@
 """GRPO teaches a tiny model to reverse longer strings than it was shown.
 
 Command:   loam run --config=configs/grpo_reverse.py
-Hardware:  1 CPU core, 7 minutes beside other work
-Expected:  eval/pass@1 from 0.31 to 0.98, 0.99 and 0.99 (seeds 0, 1, 2), above 0.9 from step 280 on
+Hardware:  1 CPU core, 9 minutes beside other work
+Expected:  eval/pass@1 from 0.31 to 0.97 (seed 0), above 0.9 from step 280 on
 
 Needs a finished run of `configs/pretrain_reverse.py` (runs/pretrain_reverse).
 """
@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
     config.initial_weights = "runs/pretrain_reverse"
     config.task = TaskConfig("reverse", (("min_length", 5), ("max_length", 8), ("alphabet", "abcdefgh")))
     config.steps = 400
-    config.policy = {"scale": "none", "aggregation": "token_mean", "group_size": 8}
+    # Without the penalty rewards that say nothing take the policy apart (experiments/LOG.md).
+    config.policy = {"scale": "none", "aggregation": "token_mean", "group_size": 8, "kl": {"loss_coefficient": 0.1}}
     config.rollouts = {"prompts": 32, "max_prompt_tokens": 20, "max_tokens": 10}
     config.optimizer = {
         "learning_rate": 6e-4,
