@@ -1,0 +1,182 @@
+"""Who judges a run's answers: verifiers, reward models, the greedy answer; and what of those that nobody could judge."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from data.tasks.task import Score
+from model.transformer import forward, unembed
+from tests.train.rl_runs import BARE, MODEL, TASK, StopAfter, job, run, verifiers_instead, watch_constants
+from train import rl
+from train.initial import open_initial
+from train.objectives.config import REMAX, ImportanceConfig, ObjectiveConfig, PolicyConfig, ProcessModelConfig
+from train.preferences import answer_scores
+from train.rl_config import RolloutConfig
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.mark.slow
+def test_a_reward_model_judges_with_the_task_and_without(warm_start, scorer, tmp_path):
+    model = scorer("scorer", BARE)
+    metrics = run(job(warm_start, tmp_path / "alone", reward_model=model, task_weight=0.0, steps=2))
+    for record in metrics:
+        assert record["reward/total"] == pytest.approx(record["reward/learned"], abs=1e-6)
+        assert 0 <= record["reward/right"] <= 1
+    assert any(abs(record["reward/learned"] - record["reward/right"]) > 0.01 for record in metrics)
+    assert 0 <= json.loads((tmp_path / "alone/result.json").read_text())["eval/pass@1"] <= 1
+    together = run(job(warm_start, tmp_path / "together", reward_model=model, reward_model_weight=0.5, steps=1))
+    assert together[0]["reward/right"] == metrics[0]["reward/right"]  # the same samples
+    assert together[0]["reward/total"] == pytest.approx(
+        together[0]["reward/right"] + 0.5 * together[0]["reward/learned"], abs=1e-6
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", ["min", "product"])
+def test_a_process_model_judges_by_the_chance_that_steps_are_right(warm_start, scorer, tmp_path, steps, monkeypatch):
+    seen = watch_constants(monkeypatch)
+    model = scorer(f"process_{steps}", BARE, ObjectiveConfig(process_model=ProcessModelConfig()))
+    options = {"reward_model": model, "reward_model_steps": steps, "task_weight": 0.0}
+    (record,) = run(job(warm_start, tmp_path / "run", steps=1, **options))
+    ((judged, _, loop),) = seen
+    assert np.all((judged.rewards > 0) & (judged.rewards < 1))
+    assert np.ptp(judged.rewards) > 0
+    assert record["reward/total"] == pytest.approx(float(judged.rewards.mean()), rel=1e-5)
+    # Of an answer in one line there is one step, whatever is made of several.
+    last = answer_scores(loop.learned.params, MODEL, *whole_rows(judged.samples))
+    places = judged.samples.segment_ids.sum(1)
+    chances = 1 / (1 + np.exp(-np.asarray(last, np.float64)[np.arange(len(places)), places]))
+    np.testing.assert_allclose(judged.rewards, chances, rtol=1e-5)
+
+
+def whole_rows(samples):
+    """Prompts and answers with their last tokens, which rows of an update only predict."""
+    tokens = np.concatenate([samples.tokens[:, :1], samples.targets], axis=1)
+    places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return (
+        {"tokens": tokens, "positions": places, "segment_ids": (places <= samples.segment_ids.sum(1)[:, None]).astype(int)},
+    )
+
+
+@pytest.mark.slow
+def test_a_reward_model_that_read_other_prompts_is_refused(warm_start, scorer, tmp_path):
+    other = scorer("other", BARE.replace("bos_token + m", "bos_token + 'a' + m"))
+    with pytest.raises(ValueError, match="was trained with another tokenizer or chat template"):
+        run(job(warm_start, tmp_path / "run", reward_model=other))
+    with pytest.raises(ValueError, match="is not the directory of a run"):
+        run(job(warm_start, tmp_path / "run", reward_model=str(tmp_path)))
+
+
+@pytest.mark.slow
+def test_shuffled_rewards_are_the_same_rewards(warm_start, tmp_path):
+    plain, shuffled = (
+        run(job(warm_start, tmp_path / str(shuffle), shuffle_rewards=shuffle, steps=1))[0] for shuffle in (False, True)
+    )
+    assert shuffled["reward_mean"] == plain["reward_mean"]
+    assert shuffled["length_mean"] == plain["length_mean"]
+
+
+def most_likely(read, prompt, most, stop_id):
+    """The greedy answer, by a forward pass over the whole text for each token; without its stop token."""
+    ids, size = list(prompt), MODEL.max_seq_len
+    while len(ids) - len(prompt) < most:
+        real = (np.arange(size) < len(ids)).astype(np.int32)[None]
+        ids.append(int(np.argmax(read(np.pad(ids, (0, size - len(ids)))[None], real)[0, len(ids) - 1])))
+        if ids[-1] == stop_id:
+            return ids[len(prompt) : -1]
+    return ids[len(prompt) :]
+
+
+def test_the_greedy_baseline_is_the_reward_of_the_most_likely_answer(warm_start, tmp_path, monkeypatch):
+    seen = watch_constants(monkeypatch)
+    policy = dataclasses.replace(REMAX, group_size=2)
+    rollouts = RolloutConfig(prompts=6, max_prompt_tokens=6, max_tokens=6, max_batch=8, verifiers=1)
+    (record,) = run(job(warm_start, tmp_path / "run", policy=policy, rollouts=rollouts, steps=1))
+    ((judged, constants, loop),) = seen
+    weights = open_initial(str(warm_start), MODEL).load(loop.policy.trainer.abstract_weights)
+    task = TASK.make()
+    places = np.arange(MODEL.max_seq_len)[None]
+    read = jax.jit(lambda tokens, real: unembed(weights, MODEL, forward(weights, MODEL, tokens, places, real)[0]))
+    for row, baseline in enumerate(judged.baseline):
+        example = task.example(row // 2, 0)
+        answer = most_likely(read, loop._prompt(example), 6, loop.tokenizer.eos_id)
+        assert baseline == task.score(loop._text(answer), example).reward
+        expected = (judged.rewards[row] - baseline) * judged.samples.mask[row]
+        np.testing.assert_allclose(constants.advantages[row], expected, atol=1e-7)
+    assert record["reward/greedy"] == pytest.approx(judged.baseline.mean())
+    assert np.ptp(judged.baseline) > 0
+    assert np.any(constants.advantages)
+
+
+def raises(completion, example):
+    raise RuntimeError("nothing can be said of this")
+
+
+def raises_on_some(completion, example):
+    if example.problem.startswith("a"):
+        raise RuntimeError("nothing can be said of this")
+    return Score(0.5, "so-so")
+
+
+def test_prompts_whose_greedy_answer_cannot_be_judged_are_left_out_and_counted(warm_start, tmp_path, monkeypatch):
+    seen = watch_constants(monkeypatch)
+    verifiers_instead(monkeypatch, raises_on_some, 6)
+    policy = dataclasses.replace(REMAX, group_size=2)
+    rollouts = RolloutConfig(prompts=6, max_prompt_tokens=6, max_tokens=6, max_batch=8, verifiers=1)
+    (record,) = run(job(warm_start, tmp_path / "run", policy=policy, rollouts=rollouts, steps=1))
+    ((judged, constants, _),) = seen
+    task = TASK.make()
+    lost = np.repeat([task.example(i, 0).problem.startswith("a") for i in range(6)], 2)
+    assert 0 < lost.sum() < 12
+    np.testing.assert_array_equal(judged.valid, ~lost)
+    assert record["reward/greedy_failed"] == lost.sum() / 2
+    assert record["reward/right/failed"] == 0
+    assert record["bad_reward_fraction"] == pytest.approx(lost.mean())
+    assert record["reward/greedy"] == 0.5
+    assert not np.any(constants.weights[lost] * constants.advantages[lost])
+    assert np.all(np.any(constants.weights[~lost] * constants.advantages[~lost], axis=1))
+    assert record["effective_batch_fraction"] == pytest.approx(1 - lost.mean())
+
+
+@pytest.mark.slow
+def test_failures_of_all_rounds_of_sampling_are_counted(warm_start, tmp_path, monkeypatch):
+    """Of which no group can be compared, so each round draws others; and nothing is learned, and nothing breaks."""
+    verifiers_instead(monkeypatch, raises, 16)
+    (record,) = run(job(warm_start, tmp_path / "run", policy=PolicyConfig(group_size=4, zero_variance="resample"), steps=1))
+    assert record["rounds"] == 3
+    assert record["reward/right/failed"] == record["reward/right/raised"] == 48
+    assert record["bad_reward_fraction"] == 1
+    assert record["effective_batch_fraction"] == 0
+    assert record["grad_norm"] == 0
+
+
+@pytest.mark.slow
+def test_a_greedy_baseline_goes_on_to_the_same_bits_with_answers_drawn_ahead(warm_start, tmp_path, monkeypatch):
+    changes = {
+        "policy": PolicyConfig(advantage="greedy", group_size=2, importance=ImportanceConfig("token")),
+        "rollouts": RolloutConfig(6, 6, 6, ahead=True, max_batch=8, verifiers=1),
+    }
+    straight = run(job(warm_start, tmp_path / "straight", **changes))
+    stopped, calls = job(warm_start, tmp_path / "stopped", **changes), iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "stop_on_signal", lambda: StopAfter(1, calls))
+        assert rl.train_with_rewards(stopped, log=lambda _: None) == 42
+    assert run(stopped) == straight
+
+
+@pytest.mark.slow
+def test_parts_of_the_reward_are_normalised_apart(warm_start, scorer, tmp_path, monkeypatch):
+    seen = watch_constants(monkeypatch)
+    policy = PolicyConfig(group_size=4, scale="group", normalise_parts=True)
+    options = {"reward_model": scorer("parts", BARE), "task_weight": 2.0, "reward_model_weight": 0.5, "policy": policy}
+    run(job(warm_start, tmp_path / "run", steps=1, **options))
+    ((judged, constants, _),) = seen
+    np.testing.assert_allclose(judged.parts @ [2.0, 0.5], judged.rewards, rtol=1e-5)
+    apart = judged.parts.astype(np.float64).reshape(-1, 4, 2)
+    normalised = (apart - apart.mean(1, keepdims=True)) / (apart.std(1, ddof=1, keepdims=True) + 1e-4)
+    expected = (normalised @ [2.0, 0.5]).reshape(-1)
+    np.testing.assert_allclose(constants.advantages, expected[:, None] * judged.samples.mask, rtol=1e-3, atol=1e-4)
