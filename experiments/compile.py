@@ -232,14 +232,15 @@ def attention_call_cycles(
     # Queries and keys, [B, H, T, D] and [B, K, S, D]: two of the operands, in another order in each pass.
     wide = [shape for shape in map(hlo.first_shape, kernel.operands) if len(shape) == 4]
     queries, keys = (wide[0], wide[1]) if pass_ == "forward" else (wide[2], wide[0])
-    sizes = BlockSizes.of_chip(topology.chip, config.model.head_dim).for_itemsize(ITEMSIZE[config.model.dtype])
+    model = config.model
+    sizes = BlockSizes.of_chip(topology.chip, model.head_dim, model.attention_soft_cap).for_itemsize(ITEMSIZE[model.dtype])
     if context > 1:
         sizes = sizes.dividing(queries[2] // 2)
     block = getattr(sizes, pass_)
     block = (min(block[0], queries[2]), min(block[1], keys[2]))
     part = part_sizes(block)
     length, of_keys = config.row_tokens, pass_ == "backward"
-    layers = [config.model.window(layer) for layer in range(config.model.num_layers)]
+    layers = [model.window(layer) for layer in range(model.num_layers)]
     tiles = [causal_tiles(length, window, block, part, of_keys) for window in layers]
     mean = functools.reduce(operator.add, tiles) * (queries[0] * queries[1] / len(layers) / context**2)
     grid = keys if of_keys else queries

@@ -65,6 +65,7 @@ def make_pattern(
     backend: AttentionBackend,
     itemsize: int = 2,
     head_dim: int = 128,
+    soft_cap: float = 0.0,
     layout: Layout | None = None,
 ) -> Pattern:
     """What all layers of a step with the same window share.
@@ -73,12 +74,13 @@ def make_pattern(
       q_segments, q_positions: int32 [B, T].
       kv_segments, kv_positions: int32 [B, S]; those of the queries if a mesh splits the tokens of a row.
       window: a query sees keys at distances below it; 0 is no limit.
-      itemsize, head_dim: bytes of an element, and dimensions, of the queries and keys that will be attended with.
+      itemsize, head_dim, soft_cap: bytes of an element, and dimensions, of the queries and keys that will be attended with, and
+        the cap of their logits (0 is none).
     """
     make: Callable[..., Pattern] = functools.partial(allowed_pairs, window=window)
     if backend == "flash":
         devices = layout.mesh.devices.flat if layout else jax.devices()
-        sizes = BlockSizes.of_chip(chip_of(devices[0].device_kind), head_dim).for_itemsize(itemsize)
+        sizes = BlockSizes.of_chip(chip_of(devices[0].device_kind), head_dim, soft_cap).for_itemsize(itemsize)
         if layout is not None and (devices_of_row := layout.shards("sequence")) > 1:
             sizes = sizes.dividing(q_segments.shape[1] // (2 * devices_of_row))
         make = functools.partial(make_plan, window=window, sizes=sizes)

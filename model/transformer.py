@@ -287,9 +287,11 @@ def forward(
     segments = segment_ids if segment_ids is not None else jnp.ones_like(positions)
     patterns: dict[int, Pattern] = {}
     if cache is None:
-        width = {"itemsize": jnp.dtype(config.dtype).itemsize, "head_dim": config.head_dim}
-        make = functools.partial(make_pattern, backend=config.attention_backend, **width)
-        patterns = {w: make(segments, positions, segments, positions, window=w, layout=layout) for w in windows}
+        shape = {"itemsize": jnp.dtype(config.dtype).itemsize, "head_dim": config.head_dim}
+        make = functools.partial(
+            make_pattern, backend=config.attention_backend, soft_cap=config.attention_soft_cap, layout=layout, **shape
+        )
+        patterns = {w: make(segments, positions, segments, positions, window=w) for w in windows}
     context = Context(
         positions,
         patterns,

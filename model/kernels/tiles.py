@@ -40,14 +40,15 @@ class BlockSizes:
     backward: tuple[int, int] = (1024, 1024)
 
     @classmethod
-    def of_chip(cls, chip: Chip | None, head_dim: int = LANES) -> BlockSizes:
+    def of_chip(cls, chip: Chip | None, head_dim: int = LANES, soft_cap: float = 0.0) -> BlockSizes:
         """The sizes with the fewest bundles on a generation for one long document; the default where there is no chip.
 
-        A v4 has 16 MiB of VMEM, and heads wider than 128 need 23 in the backward pass: there it takes tiles half as long.
+        A v4 has 16 MiB of VMEM. In the backward pass heads wider than 128 need 23, and wider than 64 with a soft cap, whose
+        derivative is spilled, 16.7: there it takes tiles half as long.
         """
         table = json.loads(BLOCK_SIZES_FILE.read_text())
         sizes = cls(**{name: (q, kv) for name, (q, kv) in table[chip.name].items()}) if chip else cls()
-        if chip and chip.name == "v4" and head_dim > LANES:
+        if chip and chip.name == "v4" and head_dim > (LANES // 2 if soft_cap else LANES):
             q, kv = sizes.backward
             return dataclasses.replace(sizes, backward=(max(LANES, q // 2), max(LANES, kv // 2)))
         return sizes

@@ -152,13 +152,15 @@ def test_attention_takes_the_block_sizes_of_its_chip(monkeypatch, tmp_path):
     monkeypatch.setattr(tiles, "BLOCK_SIZES_FILE", path)
     ids = np.ones((1, 2048), np.int32)
 
-    def sizes(kind, itemsize, head_dim=128):
+    def sizes(kind, itemsize, head_dim=128, soft_cap=0.0):
         monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
-        return attention.make_pattern(ids, ids, ids, ids, window=0, backend="flash", itemsize=itemsize, head_dim=head_dim).sizes
+        shape = {"itemsize": itemsize, "head_dim": head_dim, "soft_cap": soft_cap}
+        return attention.make_pattern(ids, ids, ids, ids, window=0, backend="flash", **shape).sizes
 
     assert sizes("TPU v6 lite", 2) == tiles.BlockSizes((128, 256), (256, 128))
     assert sizes("TPU v6 lite", 2, 256) == tiles.BlockSizes((128, 256), (256, 128))
-    assert sizes("TPU v4", 2, 256) == tiles.BlockSizes((128, 256), (128, 128))
+    assert sizes("TPU v4", 2) == sizes("TPU v4", 2, 64, 50.0) == tiles.BlockSizes((128, 256), (256, 128))
+    assert sizes("TPU v4", 2, 256) == sizes("TPU v4", 2, 128, 50.0) == tiles.BlockSizes((128, 256), (128, 128))
     assert sizes("cpu", 2) == tiles.BlockSizes()
     assert sizes("cpu", 4) == tiles.BlockSizes((512, 512), (256, 256))
 

@@ -569,7 +569,7 @@ COMPILE = textwrap.dedent(
     shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=everywhere)
 
     def run(q, k, v, sinks, segments, positions):
-        sizes = BlockSizes.of_chip(chip_of(devices[0].device_kind), head_dim).for_itemsize(dtype.itemsize)
+        sizes = BlockSizes.of_chip(chip_of(devices[0].device_kind), head_dim, cap).for_itemsize(dtype.itemsize)
         plan = make_plan(segments, positions, segments, positions, window, sizes)
         call = lambda q, k, v, sinks: flash_attention(q, k, v, plan, sinks, scale=0.1, cap=cap)
         if not gradients:
@@ -594,7 +594,9 @@ def test_it_compiles_for_a_tpu():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-@pytest.mark.parametrize(("head_dim", "group", "window", "cap"), [(64, 1, 0, 0.0), (128, 4, 1000, 0.0), (256, 2, 0, 50.0)])
+@pytest.mark.parametrize(
+    ("head_dim", "group", "window", "cap"), [(64, 1, 0, 50.0), (128, 4, 1000, 0.0), (128, 2, 0, 50.0), (256, 2, 0, 50.0)]
+)
 def test_it_compiles_for_every_generation(topology, head_dim, group, window, cap):
     compile_for(topology, 4096, head_dim, group, window, cap, gradients=True)
 
@@ -620,7 +622,7 @@ def test_heads_too_wide_for_vmem_are_refused_when_the_config_is_read():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2"])
-@pytest.mark.parametrize(("head_dim", "group", "window", "cap"), [(128, 2, 0, 0.0), (256, 2, 1000, 50.0)])
+@pytest.mark.parametrize(("head_dim", "group", "window", "cap"), [(128, 2, 0, 0.0), (128, 2, 0, 50.0), (256, 2, 1000, 50.0)])
 def test_float32_fits_into_vmem_in_smaller_tiles(topology, head_dim, group, window, cap):
     compile_for(topology, 4096, head_dim, group, window, cap, gradients=True, dtype="float32")
 
