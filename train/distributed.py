@@ -410,23 +410,31 @@ class Group:
         self._run_dir = run_dir
 
     def _watch(self) -> None:
-        while not self._closed.wait(BEAT_SECONDS):
-            overdue = self.watchdog.overdue()
-            if overdue:
-                dump_stacks(self._run_dir, self.index)
-                where = f"where it is stuck is in {self._run_dir}/stacks-{self.index}.txt"
-                self._leave(f"{self._name}: {overdue}; {where}", PREEMPTED, stuck=True)
-            if self.count == 1:
-                continue
-            try:
-                self._hear()
-            except (MissingProcesses, jax.errors.JaxRuntimeError) as error:
-                if self._closed.is_set():
-                    return
-                if isinstance(error, MissingProcesses):
-                    self._leave(str(error), PREEMPTED)
-                self._gone = "process 0, the coordinator"
-                self._say(f"{self._gone} has not answered for {SILENT_SECONDS:g} s")
+        try:
+            while not self._closed.wait(BEAT_SECONDS):
+                self._look()
+        except Exception as error:
+            # Nobody would see it hang any more.
+            traceback.print_exception(error)
+            self._leave(f"{self._name}: the thread that watches it failed: {error!r}", 1)
+
+    def _look(self) -> None:
+        overdue = self.watchdog.overdue()
+        if overdue:
+            dump_stacks(self._run_dir, self.index)
+            where = f"where it is stuck is in {self._run_dir}/stacks-{self.index}.txt"
+            self._leave(f"{self._name}: {overdue}; {where}", PREEMPTED, stuck=True)
+        if self.count == 1:
+            return
+        try:
+            self._hear()
+        except (MissingProcesses, jax.errors.JaxRuntimeError) as error:
+            if self._closed.is_set():
+                return
+            if isinstance(error, MissingProcesses):
+                self._leave(str(error), PREEMPTED)
+            self._gone = "process 0, the coordinator"
+            self._say(f"{self._gone} has not answered for {SILENT_SECONDS:g} s")
 
     def _beat(self) -> None:
         self._calls["beat"] += 1
@@ -444,8 +452,8 @@ class Group:
             if end["stuck"]:
                 dump_stacks(self._run_dir, self.index)
             self._exit(end["status"])
-        if news.get("gone", "") != self._gone:
-            self._gone = news["gone"]
+        if (gone := news.get("gone", "")) != self._gone:  # It may have told nothing yet.
+            self._gone = gone
             if self._gone:
                 self._say(f"for {SILENT_SECONDS:g} s nothing was heard from {self._gone}")
         if "stop" in news and self._stop_at < 0:

@@ -450,6 +450,47 @@ def test_whoever_hears_that_another_is_gone_leaves_to_be_restarted(monkeypatch, 
     assert left.value.args == (PREEMPTED if gone else 1,)
 
 
+def test_a_coordinator_that_is_silent_before_its_first_news_is_heard_again(monkeypatch):
+    class Client:
+        asked = 0
+
+        def key_value_set(self, *_, **__):
+            pass
+
+        def blocking_key_value_get(self, *_):
+            self.asked += 1
+            if self.asked == 1:
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+            if self.asked == 3:
+                group._closed.set()
+
+        def key_value_dir_get(self, *_):
+            return []
+
+    monkeypatch.setattr(train.distributed, "BEAT_SECONDS", 0.0)
+    group = Group(1, 2, Client())
+    group._watch()
+    assert group._gone == ""
+    assert group._client.asked == 3
+
+
+def test_a_process_whose_watch_thread_fails_leaves(monkeypatch, capfd):
+    def leave(self, status):
+        raise Left(status)
+
+    def overdue():
+        raise RuntimeError("a clock that stands")
+
+    monkeypatch.setattr(train.distributed, "BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(Group, "_exit", leave)
+    group = Group()
+    monkeypatch.setattr(group.watchdog, "overdue", overdue)
+    with pytest.raises(Left) as left:
+        group._watch()
+    assert left.value.args == (1,)
+    assert "the thread that watches it failed: RuntimeError('a clock that stands')" in capfd.readouterr().err
+
+
 def test_a_missing_coordinator_and_a_port_in_use_are_told_before_any_work(config_file, tmp_path):
     run = ["-m", "experiments.cli", "run", f"--config={config_file}", f"--config.run_dir={tmp_path / 'run'}"]
     run += ["--processes=2", "--config.deadlines.start_seconds=1"]
