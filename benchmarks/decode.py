@@ -91,7 +91,9 @@ def main() -> None:
     import transformers  # pyright: ignore[reportMissingImports]
 
     from experiments.bench_infer import read_bandwidth
-    from inference.engine import Engine, EngineConfig, Request
+    from inference.config import EngineConfig
+    from inference.engine import Engine
+    from inference.request import Request
     from inference.sampling import Sampling
     from model.convert.huggingface import load
     from model.params import num_parameters, param_specs

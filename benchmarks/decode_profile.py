@@ -129,7 +129,9 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
-    from inference.engine import Engine, EngineConfig, Request
+    from inference.config import EngineConfig
+    from inference.engine import Engine
+    from inference.request import Request
     from inference.sampling import Sampling
     from model.params import init_params, param_specs
     from model.presets import preset

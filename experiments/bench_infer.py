@@ -17,7 +17,9 @@ import jax
 import numpy as np
 
 from experiments.sampling import open_to_decode
-from inference.engine import Engine, EngineConfig, Request
+from inference.config import EngineConfig
+from inference.engine import Engine
+from inference.request import Request
 from inference.sampling import Sampling
 from model.chips import chip_of
 from model.config import ModelConfig, check

@@ -21,8 +21,10 @@ from pathlib import Path
 
 from data.chat_template import encode_chat
 from experiments.sampling import open_to_decode
-from inference.engine import Engine, EngineConfig, Request
+from inference.config import EngineConfig
+from inference.engine import Engine
 from inference.models import LoadedModel
+from inference.request import Request
 from inference.sampling import Sampling, derived_seed
 from inference.service import Service
 from inference.text import Answers

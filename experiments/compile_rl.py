@@ -33,7 +33,7 @@ def lower(config: Any, program: str, devices: Sequence[Any]) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from inference.engine import lower_decode
+    from inference.programs import lower_decode
     from train.objectives.policy_gradient import Rollouts
     from train.rl import Policy
     from train.rollouts import engine_config

@@ -25,8 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.sampling import is_run, open_any
-from inference.engine import Engine, EngineConfig, Request, Token
+from inference.config import EngineConfig
+from inference.engine import Engine
 from inference.models import describe_model
+from inference.request import Request, Token
 from model.config import DType, ModelConfig, check
 from model.logprobs import token_logprobs
 from model.params import Params

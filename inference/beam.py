@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from inference.engine import Engine, Request
+from inference.engine import Engine
+from inference.request import Request
 from inference.sampling import TOP_LOGPROBS, Sampling
 from model.config import check
 

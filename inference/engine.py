@@ -14,179 +14,24 @@ Not safe to use from several threads; `inference/service.py` is.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
 import itertools
 import math
-import numbers
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Protocol, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from inference.pages import PagePool
-from inference.sampling import SAMPLING, TOP_LOGPROBS, Draws, History, Rows, Sampling, draw_in_turn
+from inference import programs
+from inference.config import EngineConfig
+from inference.drawing import allowed, columns, drawn_token, history_row
+from inference.programs import Placement
+from inference.request import FAILED, Request, Token
+from inference.sampling import Draws, Sampling
+from inference.schedule import Ongoing, Schedule
 from model.attention import check_backend
-from model.config import CacheDType, ModelConfig, check, check_choices
-from model.kernels.tiles import MASKED
+from model.config import ModelConfig, check
 from model.params import Params, path_name, unstack_layers
-from model.sharding import Layout
-from model.transformer import KVCache, LayerPages, empty_pages, forward, unembed
-
-FinishReason = Literal["stop", "length", "error"]
-Tree = TypeVar("Tree")
-
-
-MAX_SAMPLES = 16_384  # of a request
-FAILED = "watcher, constraint or guess failed, or its logits are not finite"
-
-
-class Constraint(Protocol):
-    """What an answer may consist of, token by token (`inference/grammar.py`).
-
-    Attributes:
-      stop_id: the token that it allows after what is complete.
-    """
-
-    stop_id: int
-
-    def allowed(self) -> np.ndarray:
-        """uint32 [words]: bit i of word w is set where token 32 w + i may come next. At least one may."""
-        ...
-
-    def advance(self, token: int) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """Attributes:
-    max_batch: sequences that are decoded at once.
-    cache_tokens: tokens that the pages hold together, at least those of one request.
-    page_size: tokens of a page, the unit in which sequences share and grow.
-    prefill_chunk: tokens of prompts computed in a step, at most; running sequences wait for them.
-    num_guesses: tokens of a sequence that a step may check beside the one it is at (speculative decoding); 0 is off.
-    cache_dtype: of the pages: that of the `model`, or `int8` with a scale per token and head (`model/kernels/kv_pages.py`).
-    """
-
-    max_batch: int = 32
-    cache_tokens: int = 16_384
-    page_size: int = 64
-    prefill_chunk: int = 512
-    num_guesses: int = 0
-    cache_dtype: CacheDType = "model"
-
-    def __post_init__(self) -> None:
-        check_choices("engine", self)
-        for name in ("max_batch", "cache_tokens", "page_size", "prefill_chunk"):
-            check(getattr(self, name) > 0, f"engine.{name}={getattr(self, name)} must be positive")
-        check(self.num_guesses >= 0, f"engine.num_guesses={self.num_guesses} must not be negative (0 is off)")
-        check(
-            self.cache_tokens >= self.page_size,
-            f"engine.cache_tokens={self.cache_tokens} is less than a page of engine.page_size={self.page_size}: raise it",
-        )
-
-    @property
-    def num_pages(self) -> int:
-        return self.cache_tokens // self.page_size
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Attributes:
-    prompt: token ids, at least one.
-    num_samples: answers that are drawn independently of each other.
-    first_sample: number of the first of them; samples of a seed differ by their number alone.
-    answer: tokens that were drawn before, as of an answer that was broken off; what is drawn goes on from there.
-    max_tokens: of an answer, with what was drawn before; None is as many as the context holds.
-    min_tokens: before them no token of `stop_ids` is drawn, and a watcher that says stop is not heeded.
-    stop_ids: tokens that end an answer and are its last.
-    seed: with it and the weights, an answer is always the same, whatever else the engine does.
-    top_logprobs: alternatives reported for each token.
-    watch: makes, for a sample by its number, a function that is told its tokens and says whether to stop there.
-    constraint: makes, for each sample, what its tokens must satisfy; of `stop_ids` only its own may then be drawn, so that an
-      answer that ends with `stop` is complete.
-    """
-
-    prompt: Sequence[int]
-    sampling: Sampling = SAMPLING
-    num_samples: int = 1
-    max_tokens: int | None = None
-    min_tokens: int = 0
-    first_sample: int = 0
-    answer: Sequence[int] = ()
-    stop_ids: frozenset[int] = frozenset()
-    seed: int = 0
-    top_logprobs: int = 0
-    watch: Callable[[int], Callable[[int], bool]] | None = None
-    constraint: Callable[[], Constraint] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "max_tokens", "min_tokens", "seed", "first_sample", "top_logprobs"):
-            value = getattr(self, name)
-            check(value is None or isinstance(value, numbers.Integral), f"{name}={value} must be a whole number")
-        for name in ("prompt", "answer", "stop_ids"):
-            strange = [token for token in getattr(self, name) if not isinstance(token, numbers.Integral)]
-            check(not strange, f"{name} holds {strange[:1]}: tokens are whole numbers")
-        check(len(self.prompt) > 0, "a prompt needs at least one token: give some text, or a <bos> token")
-        check(0 < self.num_samples <= MAX_SAMPLES, f"num_samples={self.num_samples} must lie in [1, {MAX_SAMPLES}]")
-        check(self.max_tokens is None or self.max_tokens > 0, f"max_tokens={self.max_tokens} must be positive")
-        check(self.min_tokens >= 0, f"min_tokens={self.min_tokens} must not be negative")
-        check(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens,
-            f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}",
-        )
-        check(
-            self.max_tokens is None or len(self.answer) < self.max_tokens,
-            f"the answer has {len(self.answer)} tokens already, and max_tokens={self.max_tokens}",
-        )
-        check(
-            not (self.answer and (self.watch or self.constraint)),
-            "an answer that was broken off cannot be watched or constrained: leave it out, and it is drawn again the same",
-        )
-        check(
-            not (self.constraint and self.min_tokens),
-            f"min_tokens={self.min_tokens} does not go with a constraint, which may allow nothing but its end: leave it out",
-        )
-        check(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32)")
-        check(0 <= self.first_sample < 2**31, f"first_sample={self.first_sample} must lie in [0, 2^31)")
-        check(0 <= self.top_logprobs <= TOP_LOGPROBS, f"top_logprobs={self.top_logprobs} must lie in [0, {TOP_LOGPROBS}]")
-
-
-@dataclasses.dataclass(frozen=True)
-class Alternatives:
-    """The most probable tokens at a place and their log-probabilities, the most probable first."""
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """One token of an answer.
-
-    Attributes:
-      request, sample: whose.
-      logprob: under the distribution it was drawn from (0 where the most likely one was taken).
-      raw_logprob: under the model's own distribution, as the trainer computes it.
-      finish_reason: if it is the last: `stop` (a stop token, or the watcher said so), `length` (cut off: as long as it may
-        become, or the watcher said so of an answer with a constraint, which nobody knows to be complete there), or `error`.
-      error: what the request's own watcher or constraint raised, or the guesses at it, or that the model's logits are not
-        finite; the token then says nothing.
-    """
-
-    request: int
-    sample: int
-    token: int
-    logprob: float
-    raw_logprob: float
-    top: Alternatives | None
-    raw_top: Alternatives | None
-    finish_reason: FinishReason | None
-    error: Exception | None = None
 
 
 @dataclasses.dataclass
@@ -207,180 +52,8 @@ class Stats:
     steps: int = 0
 
 
-@dataclasses.dataclass(eq=False)
-class Ongoing:
-    """One sample of a request, on its way.
-
-    Attributes:
-      order: in which it came.
-      tokens: of the prompt and the answer so far.
-      max_len: how many they may become.
-      pages: that hold the first `num_cached` of its tokens.
-      slot: its row of the history; negative while it waits.
-      error: as of a `Token`; it ends this sample and nothing else.
-    """
-
-    request_id: int
-    request: Request
-    sample: int
-    order: int
-    tokens: list[int]
-    max_len: int
-    watcher: Callable[[int], bool] | None
-    constraint: Constraint | None
-    pages: list[int] = dataclasses.field(default_factory=list)
-    num_cached: int = 0
-    slot: int = -1
-    error: Exception | None = None
-
-    @property
-    def num_drawn(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
-
-    @functools.cached_property
-    def asked(self) -> dict[str, Any]:
-        """What its row of `Rows` says at every step."""
-        return _asked(self.request, self.sample)
-
-
 # For speculative decoding: up to so many tokens each that may follow (`inference/speculate.py`).
 Guess = Callable[[Sequence[Ongoing], Sequence[int]], Sequence[Sequence[int]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where the engine's own arrays live: on the mesh of the weights, key-value heads over `tensor` where it divides them.
-
-    Attributes:
-      heads, kv_heads: the mesh axes over which these lie. Queries go with their keys, or alone where all have the same keys.
-    """
-
-    mesh: Mesh | None
-    heads: tuple[str, ...] = ()
-    kv_heads: tuple[str, ...] = ()
-
-    @classmethod
-    def beside(cls, params: Params, heads: int, kv_heads: int) -> Placement:
-        sharding = jax.tree.leaves(params)[0].sharding
-        if not isinstance(sharding, NamedSharding):
-            return cls(None)
-        mesh = sharding.mesh
-        assert isinstance(mesh, Mesh)
-        of_heads, of_kv_heads = (
-            ("tensor",) if "tensor" in mesh.shape and n % mesh.shape["tensor"] == 0 else () for n in (heads, kv_heads)
-        )
-        return cls(mesh, of_heads if kv_heads == 1 else of_kv_heads, of_kv_heads)
-
-    @property
-    def layout(self) -> Layout | None:
-        return None if self.mesh is None else Layout(self.mesh, {"heads": self.heads, "kv_heads": self.kv_heads})
-
-    def pages(self, tree: Tree) -> Tree:
-        return self._constrain(tree, PartitionSpec(None, self.kv_heads or None))
-
-    def everywhere(self, tree: Tree) -> Tree:
-        return self._constrain(tree, PartitionSpec())
-
-    def _constrain(self, tree: Tree, spec: PartitionSpec) -> Tree:
-        return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, spec))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "engine", "placement"))
-def _start(config: ModelConfig, engine: EngineConfig, placement: Placement) -> tuple[tuple[LayerPages, ...], History]:
-    pages = empty_pages(config, engine.num_pages, engine.page_size, engine.cache_dtype)
-    return placement.pages(pages), placement.everywhere(History.empty(engine.max_batch, config.vocab_size))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "placement"), donate_argnames="pages")
-def _prefill(
-    params: Params,
-    config: ModelConfig,
-    placement: Placement,
-    pages: tuple[LayerPages, ...],
-    table: jax.Array,
-    tokens: jax.Array,
-    positions: jax.Array,
-) -> tuple[LayerPages, ...]:
-    """Writes keys and values of int32 tokens [B, T] to their pages."""
-    _, cache, _ = forward(params, config, tokens, positions, cache=KVCache(pages, table, placement.layout))
-    assert cache is not None
-    return placement.pages(cache.pages)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "placement"), donate_argnames="pages")
-def _decode(
-    params: Params,
-    config: ModelConfig,
-    placement: Placement,
-    pages: tuple[LayerPages, ...],
-    table: jax.Array,
-    tokens: jax.Array,
-    positions: jax.Array,
-) -> tuple[tuple[LayerPages, ...], jax.Array]:
-    """`_prefill`, and the float32 logits [B, T, V] after each token."""
-    hidden, cache, _ = forward(params, config, tokens, positions, cache=KVCache(pages, table, placement.layout))
-    assert cache is not None
-    return placement.pages(cache.pages), unembed(params, config, hidden)
-
-
-# Apart from `_decode`, so that networks of one vocabulary share it.
-@functools.partial(jax.jit, static_argnames="placement", donate_argnames="history")
-def _draw(
-    history: History,
-    placement: Placement,
-    logits: jax.Array,
-    tokens: jax.Array,
-    positions: jax.Array,
-    rows: Rows,
-    allowed: jax.Array,
-) -> tuple[Draws, History]:
-    return placement.everywhere(draw_in_turn(logits, tokens, positions >= 0, rows, history, allowed))
-
-
-@functools.partial(jax.jit, static_argnames="placement", donate_argnames="pages")
-def _copy_page(
-    pages: tuple[LayerPages, ...], placement: Placement, source: jax.Array, target: jax.Array
-) -> tuple[LayerPages, ...]:
-    return placement.pages(jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source]), pages))
-
-
-@functools.partial(jax.jit, static_argnames="placement", donate_argnames="pages")
-def _zero_page(pages: tuple[LayerPages, ...], placement: Placement, page: jax.Array) -> tuple[LayerPages, ...]:
-    return placement.pages(jax.tree.map(lambda leaf: leaf.at[page].set(0), pages))
-
-
-@functools.partial(jax.jit, static_argnames="placement", donate_argnames="pages")
-def _zero_pages(pages: tuple[LayerPages, ...], placement: Placement) -> tuple[LayerPages, ...]:
-    return placement.pages(jax.tree.map(jnp.zeros_like, pages))
-
-
-@functools.partial(jax.jit, static_argnames="placement", donate_argnames="history")
-def _set_history(history: History, placement: Placement, slot: jax.Array, row: History) -> History:
-    return placement.everywhere(jax.tree.map(lambda leaf, new: leaf.at[slot].set(new), history, row))
-
-
-def abstract_pages(params: Params, model: ModelConfig, config: EngineConfig) -> tuple[LayerPages, ...]:
-    """ShapeDtypeStruct of an engine's pages, with shardings where (abstract) `params` have them."""
-    placement = _placement(params, model)
-    shapes = jax.eval_shape(functools.partial(empty_pages, model, config.num_pages, config.page_size, config.cache_dtype))
-    sharding = placement.mesh and NamedSharding(placement.mesh, PartitionSpec(None, placement.kv_heads or None))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
-
-
-def lower_decode(params: Params, model: ModelConfig, config: EngineConfig) -> jax.stages.Lowered:
-    """The program that decodes `max_batch` rows, one token each.
-
-    Args:
-      params: abstract, with shardings, of a network with a separate entry per layer.
-    """
-    rows = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    table, column = rows((config.max_batch, _table_width(model, config))), rows((config.max_batch, 1 + config.num_guesses))
-    pages = abstract_pages(params, model, config)
-    return _decode.lower(params, model, _placement(params, model), pages, table, column, column)
-
-
-def _placement(params: Params, model: ModelConfig) -> Placement:
-    return Placement.beside(params, model.num_heads, 1 if model.mla else model.num_kv_heads)
 
 
 def _described(params: Params) -> dict[str, str]:
@@ -392,11 +65,6 @@ def _placed_like(new: jax.Array | np.ndarray, old: jax.Array) -> jax.Array:
     if isinstance(new, jax.Array) and (new.sharding, new.committed) == (old.sharding, old.committed):
         return new
     return jax.device_put(new, old.sharding) if old.committed else jax.device_put(np.asarray(new))
-
-
-def _table_width(model: ModelConfig, config: EngineConfig) -> int:
-    """Pages of the longest row."""
-    return min(-(-model.max_seq_len // config.page_size), config.num_pages)
 
 
 def _sizes(largest: int, smallest: int = 1) -> list[int]:
@@ -449,20 +117,16 @@ class Engine:
         )
         self.stats = Stats()
         self._guess = guess
-        self._pool = PagePool(config.num_pages, config.page_size)
-        self._placement = _placement(self.params, model)
-        self._pages, self._history = _start(self.model, config, self._placement)
-        self._table_width = _table_width(self.model, config)
+        self._schedule = Schedule(config)
+        self._placement = Placement.beside(self.params, model)
+        self._pages, self._history = programs.empty_state(self.model, config, self._placement)
+        self._table_width = programs.table_width(self.model, config)
         self._row_sizes = _sizes(config.max_batch)
         self._chunk_sizes = _sizes(config.prefill_chunk, smallest=min(16, config.prefill_chunk))
         words = -(-model.vocab_size // 32)
         in_vocabulary = np.arange(words * 32) < self.vocab_size
         self._in_vocabulary = np.packbits(in_vocabulary, bitorder="little").view(np.uint32)
-        self._waiting: collections.deque[Ongoing] = collections.deque()
         self._unclaimed: list[Token] = []  # drawn beside what `generate` was asked for
-        self._filling: Ongoing | None = None
-        self._running: list[Ongoing] = []
-        self._slots = list(range(config.max_batch - 1, -1, -1))
         self._ids = itertools.count()
         self._orders = itertools.count()
 
@@ -517,16 +181,13 @@ class Engine:
                 seq.constraint is None or seq.constraint.stop_id in request.stop_ids,
                 "a constraint ends an answer with a token that is not among stop_ids: add it",
             )
-        self._waiting += samples
+        self._schedule.add(samples)
         return request_id
 
     def abort(self, request_id: int) -> None:
         """Drops what is left of a request; nothing if it has ended."""
-        self._waiting = collections.deque(seq for seq in self._waiting if seq.request_id != request_id)
+        self._schedule.drop(request_id)
         self._unclaimed = [token for token in self._unclaimed if token.request != request_id]
-        for seq in self._holding():
-            if seq.request_id == request_id:
-                self._let_go(seq)
 
     @property
     def max_len(self) -> int:
@@ -535,11 +196,11 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._holding() or self._unclaimed)
+        return self._schedule.has_work or bool(self._unclaimed)
 
     @property
     def num_pages_held(self) -> int:
-        return self.config.num_pages - self._pool.num_available
+        return self.config.num_pages - self._schedule.num_available
 
     def load(self, params: Params, model: ModelConfig) -> None:
         """Takes other weights of the same network, as after an update of the trainer.
@@ -556,11 +217,9 @@ class Engine:
         for name in sorted(old | new):
             there, here = new.get(name, "missing"), old.get(name, "no parameter")
             check(there == here, f"of the new weights {name} is {there}, in this engine {here}: they are of another network")
-        for seq in sorted(self._holding(), key=lambda seq: seq.order, reverse=True):
-            self._preempt(seq)
-        self._pool.forget_all()
+        self.stats.preemptions += self._schedule.start_over()
         # What the old ones made of tokens may not be finite, and attention takes what a row does not see times 0.
-        self._pages = _zero_pages(self._pages, self._placement)
+        self._pages = programs.zero_pages(self._pages, self._placement)
         self.params = jax.tree.map(_placed_like, params, self.params)
 
     def generate(self, requests: Iterable[Request]) -> list[list[list[Token]]]:
@@ -600,17 +259,16 @@ class Engine:
         check(not self.has_work, "the engine has work: wait for its end")
         request_id = self.submit(Request(tokens[: num_prefilled + 1], max_tokens=len(tokens) - num_prefilled))
         try:
-            while not self._running:
+            while not self._schedule.running:
                 self._fill()
-            seq, logits = self._running[0], []
+            seq, logits = self._schedule.running[0], []
             for i in range(num_prefilled, len(tokens)):
                 seq.tokens, seq.num_cached = [*tokens[: i + 1]], i
-                self._find_room()
+                self.stats.preemptions += self._schedule.make_room(self._copy_page)
                 token, position = (np.full((1, 1 + self.config.num_guesses), fill, np.int32) for fill in (0, -1))
                 token[0, 0], position[0, 0] = tokens[i], i
                 table = self._table([seq], 1)
-                self._pages, row = _decode(self.params, self.model, self._placement, self._pages, table, token, position)
-                logits.append(np.asarray(row)[0, 0])
+                logits.append(np.asarray(self._decode(table, token, position))[0, 0])
         finally:
             self.abort(request_id)
         return np.stack(logits)
@@ -620,15 +278,13 @@ class Engine:
         nowhere = np.zeros((1, self._table_width), np.int32)
         for size in self._chunk_sizes:
             padding = np.full((1, size), -1, np.int32)
-            self._pages = _prefill(
-                self.params, self.model, self._placement, self._pages, nowhere, np.zeros_like(padding), padding
-            )
+            self._prefill(nowhere, np.zeros_like(padding), padding)
         for size in self._row_sizes:
             self._run([], size)
-        self._pages = _copy_page(self._pages, self._placement, np.int32(0), np.int32(0))
-        self._pages = _zero_page(self._pages, self._placement, np.int32(0))
-        self._pages = _zero_pages(self._pages, self._placement)
-        self._history = _set_history(self._history, self._placement, np.int32(0), self._history_row(Sampling(), [], []))
+        self._copy_page(0, 0)
+        self._zero_page(0)
+        self._pages = programs.zero_pages(self._pages, self._placement)
+        self._set_history(0, Sampling(), [], [])
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -641,165 +297,70 @@ class Engine:
     def _draw_next(self) -> list[Token]:
         self.stats.steps += 1
         self._fill()
-        self._find_room()
-        return self._advance() if self._running else []
-
-    def _holding(self) -> list[Ongoing]:
-        return [*self._running, *([self._filling] if self._filling else [])]
+        self.stats.preemptions += self._schedule.make_room(self._copy_page)
+        return self._advance() if self._schedule.running else []
 
     def _fill(self) -> None:
         """Admits what is waiting, and computes up to `prefill_chunk` tokens of it."""
         budget = self.config.prefill_chunk
-        while budget and (self._filling or self._admit()):
-            seq = self._filling
-            assert seq is not None
+        while budget and (seq := self._schedule.filling or self._admit()):
             count = min(len(seq.tokens) - 1 - seq.num_cached, budget)
             if count > 0:
-                self._prefill(seq, count)
+                self._fill_in(seq, count)
                 budget -= count
             if seq.num_cached == len(seq.tokens) - 1:
-                self._pool.learn(seq.pages, seq.tokens[: seq.num_cached], partial=True)
-                self._running.append(seq)
-                self._filling = None
+                self._schedule.run()
 
-    def _admit(self) -> bool:
-        """Makes the sequence that has waited longest the one that is filled, if there is room for it."""
-        if not self._waiting or not self._slots:
-            return False
-        seq = self._waiting[0]
-        pages, num_cached = self._pool.match(seq.tokens[:-1])
-        wanted = -(-len(seq.tokens) // self.config.page_size) - len(pages)
-        # Everyone who is running may need a page next, and who comes now would be the first to give its own up. A last page
-        # that others hold too is copied.
-        margin = len(self._running) + (num_cached % self.config.page_size > 0) if self._running else 0
-        if self._pool.num_available < wanted + margin:
-            for page in reversed(pages):
-                self._pool.release(page)
-            return False
-        self._waiting.popleft()
-        seq.pages, seq.num_cached = pages, num_cached
-        self.stats.shared += num_cached
-        for _ in range(wanted):
-            page = self._pool.take()
-            assert page is not None
-            seq.pages.append(page)
-        seq.slot = self._slots.pop()
-        if seq.request.sampling.reads_history:
-            prompt, answer = seq.tokens[: len(seq.request.prompt)], seq.tokens[len(seq.request.prompt) :]
-            row = self._history_row(seq.request.sampling, prompt, answer)
-            self._history = _set_history(self._history, self._placement, np.int32(seq.slot), row)
-        self._filling = seq
-        return True
+    def _admit(self) -> Ongoing | None:
+        seq = self._schedule.admit()
+        if seq:
+            self.stats.shared += seq.num_cached
+            if seq.request.sampling.reads_history:
+                length = len(seq.request.prompt)
+                self._set_history(seq.slot, seq.request.sampling, seq.tokens[:length], seq.tokens[length:])
+        return seq
 
-    def _prefill(self, seq: Ongoing, count: int) -> None:
-        owned = self._own_page(seq, seq.num_cached // self.config.page_size)
+    def _fill_in(self, seq: Ongoing, count: int) -> None:
+        owned = self._schedule.own_next_page(seq, self._copy_page)
         assert owned, "admission left no page for a copy"
         size = _fitting(self._chunk_sizes, count)
         tokens = np.zeros((1, size), np.int32)
         positions = np.full((1, size), -1, np.int32)
         tokens[0, :count] = seq.tokens[seq.num_cached : seq.num_cached + count]
         positions[0, :count] = np.arange(seq.num_cached, seq.num_cached + count)
-        self._pages = _prefill(self.params, self.model, self._placement, self._pages, self._table([seq], 1), tokens, positions)
+        self._prefill(self._table([seq], 1), tokens, positions)
         seq.num_cached += count
         self.stats.prefilled += count
-        self._pool.learn(seq.pages, seq.tokens[: seq.num_cached])
-
-    def _find_room(self) -> None:
-        """Gives every running sequence a page for its next token; who came last gives up its own for the others."""
-        for seq in sorted(self._running, key=lambda seq: seq.order):
-            while seq.slot >= 0 and not self._has_room(seq):
-                self._preempt(max(self._holding(), key=lambda other: other.order))
-
-    def _has_room(self, seq: Ongoing) -> bool:
-        index = seq.num_cached // self.config.page_size
-        if index == len(seq.pages):
-            page = self._pool.take()
-            if page is None:
-                return False
-            seq.pages.append(page)
-        return self._own_page(seq, index)
-
-    def _own_page(self, seq: Ongoing, index: int) -> bool:
-        """Makes the page written to next one that nobody else holds, by copying if need be; False if there is none left."""
-        shared = seq.pages[index]
-        if self._pool.holders(shared) == 1:
-            self._pool.forget_beyond(shared, seq.num_cached - index * self.config.page_size)
-            return True
-        page = self._pool.take()
-        if page is None:
-            return False
-        self._pages = _copy_page(self._pages, self._placement, np.int32(shared), np.int32(page))
-        self._pool.release(shared)
-        seq.pages[index] = page
-        return True
+        self._schedule.learn(seq)
 
     def _advance(self) -> list[Token]:
         """One token, or more where guesses were right, for every running sequence."""
-        rows = list(self._running)
+        rows = list(self._schedule.running)
         guesses = self._guesses(rows)
         draws = self._run(rows, _fitting(self._row_sizes, len(rows)), guesses)
         drawn: list[Token] = []
         for row, seq in enumerate(rows):
             self.stats.guessed += len(guesses[row])
             for turn in range(len(guesses[row]) + 1):
-                token = self._token(seq, draws, row, turn)
+                token = drawn_token(seq, draws, row, turn)
                 drawn.append(token)
                 seq.num_cached = len(seq.tokens)
                 seq.tokens.append(token.token)
                 if seq.num_cached % self.config.page_size == 0:
-                    self._pool.learn(seq.pages, seq.tokens[: seq.num_cached])
+                    self._schedule.learn(seq)
                 if token.finish_reason:
                     if math.isfinite(token.raw_logprob):
-                        self._pool.learn(seq.pages, seq.tokens[: seq.num_cached], partial=True)
+                        self._schedule.learn(seq, partial=True)
                     else:
-                        self._zero_own_pages(seq)
-                    self._let_go(seq)
+                        for page in self._schedule.forget_own(seq):
+                            self._zero_page(page)
+                    self._schedule.let_go(seq)
                     break
                 if turn == len(guesses[row]) or guesses[row][turn] != token.token:
                     break
                 self.stats.guessed_right += 1
         self.stats.decoded += len(drawn)
         return drawn
-
-    def _token(self, seq: Ongoing, draws: Draws, row: int, turn: int) -> Token:
-        token = int(draws.token[row, turn])
-        request = seq.request
-        finish_reason: FinishReason | None = "length" if len(seq.tokens) + 1 == seq.max_len else None
-        if token in request.stop_ids:
-            finish_reason = "stop"
-        raw_logprob = float(draws.raw_logprob[row, turn])
-        try:
-            if not math.isfinite(raw_logprob):
-                raise FloatingPointError(
-                    f"the logits after token {len(seq.tokens) - 1} are not finite: look at the weights and model.dtype"
-                )
-            if seq.constraint:
-                seq.constraint.advance(token)
-            if seq.watcher and seq.watcher(token) and seq.num_drawn + 1 >= request.min_tokens:
-                finish_reason = "length" if seq.constraint else "stop"
-        except Exception as error:
-            seq.error = seq.error or error
-        if seq.error is not None:
-            finish_reason = "error"
-
-        def best(tokens: jax.Array, logprobs: jax.Array) -> Alternatives | None:
-            if not request.top_logprobs:
-                return None
-            ids, values = tokens[row, turn, : request.top_logprobs], logprobs[row, turn, : request.top_logprobs]
-            possible = values > MASKED / 2  # There may be fewer than were asked for.
-            return Alternatives(tuple(map(int, ids[possible])), tuple(map(float, values[possible])))
-
-        return Token(
-            seq.request_id,
-            seq.sample,
-            token,
-            float(draws.logprob[row, turn]),
-            raw_logprob,
-            best(draws.top_tokens, draws.top_logprobs),
-            best(draws.raw_top_tokens, draws.raw_top_logprobs),
-            finish_reason,
-            seq.error,
-        )
 
     def _guesses(self, rows: list[Ongoing]) -> list[list[int]]:
         """Tokens that may follow each row's, as far as its answer and pages of its own go."""
@@ -815,7 +376,7 @@ class Engine:
             # Each by itself: an error is that of the row at which it comes again.
             found = [self._guessed_alone(rows[i], count) for i, count in zip(asked, counts, strict=True)]
         for i, guessed in zip(asked, found, strict=True):
-            guesses[i] = self._within_pages(rows[i], guessed)
+            guesses[i] = guessed[: self._schedule.extend(rows[i], len(guessed))]
         return guesses
 
     def _checked_guesses(self, rows: list[Ongoing], counts: list[int]) -> list[list[int]]:
@@ -837,51 +398,27 @@ class Engine:
             seq.error = error
             return []
 
-    def _within_pages(self, seq: Ongoing, guesses: list[int]) -> list[int]:
-        while (seq.num_cached + len(guesses)) // self.config.page_size >= len(seq.pages):
-            page = self._pool.take()
-            if page is None:
-                return guesses[: len(seq.pages) * self.config.page_size - seq.num_cached - 1]
-            seq.pages.append(page)
-        return guesses
-
     def _run(self, rows: list[Ongoing], size: int, guesses: Sequence[Sequence[int]] = ()) -> Draws:
         """The next tokens of `rows`, padded to `size`; arrays of the host."""
         tokens = np.zeros((size, 1 + self.config.num_guesses), np.int32)
         positions = np.full_like(tokens, -1)
-        allowed = np.tile(self._in_vocabulary, (size, 1))
+        may = np.tile(self._in_vocabulary, (size, 1))
         for i, (seq, guessed) in enumerate(zip(rows, guesses, strict=True)):
             count = 1 + len(guessed)
             tokens[i, :count] = seq.tokens[-1], *guessed
             positions[i, :count] = np.arange(seq.num_cached, seq.num_cached + count)
-            allowed[i] &= self._allowed(seq)
-        wanted = [seq.asked | {"slot": seq.slot, "num_drawn": seq.num_drawn} for seq in rows]
-        # Rows without a sequence name a slot that does not exist, and what they add to it is dropped.
-        wanted += [_NOTHING | {"slot": self.config.max_batch, "num_drawn": 0}] * (size - len(rows))
-        columns: dict[str, Any] = {
-            field.name: np.array([row[field.name] for row in wanted], _DTYPES.get(field.name, np.float32))
-            for field in dataclasses.fields(Rows)
-        }
-        table = self._table(rows, size)
-        self._pages, logits = _decode(self.params, self.model, self._placement, self._pages, table, tokens, positions)
-        draws, self._history = _draw(self._history, self._placement, logits, tokens, positions, Rows(**columns), allowed)
+            may[i] &= allowed(seq, self._in_vocabulary)
+        logits = self._decode(self._table(rows, size), tokens, positions)
+        asked = columns(rows, size, no_slot=self.config.max_batch)
+        draws, self._history = programs.draw(self._history, self._placement, logits, tokens, positions, asked, may)
         return jax.device_get(draws)
 
-    def _allowed(self, seq: Ongoing) -> np.ndarray:
-        """uint32 [words], as `Constraint.allowed`; what raises, or allows nothing, is an error of the sequence."""
-        allowed = self._in_vocabulary.copy()
-        try:
-            ends = seq.request.stop_ids if seq.num_drawn < seq.request.min_tokens else frozenset[int]()
-            if seq.constraint:
-                allowed &= seq.constraint.allowed()
-                ends = seq.request.stop_ids - {seq.constraint.stop_id}
-            for token in ends:
-                allowed[token // 32] &= ~np.uint32(1 << (token % 32))
-            check(bool(allowed.any()), "no token is allowed here, by the constraint, or min_tokens and stop_ids")
-        except Exception as error:
-            seq.error = error
-            return self._in_vocabulary
-        return allowed
+    def _prefill(self, table: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> None:
+        self._pages = programs.prefill(self.params, self.model, self._placement, self._pages, table, tokens, positions)
+
+    def _decode(self, table: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> jax.Array:
+        self._pages, logits = programs.decode(self.params, self.model, self._placement, self._pages, table, tokens, positions)
+        return logits
 
     def _table(self, rows: Sequence[Ongoing], size: int) -> np.ndarray:
         table = np.zeros((size, self._table_width), np.int32)
@@ -889,62 +426,13 @@ class Engine:
             table[i, : len(seq.pages)] = seq.pages
         return table
 
-    def _history_row(self, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> History:
-        size = self.model.vocab_size
-        bias = np.zeros(size, np.float32)
-        for token, value in sampling.logit_bias:
-            bias[token] = value
-        counts = np.bincount(np.asarray(answer, np.int64), minlength=size).astype(np.int32)
-        in_prompt = np.zeros(size, bool)
-        in_prompt[np.asarray(prompt, np.int64)] = True
-        return History(*map(jnp.asarray, (bias, counts, in_prompt)))
+    def _set_history(self, slot: int, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        row = history_row(sampling, prompt, answer, self.model.vocab_size)
+        self._history = programs.set_history(self._history, self._placement, np.int32(slot), row)
 
-    # --- leaving ------------------------------------------------------------------------------------------------------
+    def _copy_page(self, source: int, target: int) -> None:
+        self._pages = programs.copy_page(self._pages, self._placement, np.int32(source), np.int32(target))
 
-    def _preempt(self, seq: Ongoing) -> None:
-        """Sends a sequence back to the head of the queue, without its pages."""
-        self.stats.preemptions += 1
-        self._let_go(seq)
-        self._waiting.appendleft(seq)
-
-    def _zero_own_pages(self, seq: Ongoing) -> None:
-        """Forgets what is not finite, perhaps: whoever got such a page next would take it times 0, which is not 0."""
-        for page in seq.pages:
-            if self._pool.holders(page) == 1:
-                self._pool.forget_beyond(page, 0)
-                self._pages = _zero_page(self._pages, self._placement, np.int32(page))
-
-    def _let_go(self, seq: Ongoing) -> None:
-        # The beginning last: what others may share longest is forgotten last.
-        for page in reversed(seq.pages):
-            self._pool.release(page)
-        self._slots.append(seq.slot)
-        seq.pages, seq.num_cached, seq.slot = [], 0, -1
-        if seq is self._filling:
-            self._filling = None
-        else:
-            self._running.remove(seq)
-
-
-def _asked(request: Request, sample: int) -> dict[str, Any]:
-    """The fields of `Rows` that stay the same from token to token."""
-    sampling = request.sampling
-    names = [field.name for field in dataclasses.fields(Sampling) if field.name != "logit_bias"]
-    return {name: getattr(sampling, name) for name in names} | {
-        "reads_history": sampling.reads_history,
-        "seed": request.seed,
-        "sample": sample,
-        "top_logprobs": request.top_logprobs,
-    }
-
-
-_NOTHING = _asked(Request([0], Sampling(temperature=0.0)), sample=0)
-_DTYPES = {
-    "slot": np.int32,
-    "reads_history": bool,
-    "top_k": np.int32,
-    "seed": np.uint32,
-    "sample": np.uint32,
-    "num_drawn": np.uint32,
-    "top_logprobs": np.int32,
-}
+    def _zero_page(self, page: int) -> None:
+        """Whoever got it with what is not finite would take that times 0, which is not 0."""
+        self._pages = programs.zero_page(self._pages, self._placement, np.int32(page))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from inference.engine import Engine, EngineConfig, Request
+from inference.config import EngineConfig
+from inference.engine import Engine
+from inference.request import Request
 from inference.sampling import Sampling, derived_seed
 from model.config import CacheDType, ModelConfig, check
 from model.params import Params

@@ -85,7 +85,7 @@ class Grammars:
 
 
 class LlguidanceConstraint:
-    """See `inference.engine.Constraint`."""
+    """See `inference.request.Constraint`."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, stop_id: int):
         self._matcher, self.stop_id = matcher, stop_id

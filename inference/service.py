@@ -10,7 +10,8 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from typing import TypeVar
 
-from inference.engine import FAILED, Engine, Request, Token
+from inference.engine import Engine
+from inference.request import FAILED, Request, Token
 
 T = TypeVar("T")
 # What a listener is told: its tokens one by one, or the error that ended the engine. One that raises is told nothing more, and

@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from inference.engine import Engine, Ongoing, Request
+from inference.engine import Engine
+from inference.request import Request
+from inference.schedule import Ongoing
 from model.config import ModelConfig, check
 
 

@@ -6,7 +6,7 @@ import codecs
 import collections
 from collections.abc import Callable, Sequence
 
-from inference.engine import Token
+from inference.request import Token
 
 
 def _length_of_beginning(text: str, stop: str) -> int:

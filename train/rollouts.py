@@ -15,7 +15,9 @@ import flax.struct
 import numpy as np
 
 from data.tasks.task import Example
-from inference.engine import Engine, EngineConfig, Request, Token
+from inference.config import EngineConfig
+from inference.engine import Engine
+from inference.request import Request, Token
 from inference.sampling import Sampling, derived_seed
 from train.rl_config import RLConfig
 

@@ -9,7 +9,8 @@ import pytest
 from data.tokenizer import open_huggingface_tokenizer
 from experiments import bench_infer, chat, sampling
 from experiments.chat import Conversation
-from inference.engine import Engine, EngineConfig
+from inference.config import EngineConfig
+from inference.engine import Engine
 from inference.models import LoadedModel
 from inference.sampling import Sampling
 from model.params import param_specs

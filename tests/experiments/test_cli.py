@@ -20,7 +20,7 @@ from data.tokenizer import load_tokenizer
 from experiments import bench_infer, chat
 from experiments.cli import load_train_config, main, parse
 from experiments.sampling import open_any, open_to_decode, tensor_shardings
-from inference.engine import EngineConfig
+from inference.config import EngineConfig
 from model.config import ModelConfig
 from model.convert.gguf import save
 from model.convert.huggingface import load

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.parity import parity, trainers_logprobs
-from inference.engine import Engine, Request, Token
+from inference.engine import Engine
+from inference.request import Request, Token
 from model.presets import preset
 from tests.inference.test_engine import CHAIN, MODEL, ROOMY
 from tests.networks import random_params

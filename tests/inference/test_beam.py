@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from inference.beam import beam_search
-from inference.engine import Engine, EngineConfig
+from inference.config import EngineConfig
+from inference.engine import Engine
 from tests.inference.test_engine import logits_after
 from tests.networks import SMALL, random_params
 

@@ -12,8 +12,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from inference.engine import Engine, EngineConfig, Request, _decode, lower_decode
+from inference.config import EngineConfig
+from inference.engine import Engine
 from inference.generate import generate
+from inference.programs import decode, lower_decode
+from inference.request import Request
 from inference.sampling import TOP_LOGPROBS, History, Rows, Sampling, draw
 from inference.speculate import DraftModel, prompt_lookup
 from inference.text import Answers
@@ -341,8 +344,8 @@ class Traces(RuleBasedStateMachine):
     def every_page_is_held_by_those_who_name_it(self):
         if not hasattr(self, "engine"):
             return
-        pool, holders = self.engine._pool, collections.Counter()
-        for seq in self.engine._holding():
+        pool, holders = self.engine._schedule._pool, collections.Counter()
+        for seq in self.engine._schedule.holding:
             assert len(set(seq.pages)) == len(seq.pages)
             holders.update(seq.pages)
         for page in range(self.engine.config.num_pages):
@@ -355,7 +358,7 @@ class Traces(RuleBasedStateMachine):
         for tokens in run_to_end(self.engine).values():
             self.take(tokens)
         assert self.engine.num_pages_held == 0
-        assert len(self.engine._slots) == self.engine.config.max_batch
+        assert len(self.engine._schedule._slots) == self.engine.config.max_batch
         for request_id, request in self.requests.items():
             for sample in range(request.first_sample, request.first_sample + request.num_samples):
                 answer = self.answers[request_id, sample]
@@ -478,11 +481,11 @@ def test_what_a_request_brings_along_harms_no_other_request():
 def test_logits_that_are_not_finite_are_an_error_of_their_request(monkeypatch, bad):
     """What follows token 40 overflows, as at the second token of one of three that are drawn together."""
 
-    def decode(params, model, placement, pages, table, tokens, positions):
-        pages, logits = _decode(params, model, placement, pages, table, tokens, positions)
+    def overflowing(params, model, placement, pages, table, tokens, positions):
+        pages, logits = decode(params, model, placement, pages, table, tokens, positions)
         return pages, logits.at[..., 3].set(jax.numpy.where(tokens == 40, bad, logits[..., 3]))
 
-    monkeypatch.setattr("inference.engine._decode", decode)
+    monkeypatch.setattr("inference.programs.decode", overflowing)
     engine = Engine(PARAMS, MODEL, ROOMY)
     but_40 = Sampling(logit_bias=((40, -100.0),))
     good = [Request(CHAIN[:5], but_40, max_tokens=6, seed=seed) for seed in (0, 1)]
@@ -547,11 +550,11 @@ def test_what_old_weights_made_of_tokens_does_not_outlive_them(cache_dtype):
     check_healthy(engine)
 
 
-@pytest.mark.parametrize("program", ["_prefill", "_decode"])
+@pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_logits_that_cannot_be_computed_leave_nothing_behind(monkeypatch, program):
     engine = Engine(PARAMS, MODEL, ROOMY)
     with monkeypatch.context() as patched:
-        patched.setattr(f"inference.engine.{program}", mock.Mock(side_effect=MemoryError))
+        patched.setattr(f"inference.programs.{program}", mock.Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             engine.logits_along(CHAIN[:9], 5)
     assert (engine.num_pages_held, engine.has_work) == (0, False)
@@ -681,7 +684,7 @@ def test_what_is_lowered_without_weights_is_what_decodes(cache_dtype):
     config = EngineConfig(max_batch=4, cache_tokens=64, page_size=16, prefill_chunk=16, cache_dtype=cache_dtype)
     running = Engine(PARAMS, MODEL, config)
     table, column = running._table([], 4), np.zeros((4, 1), np.int32)
-    real = _decode.lower(PARAMS, MODEL, running._placement, running._pages, table, column, column)
+    real = decode.lower(PARAMS, MODEL, running._placement, running._pages, table, column, column)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
     assert lower_decode(abstract, MODEL, config).as_text() == real.as_text()
 

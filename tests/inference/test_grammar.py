@@ -9,8 +9,10 @@ import jsonschema
 import numpy as np
 import pytest
 
-from inference.engine import Engine, EngineConfig, Request
+from inference.config import EngineConfig
+from inference.engine import Engine
 from inference.grammar import Grammars
+from inference.request import Request
 from inference.sampling import Sampling
 from inference.text import Answers
 from tests.networks import SMALL, random_params

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from data.tokenizer import CharTokenizer
-from inference.engine import Engine, EngineConfig, Request
+from inference.config import EngineConfig
+from inference.engine import Engine
+from inference.request import Request
 from inference.sampling import Sampling
 from inference.score import bits_per_byte, score
 from tests.inference.test_engine import CHAIN, MODEL, PARAMS, logits_after

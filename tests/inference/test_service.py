@@ -8,7 +8,8 @@ import threading
 import pytest
 
 from inference.beam import beam_search
-from inference.engine import Engine, Request
+from inference.engine import Engine
+from inference.request import Request
 from inference.service import Service
 from tests.inference.test_engine import CHAIN, MODEL, PARAMS, ROOMY, SAMPLINGS, check_answer
 
@@ -162,7 +163,7 @@ def test_who_is_cancelled_before_his_request_has_a_number_leaves_nothing(service
 def test_an_engine_that_fails_tells_everyone(monkeypatch):
     engine = Engine(PARAMS, MODEL, ROOMY)
     service = Service(engine)
-    monkeypatch.setattr(engine, "_find_room", lambda: 1 // 0)
+    monkeypatch.setattr(engine, "_fill", lambda: 1 // 0)
     with pytest.raises(RuntimeError, match="ended before the answer did"):
         list(service.stream(Request(CHAIN[:3])))
     with pytest.raises(RuntimeError, match="thread has ended"):

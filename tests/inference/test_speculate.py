@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from inference.engine import Engine, EngineConfig, Ongoing, Request
+from inference.config import EngineConfig
+from inference.engine import Engine
+from inference.request import Request
 from inference.sampling import Sampling
+from inference.schedule import Ongoing
 from inference.speculate import DraftModel, prompt_lookup
 from tests.inference.test_engine import CHAIN, GREEDY, MODEL, PARAMS, ROOMY, SAMPLINGS, check_answer, logits_after, near
 from tests.networks import random_params

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from inference.engine import Token
+from inference.request import Token
 from inference.text import Answers, TextStream
 
 BYTES = (*(bytes([i]) for i in range(256)), b"")

@@ -15,7 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 import inference.engine
 import model.kernels.paged_decode
-from inference.engine import Engine, EngineConfig, Request
+from inference.config import EngineConfig
+from inference.engine import Engine
+from inference.request import Request
 from inference.sampling import Sampling
 from model.attention import cached_attention
 from model.kernels.kv_pages import Int8Pages
@@ -285,7 +287,7 @@ ENGINE = textwrap.dedent(
     import json, sys
     import jax, jax.numpy as jnp
     from jax.experimental import topologies
-    from inference.engine import Placement, _decode, _prefill
+    from inference.programs import Placement, decode, prefill
     from model.params import abstract_params, param_shardings, param_specs
     from model.presets import preset
     from model.sharding import DECODE_RULES, MESH_AXES, Layout, make_mesh
@@ -298,11 +300,11 @@ ENGINE = textwrap.dedent(
         specs = param_specs(model)
         on = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         params = jax.tree.map(on, abstract_params(specs), param_shardings(specs, layout))
-        placement = Placement.beside(params, model.num_heads, 1 if model.mla else model.num_kv_heads)
+        placement = Placement.beside(params, model)
         of_pages = layout.sharding(None, "kv_heads" if placement.kv_heads else None)
         pages = jax.tree.map(lambda x: on(x, of_pages), jax.eval_shape(lambda: empty_pages(model, 8192, 64, cache_dtype)))
         ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.sharding())
-        for program, rows, tokens in ((_decode, 8, 1), (_prefill, 1, 64)):
+        for program, rows, tokens in ((decode, 8, 1), (prefill, 1, 64)):
             new = ids(rows, tokens)
             compiled = program.lower(params, model, placement, pages, ids(rows, 32), new, new).compile()
             memory, pool = compiled.memory_analysis(), jax.tree.leaves(pages)[0]

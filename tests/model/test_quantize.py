@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from inference.engine import Engine, Request
+from inference.engine import Engine
+from inference.request import Request
 from inference.score import score
 from model.presets import preset
 from model.quantize import INT4_GROUP, quantize, quantized

@@ -7,7 +7,7 @@ import jax
 
 from data.config import TaskConfig
 from data.tasks.task import Score
-from inference.engine import Token
+from inference.request import Token
 from model.config import ModelConfig, MoeConfig
 from train import rl
 from train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig

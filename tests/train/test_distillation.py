@@ -11,7 +11,7 @@ import scipy.special
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.loader import Batches
 from data.prepare import prepare
-from inference.engine import Token
+from inference.request import Token
 from model.config import LoraConfig, ModelConfig
 from model.transformer import forward, unembed
 from tests.networks import random_params

@@ -15,7 +15,7 @@ from data.config import IGNORE, DataConfig, SourceConfig, TokenizerConfig
 from data.loader import Batches
 from data.prepare import prepare
 from experiments.report import write_report
-from inference.engine import Token
+from inference.request import Token
 from model.config import LoraConfig, ModelConfig
 from model.lora import merge
 from model.params import is_spec, param_specs

@@ -16,7 +16,7 @@ from data.loader import Batches
 from data.prepare import prepare
 from data.steps import LineTokens, step_ends
 from data.tasks.mistakes import mistaken_steps
-from inference.engine import Token
+from inference.request import Token
 from model.config import ModelConfig
 from model.params import is_spec, param_specs
 from model.transformer import forward

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data.tasks.task import Example
-from inference.engine import Engine, EngineConfig
+from inference.config import EngineConfig
+from inference.engine import Engine
 from inference.sampling import Sampling
 from model.transformer import forward, unembed
 from tests.networks import SMALL, random_params

@@ -25,7 +25,7 @@ from data.chat import BadExample, Message, from_json, import_row, to_json
 from data.config import SourceConfig
 from data.sources import read_documents
 from data.tasks.task import Example
-from inference.engine import Token
+from inference.request import Token
 from model.config import check
 from model.sharding import make_mesh, resolve_sizes
 from train.config import PREEMPTED, MeshConfig

@@ -10,7 +10,9 @@ import numpy as np
 
 from data.chat import BadExample, Message
 from data.chat_encoder import ChatEncoder
-from inference.engine import Engine, EngineConfig, Request, Token
+from inference.config import EngineConfig
+from inference.engine import Engine
+from inference.request import Request, Token
 from inference.sampling import Sampling
 from inference.score import score
 from model.config import check
