@@ -71,18 +71,17 @@ class Conversation:
         prompt = self._prompt(messages)
         room = self._service.call(lambda engine: engine.max_len) - len(prompt)
         check(room > 0, f"the conversation has {len(prompt)} tokens, more than fit: begin anew with /reset, or raise --context")
-        answers = Answers(self._loaded.tokenizer.token_bytes)
         request = Request(
             prompt,
             self._sampling,
             max_tokens=min(self._max_tokens, room),
             stop_ids=self._loaded.stop_ids,
             seed=derived_seed("answer", self._seed, self._num_answers),
-            watch=answers.watch,
         )
+        answers = Answers(request, self._loaded.tokenizer.token_bytes)
         self._num_answers += 1
         said = ""
-        stream = self._service.stream(request)
+        stream = self._service.stream(answers.request)
         try:
             for token in stream:
                 piece = answers.text(token)

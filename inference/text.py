@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import codecs
 import collections
+import dataclasses
 from collections.abc import Callable, Sequence
 
-from inference.request import Token
+from inference.request import Request, Token
 
 
 def _length_of_beginning(text: str, stop: str) -> int:
@@ -59,20 +60,26 @@ class TextStream:
 
 
 class Answers:
-    """Text beside the tokens of one request: `watch` goes into the request, and `text` is asked once for each of its tokens.
+    """Text beside the tokens of one request, which has to be submitted as `request`; `text` is asked once for each token.
 
     Args:
-      min_tokens: that of the request. See `TextStream` for the others.
+      request: to be watched; its `min_tokens` hold for stop strings too.
+      token_bytes, stop: see `TextStream`.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = (), min_tokens: int = 0):
+    def __init__(self, request: Request, token_bytes: Sequence[bytes], stop: Sequence[str] = ()):
         if not all(stop):
             raise ValueError("a stop string is empty: leave it out")
-        self._arguments = (token_bytes, stop, min_tokens)
+        if request.watch:
+            raise ValueError("the request is watched already: leave one of the two out")
+        self.request = dataclasses.replace(request, watch=self._watch)
+        self._token_bytes, self._stop = token_bytes, stop
         self._samples: dict[int, tuple[TextStream, collections.deque[str]]] = {}
 
-    def watch(self, sample: int) -> Callable[[int], bool]:
-        stream, pieces = self._samples[sample] = TextStream(*self._arguments), collections.deque[str]()
+    def _watch(self, sample: int) -> Callable[[int], bool]:
+        stream = TextStream(self._token_bytes, self._stop, self.request.min_tokens)
+        pieces = collections.deque[str]()
+        self._samples[sample] = stream, pieces
 
         def see(token: int) -> bool:
             pieces.append(stream.push(token))

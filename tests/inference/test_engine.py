@@ -718,8 +718,8 @@ def test_a_minimum_of_tokens_keeps_stop_tokens_away():
 
 def test_a_minimum_of_tokens_holds_against_stop_strings():
     engine = Engine(PARAMS, MODEL, ROOMY)
-    answers = Answers([b"x"] * MODEL.vocab_size, ["x"], min_tokens=4)
-    ((answer,),) = engine.generate([Request(CHAIN[:5], max_tokens=8, min_tokens=4, watch=answers.watch)])
+    answers = Answers(Request(CHAIN[:5], max_tokens=8, min_tokens=4), [b"x"] * MODEL.vocab_size, ["x"])
+    ((answer,),) = engine.generate([answers.request])
     assert "".join(answers.text(token) for token in answer) == "xxx"
     assert (len(answer), answer[-1].finish_reason) == (4, "stop")
     impatient = Request(CHAIN[:5], max_tokens=8, min_tokens=3, watch=lambda sample: lambda token: True)

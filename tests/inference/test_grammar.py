@@ -104,8 +104,8 @@ def test_no_other_end_makes_what_is_incomplete_look_finished(seed):
     assert answer[-1].finish_reason == "stop"
     assert re.fullmatch(b"[0-9]{6}", b"".join(TOKEN_BYTES[token.token] for token in answer))
 
-    answers = Answers(TOKEN_BYTES, list("56789"))
-    ((answer,),) = ENGINE.generate([dataclasses.replace(request, watch=answers.watch)])
+    answers = Answers(request, TOKEN_BYTES, list("56789"))
+    ((answer,),) = ENGINE.generate([answers.request])
     assert "".join(answers.text(token) for token in answer).strip("0") == ""
     assert answer[-1].finish_reason == ("stop" if answer[-1].token == STOP else "length")
 

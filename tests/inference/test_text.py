@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from inference.request import Token
+from inference.request import Request, Token
 from inference.text import Answers, TextStream
 
 BYTES = (*(bytes([i]) for i in range(256)), b"")
@@ -79,8 +79,8 @@ def test_special_tokens_and_those_beyond_the_tokenizer_have_no_text():
 
 
 def test_each_sample_of_a_request_has_its_own_text():
-    answers = Answers(BYTES, ["b"])
-    watchers = {sample: answers.watch(sample) for sample in (3, 4)}
+    answers = Answers(Request([1]), BYTES, ["b"])
+    watchers = {sample: answers.request.watch(sample) for sample in (3, 4)}
     texts = collections.defaultdict(str)
     for sample, token in [(3, 65), (4, 0xE2), (4, 0x82), (3, 98), (4, 0xAC), (4, 65)]:
         stops = watchers[sample](token)
@@ -89,6 +89,8 @@ def test_each_sample_of_a_request_has_its_own_text():
     assert texts == {3: "A", 4: "€A"}
 
 
-def test_an_empty_stop_string_is_refused():
+def test_an_empty_stop_string_and_a_second_watcher_are_refused():
     with pytest.raises(ValueError, match="a stop string is empty"):
-        Answers(BYTES, ["a", ""])
+        Answers(Request([1]), BYTES, ["a", ""])
+    with pytest.raises(ValueError, match="is watched already"):
+        Answers(Answers(Request([1]), BYTES).request, BYTES)
