@@ -348,12 +348,12 @@ class Engine:
                 seq.tokens.append(token.token)
                 if seq.num_cached % self.config.page_size == 0:
                     self._schedule.learn(seq)
+                is_finite = math.isfinite(token.raw_logprob)
+                if is_finite:
+                    self._schedule.prove(seq)
                 if token.finish_reason:
-                    if math.isfinite(token.raw_logprob):
+                    if is_finite:
                         self._schedule.learn(seq, partial=True)
-                    else:
-                        for page in self._schedule.forget_own(seq):
-                            self._zero_page(page)
                     self._schedule.let_go(seq)
                     break
                 if turn == len(guesses[row]) or guesses[row][turn] != token.token:
@@ -414,15 +414,19 @@ class Engine:
         return jax.device_get(draws)
 
     def _prefill(self, table: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> None:
+        self._clean()
         self._pages = programs.prefill(self.params, self.model, self._placement, self._pages, table, tokens, positions)
 
     def _decode(self, table: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> jax.Array:
+        self._clean()
         self._pages, logits = programs.decode(self.params, self.model, self._placement, self._pages, table, tokens, positions)
         return logits
 
     def _table(self, rows: Sequence[Ongoing], size: int) -> np.ndarray:
         table = np.zeros((size, self._table_width), np.int32)
         for i, seq in enumerate(rows):
+            # The rest is read where another row is longer, and times 0: another's pages may hold what is not finite.
+            table[i] = seq.pages[0]
             table[i, : len(seq.pages)] = seq.pages
         return table
 
@@ -430,9 +434,13 @@ class Engine:
         row = history_row(sampling, prompt, answer, self.model.vocab_size)
         self._history = programs.set_history(self._history, self._placement, np.int32(slot), row)
 
+    def _clean(self) -> None:
+        while self._schedule.unclean:
+            self._zero_page(self._schedule.unclean.pop())
+
     def _copy_page(self, source: int, target: int) -> None:
+        self._clean()
         self._pages = programs.copy_page(self._pages, self._placement, np.int32(source), np.int32(target))
 
     def _zero_page(self, page: int) -> None:
-        """Whoever got it with what is not finite would take that times 0, which is not 0."""
         self._pages = programs.zero_page(self._pages, self._placement, np.int32(page))

@@ -67,11 +67,15 @@ class Schedule:
     """Attributes:
     filling: the sequence whose prompt is computed, if any.
     running: those that get a token every step.
+    unclean: pages that may hold what is not finite, to be zeroed before any is written or read: attention takes what a row does
+      not see times 0, and 0 times NaN is NaN.
     """
 
     def __init__(self, config: EngineConfig):
         self.filling: Ongoing | None = None
         self.running: list[Ongoing] = []
+        self.unclean: list[int] = []
+        self._unproven: set[int] = set()  # held pages that were written to since logits that see them were last finite
         self._waiting: collections.deque[Ongoing] = collections.deque()
         self._slots = list(range(config.max_batch - 1, -1, -1))
         self._pool = PagePool(config.num_pages, config.page_size)
@@ -113,7 +117,7 @@ class Schedule:
         self._waiting.popleft()
         seq.pages, seq.num_cached = pages, num_cached
         for _ in range(wanted):
-            page = self._pool.take()
+            page = self._take()
             assert page is not None
             seq.pages.append(page)
         seq.slot = self._slots.pop()
@@ -143,7 +147,12 @@ class Schedule:
         return len(holding)
 
     def let_go(self, seq: Ongoing) -> None:
-        """It leaves, and its pages and its slot are free."""
+        """It leaves, and its pages and its slot are free; what nobody else can prove finite any more is forgotten."""
+        for page in self._unproven.intersection(seq.pages):
+            if self._pool.holders(page) == 1:
+                self._pool.forget_beyond(page, 0)
+                self._unproven.remove(page)
+                self.unclean.append(page)
         # The beginning last: what others may share longest is forgotten last.
         for page in reversed(seq.pages):
             self._pool.release(page)
@@ -177,7 +186,7 @@ class Schedule:
     def extend(self, seq: Ongoing, count: int) -> int:
         """Pages for `count` tokens after the next one, if there are so many; returns for how many of them there is room."""
         while (seq.num_cached + count) // self._page_size >= len(seq.pages):
-            page = self._pool.take()
+            page = self._take()
             if page is None:
                 return len(seq.pages) * self._page_size - seq.num_cached - 1
             seq.pages.append(page)
@@ -189,8 +198,9 @@ class Schedule:
         shared = seq.pages[index]
         if self._pool.holders(shared) == 1:
             self._pool.forget_beyond(shared, seq.num_cached - index * self._page_size)
+            self._unproven.add(shared)
             return True
-        page = self._pool.take()
+        page = self._take()
         if page is None:
             return False
         copy_page(shared, page)
@@ -202,16 +212,19 @@ class Schedule:
         """Others may share the pages that are full, and where `partial` the last one too."""
         self._pool.learn(seq.pages, seq.tokens[: seq.num_cached], partial=partial)
 
-    def forget_own(self, seq: Ongoing) -> list[int]:
-        """The pages that it alone holds, which nobody is to share any more."""
-        own = [page for page in seq.pages if self._pool.holders(page) == 1]
-        for page in own:
-            self._pool.forget_beyond(page, 0)
-        return own
+    def prove(self, seq: Ongoing) -> None:
+        """The logits after all that its pages hold are finite, and so are those."""
+        self._unproven.difference_update(seq.pages)
+
+    def _take(self) -> int | None:
+        page = self._pool.take()
+        if page is not None:
+            self._unproven.add(page)
+        return page
 
     def _has_room(self, seq: Ongoing, copy_page: CopyPage) -> bool:
         if seq.num_cached // self._page_size == len(seq.pages):
-            page = self._pool.take()
+            page = self._take()
             if page is None:
                 return False
             seq.pages.append(page)

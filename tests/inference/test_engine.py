@@ -351,6 +351,7 @@ class Traces(RuleBasedStateMachine):
         for page in range(self.engine.config.num_pages):
             assert pool.holders(page) == holders[page]
         assert sorted([*pool._free, *pool._unheld, *holders]) == list(range(self.engine.config.num_pages))
+        assert self.engine._schedule._unproven <= holders.keys()
 
     def teardown(self):
         if not hasattr(self, "engine"):
@@ -511,10 +512,13 @@ def test_what_is_not_finite_in_the_cache_makes_no_answer(chunk):
     assert [token.finish_reason for token in run_to_end(engine)[request_id, 0]] == ["error"]
 
 
+BUT_40 = Sampling(logit_bias=((40, -100.0),))
+
+
 def check_healthy(engine):
     """Requests that get every page, one after the other."""
     for seed in range(2 * engine.config.num_pages):
-        request = Request([seed % 40, 3, 4], max_tokens=3, seed=seed)
+        request = Request([seed % 40, 3, 4], BUT_40, max_tokens=3, seed=seed)
         check_answer(request, 0, engine.generate([request])[0][0], cache_dtype=engine.config.cache_dtype)
 
 
@@ -523,7 +527,7 @@ def test_what_is_not_finite_in_the_cache_does_not_outlive_its_request():
     params = PARAMS | {"embedding": PARAMS["embedding"].at[40].set(np.nan)}
     engine = Engine(params, MODEL, dataclasses.replace(ROOMY, cache_tokens=64))
     draws_40 = Sampling(logit_bias=((40, 100.0),))
-    beside = Request(CHAIN[:9], Sampling(logit_bias=((40, -100.0),)), max_tokens=12)
+    beside = Request(CHAIN[:9], BUT_40, max_tokens=12)
     request_id = engine.submit(beside)
     ill = [engine.submit(Request([*CHAIN[:2], 40, *CHAIN[:8]], num_samples=2, max_tokens=4)) for _ in range(2)]
     ill += [engine.submit(Request(CHAIN[:9], draws_40, max_tokens=4, seed=seed)) for seed in range(2)]
@@ -532,6 +536,33 @@ def test_what_is_not_finite_in_the_cache_does_not_outlive_its_request():
     check_answer(beside, 0, answers[request_id, 0])
     with pytest.raises(RuntimeError, match="its logits are not finite"):  # again, though its pages are zeros by now
         engine.generate([Request([*CHAIN[:2], 40, *CHAIN[:8]], max_tokens=4)])
+    check_healthy(engine)
+
+
+def test_what_is_not_finite_in_the_cache_harms_no_shorter_row_beside_it():
+    """Whose table of pages ends before that of the ill one does, which has the first page of all."""
+    params = PARAMS | {"embedding": PARAMS["embedding"].at[40].set(np.nan)}
+    engine = Engine(params, MODEL, ROOMY)
+    ill, well = Request([40, *CHAIN[:6]], max_tokens=4), Request(CHAIN[10:13], BUT_40, max_tokens=4)
+    ids = [engine.submit(request) for request in (ill, well)]
+    answers = run_to_end(engine)
+    assert [token.finish_reason for token in answers[ids[0], 0]] == ["error"]
+    check_answer(well, 0, answers[ids[1], 0])
+
+
+def test_what_is_not_finite_in_the_cache_does_not_outlive_a_request_that_was_aborted():
+    """Before anybody saw it: neither what was proven before is lost, nor do others share or take what was not."""
+    params = PARAMS | {"embedding": PARAMS["embedding"].at[40].set(np.nan)}
+    engine = Engine(params, MODEL, dataclasses.replace(ROOMY, cache_tokens=48))
+    proven = Request(CHAIN[:5], BUT_40, max_tokens=1)
+    check_answer(proven, 0, engine.generate([proven])[0][0])
+    request_id = engine.submit(Request([*CHAIN[:9], 40, *CHAIN[9:20]], max_tokens=4))
+    assert not engine.step()
+    engine.abort(request_id)
+    shared = engine.stats.shared
+    beginning = Request(CHAIN[:9], BUT_40, max_tokens=3)
+    check_answer(beginning, 0, engine.generate([beginning])[0][0])
+    assert engine.stats.shared == shared + 4
     check_healthy(engine)
 
 
