@@ -16,8 +16,10 @@ if not os.environ.get("LOAM_TEST_OPTIMISED"):
     ).strip()
 
 import jax
+import pytest
 
 from model.xla import configure
 
 configure(cpu_devices=8)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+pytest.register_assert_rewrite("tests.inference.engine_reference")

@@ -10,7 +10,7 @@ from experiments.parity import parity, trainers_logprobs
 from inference.engine import Engine
 from inference.request import Request, Token
 from model.presets import preset
-from tests.inference.test_engine import CHAIN, MODEL, ROOMY
+from tests.inference.engine_reference import CHAIN, MODEL, ROOMY
 from tests.networks import random_params
 
 PROMPT, LENGTHS = CHAIN[:7], (13, 19, 4)

@@ -9,7 +9,7 @@ import pytest
 from inference.beam import beam_search
 from inference.config import EngineConfig
 from inference.engine import Engine
-from tests.inference.test_engine import logits_after
+from tests.inference.engine_reference import logits_after
 from tests.networks import SMALL, random_params
 
 VOCAB = 4

@@ -9,7 +9,7 @@ import pytest
 from data.tokenizer import CharTokenizer, open_huggingface_tokenizer
 from inference.multiple_choice import Question, accuracy, choice_logprobs, chosen, encode_pair, read_questions
 from inference.score import score
-from tests.inference.test_engine import MODEL, PARAMS, logits_after
+from tests.inference.engine_reference import MODEL, PARAMS, logits_after
 
 CHARACTERS = "".join(sorted(set("Question: abcdef?\nAnswer:")))
 SCORER = functools.partial(score, PARAMS, MODEL)

@@ -11,7 +11,7 @@ from inference.engine import Engine
 from inference.request import Request
 from inference.sampling import Sampling
 from inference.score import bits_per_byte, score
-from tests.inference.test_engine import CHAIN, MODEL, PARAMS, logits_after
+from tests.inference.engine_reference import CHAIN, MODEL, PARAMS, logits_after
 
 
 def test_scores_are_the_log_probabilities_of_the_full_forward():

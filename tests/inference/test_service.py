@@ -11,7 +11,7 @@ from inference.beam import beam_search
 from inference.engine import Engine
 from inference.request import Request
 from inference.service import Service
-from tests.inference.test_engine import CHAIN, MODEL, PARAMS, ROOMY, SAMPLINGS, check_answer
+from tests.inference.engine_reference import CHAIN, MODEL, PARAMS, ROOMY, SAMPLINGS, check_answer
 
 REQUESTS = [Request(CHAIN[: 2 + i], SAMPLINGS[i % 4], 1 + i % 2, 9, seed=i) for i in range(8)]
 

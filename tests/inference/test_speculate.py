@@ -13,7 +13,7 @@ from inference.request import Request
 from inference.sampling import Sampling
 from inference.schedule import Ongoing
 from inference.speculate import DraftModel, prompt_lookup
-from tests.inference.test_engine import CHAIN, GREEDY, MODEL, PARAMS, ROOMY, SAMPLINGS, check_answer, logits_after, near
+from tests.inference.engine_reference import CHAIN, GREEDY, MODEL, PARAMS, ROOMY, SAMPLINGS, check_answer, logits_after, near
 from tests.networks import random_params
 
 

@@ -12,7 +12,7 @@ from inference.score import score
 from model.presets import preset
 from model.quantize import INT4_GROUP, quantize, quantized
 from model.transformer import forward, unembed
-from tests.inference.test_engine import ROOMY
+from tests.inference.engine_reference import ROOMY
 from tests.networks import SMALL, random_params
 
 
