@@ -93,10 +93,16 @@ def test_a_signal_is_reported_as_a_shell_would():
     assert run_together([program("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")], grace_seconds=1) == 137
 
 
+# What a suite ignores that runs in the background or under nohup, its programs would ignore too.
+HEEDS = (
+    "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_reaches_all(tmp_path, number):
     commands = [[*program(SAVES.format(status=42)), str(tmp_path / f"pid{index}")] for index in range(2)]
-    code = f"import sys\nfrom experiments.launch_local import run_together\nsys.exit(run_together({commands!r}, 20))"
+    code = f"{HEEDS}import sys\nfrom experiments.launch_local import run_together\nsys.exit(run_together({commands!r}, 20))"
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     files = [tmp_path / f"pid{index}" for index in range(2)]
     wait_for(lambda: all(file.exists() and file.read_text() for file in files))
@@ -132,7 +138,7 @@ def test_side_by_side_the_failure_of_one_is_its_own(tmp_path, capsys):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 42), (signal.SIGHUP, 42), (signal.SIGINT, -signal.SIGINT)])
 def test_a_signal_ends_all_that_run_side_by_side(tmp_path, number, status):
     scripts = {name: ["bash", "-c", f"echo $$ > {tmp_path}/{name}; sleep 60; touch {tmp_path}/survivor"] for name in "ab"}
-    code = f"import sys\nfrom experiments.launch_local import run_side_by_side\nsys.exit(run_side_by_side({scripts!r}))"
+    code = f"{HEEDS}import sys\nfrom experiments.launch_local import run_side_by_side\nsys.exit(run_side_by_side({scripts!r}))"
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     files = [tmp_path / name for name in "ab"]
     wait_for(lambda: all(file.exists() and file.read_text() for file in files))
@@ -160,7 +166,7 @@ def test_a_lost_terminal_ends_nothing_under_nohup(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_compiler(tmp_path, number):
     script = ["bash", "-c", f"echo $$ > {tmp_path}/pid; sleep 60"]
-    code = f"from experiments.compile import run_alone\nimport os\nrun_alone({script!r}, os.environ, None)"
+    code = f"{HEEDS}from experiments.compile import run_alone\nimport os\nrun_alone({script!r}, os.environ, None)"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     parent.send_signal(number)
