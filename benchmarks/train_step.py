@@ -120,7 +120,7 @@ class Loam:
         self.about = {
             "version": f"jax {jax.__version__}, {jax.device_count()} devices, XLA_FLAGS={os.environ['XLA_FLAGS']}",
             "parameters": sum(array.size for array in arrays.values()),
-            "flops_per_token": train_flops_per_token(config.model, config.data.seq_len),
+            "flops_per_token": train_flops_per_token(config.model, config.data.seq_len, config.lora),
         }
 
     def burst(self, steps: int) -> dict[str, Any]:

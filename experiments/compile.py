@@ -180,14 +180,10 @@ def recomputed_share(config: Job, matmul_flops: float) -> float:
     Args:
       matmul_flops: of all devices. Those of the flash kernel and, in layers with experts, of the grouped matmul are not in it.
     """
-    from model.flops import matrix_flops_per_token
+    from model.flops import train_matrix_flops_per_token
 
-    needed = (
-        3
-        * config.update_rows
-        * config.row_tokens
-        * sum(f for kind, f in matrix_flops_per_token(config.model).items() if kind != "experts")
-    )
+    per_token = train_matrix_flops_per_token(config.model, config.lora)
+    needed = config.update_rows * config.row_tokens * (sum(per_token.values()) - per_token["experts"])
     return 1 - needed / matmul_flops
 
 
@@ -377,7 +373,7 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology, most
     plan = plan_memory(config, mesh_sizes(config, topology.num_devices))
     compiled = run_compiler(path, overrides, "step", topology, most_seconds)
     chip, tokens = topology.chip, config.tokens_per_step
-    flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
+    flops = train_flops_per_token(config.model, config.data.seq_len, config.lora) * tokens
     report: Report = {
         "config": config.name,
         "overrides": list(overrides),

@@ -120,7 +120,7 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
             "fits": memory is not None and live is not None and live + beside <= chip.hbm_bytes,
         }
     update, moved = programs["update"], programs["hand_over"]["collectives"]
-    flops = train_flops_per_token(config.model, config.row_tokens) * config.update_rows * config.row_tokens
+    flops = train_flops_per_token(config.model, config.row_tokens, config.lora) * config.update_rows * config.row_tokens
     seconds = update["estimated_step_seconds"]
     return {
         "config": config.name,

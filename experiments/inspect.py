@@ -76,7 +76,7 @@ def _title(config: TrainConfig | RLConfig) -> str:
 
 def _flops_lines(config: TrainConfig | RLConfig) -> list[str]:
     seq_len = config.row_tokens
-    per_token = train_flops_per_token(config.model, seq_len)
+    per_token = train_flops_per_token(config.model, seq_len, config.lora)
     if isinstance(config, RLConfig):
         tokens = config.num_rows * seq_len
         run = (

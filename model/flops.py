@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from model.config import ModelConfig
-from model.params import active_parameters
+from model.config import LoraConfig, ModelConfig
+from model.lora import adapter_specs
+from model.params import active_parameters, num_parameters
 
 
 def mean_keys_per_query(seq_len: int, window: int) -> float:
@@ -31,6 +32,17 @@ def matrix_flops_per_token(config: ModelConfig) -> dict[str, int]:
     return {kind: 2 * groups.get(f"blocks/{kind}", 0) for kind in kinds} | {"head": 2 * config.vocab_size * config.d_model}
 
 
-def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Forward and backward: three times the forward. What remat recomputes does not count."""
-    return 3 * forward_flops_per_token(config, seq_len)
+def train_matrix_flops_per_token(config: ModelConfig, lora: LoraConfig | None = None) -> dict[str, int]:
+    """The same forward and backward: three products for each of the forward pass, and for a frozen matrix two, since it has no
+    gradient; adapters are a kind of their own. What remat recomputes does not count."""
+    forward = matrix_flops_per_token(config)
+    if lora is None:
+        return {kind: 3 * flops for kind, flops in forward.items()}
+    adapters = {"adapters": 3 * 2 * num_parameters(adapter_specs(config, lora))}
+    return {kind: 2 * flops for kind, flops in forward.items()} | adapters
+
+
+def train_flops_per_token(config: ModelConfig, seq_len: int, lora: LoraConfig | None = None) -> float:
+    """Forward and backward: the products of matrices as above, and three times those of attention."""
+    attention = forward_flops_per_token(config, seq_len) - sum(matrix_flops_per_token(config).values())
+    return 3 * attention + sum(train_matrix_flops_per_token(config, lora).values())

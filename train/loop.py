@@ -272,7 +272,7 @@ class Loop:
         self.data_seconds = 0.0  # waited for batches since the last step that was recorded
         self.rows = local_rows(trainer.batch_sharding, (config.batch_size, config.data.seq_len))
         self.peak = group.count * peak_flops(jax.local_devices(), config.model.dtype)
-        self.flops_per_step = train_flops_per_token(config.model, config.data.seq_len) * config.tokens_per_step
+        self.flops_per_step = train_flops_per_token(config.model, config.data.seq_len, config.lora) * config.tokens_per_step
         self.step_function = self._compile()
         if group.is_first:
             self._write_provenance()
