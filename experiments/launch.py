@@ -163,7 +163,8 @@ def make_jobs(
     is_in_checkout: Callable[[str], bool],
     facts: Mapping[str, str],
 ) -> list[Job]:
-    """One job, or one for each point of a sweep, with a name and a run directory of its own.
+    """One job, or one for each point of a sweep, with a name and a run directory of its own, and on `skypilot`, whose storage
+    is a bucket, prepared data of its own.
 
     Args:
       overrides: `--config.key=value` words for all of them.
@@ -185,6 +186,11 @@ def make_jobs(
         words, suffix = [*overrides, *point], f"-{index}" if sweeps else ""
         config = load(config_path, words)
         config = dataclasses.replace(config, run_dir=config.run_dir + suffix)
+        if launch.on == "skypilot":
+            # In a bucket no lock holds between machines, and a directory is renamed file by file: two jobs that begin together
+            # would each take the other's half-prepared data for what a dead process has left.
+            data = dataclasses.replace(config.data, cache_dir=config.data.cache_dir + suffix)
+            config = dataclasses.replace(config, data=data)
         paths = {"run_dir": config.run_dir}
         named, made_of = launch, dict(facts)
         if launch.on != "local":

@@ -41,18 +41,18 @@ def submit(jobs: Sequence[Job]) -> list[int]:
       RuntimeError: the tool is not installed.
     """
     on = jobs[0].launch.on
-    tool, command = {
-        "jobset": ("kubectl", ["kubectl", "apply", "-f"]),
-        "xpk": ("xpk", ["bash"]),
-        "tpu-vm": ("gcloud", ["bash"]),
-        "skypilot": ("sky", ["sky", "jobs", "launch", "--yes", "--detach-run"]),
+    tool, command, suffix = {
+        "jobset": ("kubectl", ["kubectl", "apply", "-f"], "yaml"),
+        "xpk": ("xpk", ["bash"], "sh"),
+        "tpu-vm": ("gcloud", ["bash"], "sh"),
+        "skypilot": ("sky", ["sky", "jobs", "launch", "--yes", "--detach-run"], "yaml"),
     }[on]
     if shutil.which(tool) is None:
         raise RuntimeError(f"{tool} is not installed, or not on the PATH: install it, or take what --dry-run prints elsewhere")
     with tempfile.TemporaryDirectory(prefix="loam-launch-") as directory:
         commands = {}
         for job in jobs:
-            file = Path(directory, f"{job.launch.name}.yaml")
+            file = Path(directory, f"{job.launch.name}.{suffix}")
             file.write_text(artefact(job))
             commands[job.launch.name] = [*command, str(file)]
         if on == "tpu-vm":

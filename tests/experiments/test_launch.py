@@ -352,6 +352,18 @@ def test_the_skypilot_task():
     assert shlex.split(task["run"]) == list(job.command)
 
 
+@pytest.mark.parametrize("flags", [SKYPILOT, JOBSET], ids=lambda flags: flags["on"])
+def test_points_of_a_sweep_prepare_data_apart_where_storage_has_no_locks(flags):
+    caches = [
+        word.partition("=")[2]
+        for job in jobs(flags, sweeps=["config.seed=0,1,2"])
+        for word in job.command
+        if word.startswith("--config.data.cache_dir=")
+    ]
+    apart = [f"/mnt/loam/runs/data-{index}" for index in range(3)]
+    assert caches == (apart if flags["on"] == "skypilot" else ["/mnt/loam/runs/data"] * 3)
+
+
 # Cloud TPU, as the script sees it: a state that the scenario changes, and how many calls fail next, or create calls that are
 # refused; each line of `outcomes` is one connection, after which both are as it says.
 FAKE_GCLOUD = r"""#!/usr/bin/env bash
@@ -836,6 +848,8 @@ def test_every_point_of_a_sweep_is_handed_over_whatever_becomes_of_the_others(tm
     assert "2 of 3 jobs did not succeed: quickstart-1 (exit status 3), quickstart-2 (exit status 42)" in said
     handed = [(tmp_path / f"quickstart-{index}.words").read_text() for index in range(3)]
     assert all(("--detach-run" in words) == (flags["on"] == "skypilot") for words in handed)
+    suffix = ".yaml" if flags["on"] in ("jobset", "skypilot") else ".sh"
+    assert all(words.strip().endswith(f"/quickstart-{index}{suffix}") for index, words in enumerate(handed))
 
 
 def test_points_that_run_here_go_on_after_an_error_and_not_after_a_stop(monkeypatch, capsys):
