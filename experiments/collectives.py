@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.hlo import (
+    STARTS,
     Computation,
     Content,
     Instruction,
@@ -139,14 +140,8 @@ class _Schedule:
                     pairs[instruction.name] = _Open([one], one.cycles)
                 else:
                     yield one
-            elif opcode in ("async-start", "call-start"):  # the latter on a SparseCore
-                inner = [
-                    self.describe(kind, ((computation, None), (self.module.computations[called], instruction)), i, count)
-                    for called in instruction.called
-                    for i in self.module.computations[called].values()
-                    if (kind := collective_kind(i.opcode))
-                ]
-                if inner:
+            elif opcode in STARTS:  # What holds no collective is one of hlo.work's asides.
+                if inner := list(self._begun(((computation, None),), instruction, count)):
                     pairs[instruction.name] = _Open(inner, sum(one.cycles for one in inner))
             elif opcode == "async-update" and instruction.operands[0] in pairs:
                 pairs[instruction.name] = pairs.pop(instruction.operands[0])
@@ -170,6 +165,16 @@ class _Schedule:
             raise ValueError(
                 f"collectives without an end: {names}. The compiler's format has changed, mend experiments/collectives.py"
             )
+
+    def _begun(self, scope: Scope, start: Instruction, count: float) -> Iterator[Collective]:
+        """Collectives in what runs beside; a program of a SparseCore may start others."""
+        for called in start.called:
+            inner = (*scope, (self.module.computations[called], start))
+            for i in self.module.computations[called].values():
+                if kind := collective_kind(i.opcode):
+                    yield self.describe(kind, inner, i, count)
+                elif i.opcode in STARTS:
+                    yield from self._begun(inner, i, count)
 
     def _fused(
         self, computation: Computation, instruction: Instruction, count: float

@@ -158,6 +158,7 @@ def analyse(
             if (waited := exposed_as_gather(one))
         ],
         "exposed_collective_seconds": exposed,
+        "sparse_core_programs": [dataclasses.asdict(aside) for aside in done.asides],
         "loops_of_unknown_length": done.unknown_loops,
         "estimated_step_seconds": sum(cycles.values()) / clock + exposed,
     }
@@ -597,6 +598,8 @@ def describe(report: Report) -> str:
     for kernel in report["kernels"]:
         told = f"{kernel['cycles']:,.0f} cycles by {kernel['by']}"
         lines.append(f"  kernel {kernel['instruction']:<29}{kernel['times']:>10,.0f} calls, {told}")
+    if report["sparse_core_programs"]:
+        lines.append(f"  {told_of_asides(report['sparse_core_programs'])}")
     if report["loops_of_unknown_length"]:
         names = ", ".join(report["loops_of_unknown_length"])
         lines.append(f"  loops whose length is not known, counted once or, over experts' rows, as for an even router: {names}")
@@ -623,6 +626,16 @@ def describe(report: Report) -> str:
         f"the compiler's estimate: {report['estimated_step_seconds']:.4f} s a step, MFU {100 * report['estimated_mfu']:.1f} %",
     ]
     return "\n".join(lines)
+
+
+def told_of_asides(programs: Sequence[Mapping[str, Any]]) -> str:
+    """What SparseCores do beside collectives, of which the compiler has no estimate."""
+    opcodes = ", ".join(sorted({opcode for one in programs for opcode in one["opcodes"]}))
+    times, size = sum(one["times"] for one in programs), sum(one["times"] * one["result_bytes"] for one in programs)
+    return (
+        f"on SparseCores beside collectives, not in the estimate: {len(programs)} programs ({opcodes}), run "
+        f"{times:,.0f} times, {size / 2**20:,.3f} MiB of results"
+    )
 
 
 def ranking_table(ranking: Sequence[Mapping[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.compile import GIB, DoesNotFit, Report, exhausted_bytes, live_bytes, run_compiler, shards
+from experiments.compile import GIB, DoesNotFit, Report, exhausted_bytes, live_bytes, run_compiler, shards, told_of_asides
 from experiments.launch_tpu import num_vms
 from model.chips import Topology, topology_of
 
@@ -192,6 +192,8 @@ def describe(report: Report) -> str:
         if one["estimated_step_seconds"] is not None:
             told += f"{one['estimated_step_seconds']:>10.4f}{one['exposed_collective_seconds']:>18.4f}"
         lines.append(f"  {name:<12}{told}")
+        if one.get("sparse_core_programs"):
+            lines.append(f"    {told_of_asides(one['sparse_core_programs'])}")
     hosts = num_vms(topology_of(report["topology"]))
     if hosts > 1:
         lines += ["", f"these are {hosts} hosts, and reinforcement learning runs in one process so far: compiled ahead"]

@@ -24,8 +24,11 @@ COLLECTIVES = (
 CLASSES = ("matmul", "kernel", "collective", "reduction", "slice", "copy", "other")
 SLICES = {"dynamic-slice", "dynamic-update-slice", "slice", "gather", "scatter", "pad", "concatenate"}
 COPIES = {"copy", "transpose", "reshape", "copy-start", "slice-start"}
+# What stands around the work of a program.
+PLUMBING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "fusion", "call-start", "call-done"}
 DTYPE_BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0}
 KERNEL = "tpu_custom_call"
+STARTS = ("async-start", "call-start")  # the latter on a SparseCore
 
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^ ]+) = (\(.*?\)|[^ ]+) ([a-z][a-z0-9-]*)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([^ ]+) \(.*\{$")
@@ -227,7 +230,7 @@ def runs(module: Module) -> tuple[dict[str, float], list[str]]:
 
 
 class Content(NamedTuple):
-    """What a computation contains, fusions within it included."""
+    """What a computation contains, fusions and calls within it included."""
 
     opcodes: frozenset[str]
     targets: frozenset[str]  # of custom calls
@@ -246,7 +249,7 @@ def contents(module: Module) -> dict[str, Content]:
             flops += matmul_flops(computation, instruction)
             if instruction.opcode == "custom-call":
                 targets.add(instruction.attribute("custom_call_target").strip('"'))
-            if instruction.opcode in ("fusion", "call"):
+            if instruction.opcode in ("fusion", "call", *STARTS):
                 for called in instruction.called:
                     inner = found.get(called, Content(frozenset(), frozenset(), 0.0))
                     opcodes |= inner.opcodes
@@ -343,15 +346,35 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Aside:
+    """A program of a SparseCore that holds no collective, such as a scatter.
+
+    The compiler has no estimate of it: beside a scatter there it writes 2^63 - 1 cycles.
+
+    Attributes:
+      name: of the instruction that starts it.
+      times: how often it runs.
+      opcodes: what it does.
+      result_bytes: that it makes, each time.
+    """
+
+    name: str
+    times: float
+    opcodes: tuple[str, ...]
+    result_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Work:
     """Attributes:
-    cycles: per class of operation, the compiler's estimate; kernels have none there.
+    cycles: per class of operation, the compiler's estimate; kernels have none there, and asides are not in it.
     flops: of matmuls outside kernels.
     """
 
     cycles: dict[str, float]
     flops: float
     kernels: tuple[Kernel, ...]
+    asides: tuple[Aside, ...]
     unknown_loops: tuple[str, ...]
 
 
@@ -360,7 +383,7 @@ def work(module: Module) -> Work:
     times, unknown = runs(module)
     content = contents(module)
     cycles: dict[str, float] = dict.fromkeys(CLASSES, 0.0)
-    flops, kernels = 0.0, []
+    flops, kernels, asides = 0.0, [], []
     for name, count in times.items():
         computation = module.computations[name]
         for instruction in computation.values():
@@ -374,7 +397,13 @@ def work(module: Module) -> Work:
                 types = tuple(computation[operand].shape for operand in instruction.operands if operand in computation)
                 code, said = (re.search(rf'"{key}":"([^"]*)"', instruction.attributes) for key in ("body", "flops"))
                 kernels.append(Kernel(instruction.name, count, types, code[1] if code else "", float(said[1]) if said else 0.0))
-    return Work(cycles, flops, tuple(kernels), tuple(unknown))
+            if instruction.opcode in STARTS:
+                opcodes = frozenset[str]().union(*(content[called].opcodes for called in instruction.called))
+                if not any(map(collective_kind, opcodes)):
+                    roots = (i for called in instruction.called for i in module.computations[called].values() if i.is_root)
+                    size = sum(shape_bytes(root.shape) for root in roots)
+                    asides.append(Aside(instruction.name, count, tuple(sorted(opcodes - PLUMBING)), size))
+    return Work(cycles, flops, tuple(kernels), tuple(asides), tuple(unknown))
 
 
 def total_cycles(module: Module, times: Mapping[str, float], kernels: Mapping[str, float]) -> dict[str, float]:

@@ -33,7 +33,7 @@ KEPT = (
     "topology", "devices", "mesh", "tokens_per_step", "remat", "hbm_bytes_per_device", "hbm_limit_bytes", "memory",
     "planned_bytes_per_device", "model_flops_per_step", "matmul_flops_per_device", "recomputed_flops_share",
     "estimated_cycles", "kernels", "collectives", "exposed_all_gathers", "exposed_collective_seconds",
-    "loops_of_unknown_length", "estimated_step_seconds", "estimated_mfu", "compile_seconds",
+    "sparse_core_programs", "loops_of_unknown_length", "estimated_step_seconds", "estimated_mfu", "compile_seconds",
 )  # fmt: skip
 # Of reinforcement learning, which has several programs.
 KEPT_OF_RL = (
@@ -43,7 +43,8 @@ KEPT_OF_RL = (
 )  # fmt: skip
 KEPT_OF_A_PROGRAM = (
     "memory", "held_beside_bytes", "hbm_bytes_per_device", "fits", "estimated_cycles", "collectives",
-    "exposed_collective_seconds", "loops_of_unknown_length", "estimated_step_seconds", "compile_seconds",
+    "exposed_collective_seconds", "sparse_core_programs", "loops_of_unknown_length", "estimated_step_seconds",
+    "compile_seconds",
 )  # fmt: skip
 # Of the estimated step, for gathers of weights that no work covers. Not 0: the first of a layer has nothing before it in the
 # body of the loop over layers to hide behind, and the head's has little; in docs/pods.json at most 0.4 % of a step. If

@@ -127,6 +127,17 @@ def test_what_a_sparse_core_does_beside_is_found():
     assert found == [(one.kind, one.exposed_cycles) for one in collectives.find(hlo.parse(PAIRS), lambda _: 15.0)]
     without = text.replace("all-to-all(", "copy(")
     assert {one.kind for one in collectives.find(hlo.parse(without), lambda _: 15.0)} == {"collective-permute", "all-gather"}
+    # A program there may start others.
+    outer = """\
+%wrapping (r: f32[16]) -> f32[16] {
+  %r = f32[16]{0} parameter(0)
+  %first = ((f32[16]), f32[16], u32[]) call-start(%r), async_execution_thread="sparsecore", to_apply=%wrapped
+  ROOT %last = f32[16]{0} call-done(%first)
+}
+
+ENTRY"""
+    nested = text.replace("to_apply=%wrapped", "to_apply=%wrapping").replace("ENTRY", outer)
+    assert [(one.kind, one.exposed_cycles) for one in collectives.find(hlo.parse(nested), lambda _: 15.0)] == found
 
 
 def test_a_kernel_covers_what_it_stands_beside():

@@ -1,11 +1,13 @@
 """What a compiled step costs: snippets of HLO with known answers, and small programs compiled by libtpu."""
 
+import dataclasses
 import json
 import textwrap
 
 import pytest
 
 from experiments import collectives, hlo
+from experiments.compile import told_of_asides
 from tests.libtpu import run_with_libtpu
 
 # Two nested loops, of 4 and 3 times: the inner one multiplies matrices, the outer one adds up over devices and gathers.
@@ -114,6 +116,63 @@ def test_a_counter_that_is_not_understood_is_no_guess(text, instead):
     assert hlo.work(hlo.parse(module.replace(text, instead))).unknown_loops == ("inner",)
 
 
+# A look-up, a collective, and a scatter that a program of the SparseCore starts in its turn.
+ASIDE = """\
+%fused_scatter (p: s32[35], q: s32[32]) -> s32[35] {
+  %p = s32[35]{0} parameter(0)
+  %q = s32[32]{0} parameter(1)
+  ROOT %s = s32[35]{0} scatter(%p, %q, %q), backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
+}
+
+%scattering (p: s32[35], q: s32[32]) -> s32[35] {
+  %p = s32[35]{0} parameter(0)
+  %q = s32[32]{0} parameter(1)
+  ROOT %f = s32[35]{0} fusion(%p, %q), kind=kCustom, calls=%fused_scatter
+}
+
+%outer (p: s32[35], q: s32[32], t: token[]) -> s32[35] {
+  %p = s32[35]{0} parameter(0)
+  %q = s32[32]{0} parameter(1)
+  %t = token[] parameter(2)
+  %s = ((s32[35], s32[32]), s32[35], u32[]) call-start(%p, %q), async_execution_thread="sparsecore", to_apply=%scattering
+  ROOT %d = s32[35]{0} call-done(%s)
+}
+
+%looking_up (p: bf16[100,8], q: s32[3]) -> bf16[3,8] {
+  %p = bf16[100,8]{1,0} parameter(0)
+  %q = s32[3]{0} parameter(1)
+  ROOT %g = bf16[3,8]{1,0} gather(%p, %q)
+}
+
+%reducing (p: f32[16]) -> f32[16] {
+  %p = f32[16]{0} parameter(0)
+  ROOT %r = f32[16]{0} all-reduce(%p), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+%outer_body"""
+STARTED = """\
+  %look = ((bf16[100,8], s32[3]), bf16[3,8]) call-start(%a, %b), async_execution_thread="sparsecore", to_apply=%looking_up
+  %looked = bf16[3,8]{1,0} call-done(%look)
+  %scatter = ((s32[35], s32[32]), s32[35]) call-start(%c, %b, %t), async_execution_thread="sparsecore", to_apply=%outer
+  %scattered = s32[35]{0} call-done(%scatter)
+  %sum = ((f32[16]), f32[16]) call-start(%d), async_execution_thread="sparsecore", to_apply=%reducing
+  %summed = f32[16]{0} call-done(%sum)
+  %sums ="""
+
+
+def test_what_a_sparse_core_does_beside_collectives_is_told_and_adds_no_cycles():
+    text = NESTED.replace("KNOWN", KNOWN)
+    assert hlo.work(hlo.parse(text)).asides == ()
+    work = hlo.work(hlo.parse(text.replace("%outer_body", ASIDE, 1).replace("  %sums =", STARTED)))
+    assert work.asides == (
+        hlo.Aside("look", 4.0, ("gather",), 3 * 8 * 2),
+        hlo.Aside("scatter", 4.0, ("scatter",), 35 * 4),
+    )
+    assert work.cycles == hlo.work(hlo.parse(text)).cycles
+    told = told_of_asides([dataclasses.asdict(aside) for aside in work.asides])
+    assert "not in the estimate: 2 programs (gather, scatter), run 8 times, 0.001 MiB" in told
+
+
 def test_a_collective_has_bytes_axis_and_count():
     (found,) = collectives.find(hlo.parse(NESTED.replace("KNOWN", KNOWN)), lambda _: 7.0)
     assert found.cycles == found.exposed_cycles == 7
@@ -132,11 +191,13 @@ def test_text_that_is_no_module_is_refused():
 # --- Compiled by libtpu -----------------------------------------------------------------------------------------------
 
 COMPILED = """
+import dataclasses
 import json
 import jax, jax.numpy as jnp
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from experiments import collectives, hlo
+from experiments.compile import told_of_asides
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 mesh = Mesh(mesh_utils.create_device_mesh((2, 2), devices), ("data", "tensor"))
