@@ -63,6 +63,10 @@ class DoesNotFit(RuntimeError):
     """The step needs more HBM than a device has."""
 
 
+class TookTooLong(RuntimeError):
+    """The compiler was stopped at its limit of seconds."""
+
+
 # --- In a process of its own --------------------------------------------------------------------------------------------------
 
 
@@ -329,7 +333,7 @@ def run_alone(command: Sequence[str], environment: Mapping[str, str], most_secon
     """The exit status of a command and what it wrote to stderr. It leaves nothing running, unless this is killed by SIGKILL.
 
     Raises:
-      RuntimeError: it took too long.
+      TookTooLong: it took more than `most_seconds`.
     """
     until = time.monotonic() + (math.inf if most_seconds is None else most_seconds)
     with tempfile.TemporaryFile("w+", errors="replace") as said, noted_stops() as stops:
@@ -347,7 +351,7 @@ def run_alone(command: Sequence[str], environment: Mapping[str, str], most_secon
     if stops:
         end_by(stops[0])
     if status is None:
-        raise RuntimeError(f"took more than {most_seconds:g} s")
+        raise TookTooLong(f"took more than {most_seconds:g} s")
     return status, text
 
 
@@ -548,7 +552,7 @@ def search(
     planned = candidates(config, topology)
     check(bool(planned), f"no mesh, remat policy and batch of {config.name} fits {topology.name} by plan: take a larger slice")
     log(f"{len(planned)} candidates fit by plan; compiling the first {min(tries, len(planned))}")
-    found, failed = [], 0
+    found, failed, late = [], 0, 0
     for changes in planned[:tries]:
         words = as_overrides(changes)
         try:
@@ -556,14 +560,32 @@ def search(
         except (ValueError, RuntimeError) as error:  # The others may do; what was found already is worth hours.
             log(f"  {' '.join(words)}: failed: {error}")
             failed += 1
+            late += isinstance(error, TookTooLong)
             continue
         verdict = f"{1e6 * seconds_per_token(report):.4g} us a token" if report["fits"] else "does not fit"
         log(f"  {' '.join(words)}: {verdict}")
         if report["fits"]:
             found.append((changes, report))
-    none = f"none of the {min(tries, len(planned))} candidates tried fits {topology.name}"
-    check(bool(found), f"{none}{f', and {failed} failed to compile' if failed else ''}: raise --tries")
+    tried = min(tries, len(planned))
+    check(bool(found), f"none of the {tried} candidates {nothing_found(tried, len(planned) - tried, failed, late, topology)}")
     return sorted(found, key=lambda item: seconds_per_token(item[1]))
+
+
+def nothing_found(tried: int, untried: int, failed: int, late: int, topology: Topology) -> str:
+    """Why a search has nothing to show, and what would help.
+
+    Args:
+      failed: of those tried, those without a program; `late` are those of them that took too long.
+    """
+    told = f"tried fits {topology.name}"
+    told += f", and {failed} failed to compile" if failed else ""
+    told += f", {late} of which took more than {MOST_COMPILE_SECONDS} s" if late else ""
+    fixes = [
+        *(["leave more of the machine to the compiler"] if late else []),
+        *([f"raise --tries, since {untried} more fit by plan"] if untried else []),
+        *(["take a larger slice"] if failed < tried else []),
+    ]
+    return f"{told}: {', or '.join(fixes) or 'mend what the compiler said of each'}"
 
 
 def seconds_per_token(report: Report) -> float:

@@ -541,8 +541,36 @@ def test_a_search_survives_what_the_compiler_fails_on(tmp_path, monkeypatch):
     while any(map(is_alive, (tmp_path / "pids").read_text().split())):
         assert time.monotonic() < until, "the compiler still runs"
     monkeypatch.setattr(loam_compile, "candidates", lambda *_: changes[1:3])
-    with pytest.raises(ValueError, match="none of the 2 candidates tried fits v5e:2x2, and 2 failed to compile"):
+    nothing = "none of the 2 candidates tried fits v5e:2x2, and 2 failed to compile: mend what the compiler said of each$"
+    with pytest.raises(ValueError, match=nothing):
         loam_compile.search(path, [], slice_, 5, logged.append)
+
+
+@pytest.mark.parametrize(
+    ("ends", "tries", "told"),
+    [
+        ("large large", 2, "tried fits v5e:2x2: take a larger slice"),
+        ("large large", 1, "tried fits v5e:2x2: raise --tries, since 1 more fit by plan, or take a larger slice"),
+        ("late late", 2, "and 2 failed to compile, 2 of which took more than 900 s: leave more of the machine to the compiler"),
+        ("late broken late", 2, "1 of which took more than 900 s: leave more of the machine to the compiler, or raise --tries"),
+        ("broken large", 2, "and 1 failed to compile: take a larger slice"),
+    ],
+)  # fmt: skip
+def test_a_search_that_finds_nothing_says_what_would_help(tmp_path, monkeypatch, ends, tries, told):
+    errors = {"late": loam_compile.TookTooLong("took more than 900 s"), "broken": RuntimeError("Mosaic failed")}
+    outcomes = iter(ends.split())
+
+    def pretend(*_):
+        if error := errors.get(next(outcomes)):
+            raise error
+        return {"fits": False}
+
+    monkeypatch.setattr(loam_compile, "compile_config", pretend)
+    monkeypatch.setattr(loam_compile, "candidates", lambda *_: [{"batch_size": 8}] * len(ends.split()))
+    with pytest.raises(ValueError, match=f"none of the {tries} candidates") as refusal:
+        loam_compile.search(write_config(tmp_path), [], topology_of("v5e:2x2"), tries, print)
+    assert told in str(refusal.value)
+    assert ("--tries" in str(refusal.value)) == (tries < len(ends.split()))
 
 
 @pytest.mark.parametrize(
