@@ -17,7 +17,7 @@ from typing import Any
 from experiments import compile_rl
 from experiments.cli import load_run_config
 from experiments.collectives import GATHER_BY_ALL_REDUCE
-from experiments.compile import GIB, MOST_COMPILE_SECONDS, Report, compile_config, require_libtpu
+from experiments.compile import GIB, ITEMSIZE, MOST_COMPILE_SECONDS, Report, compile_config, require_libtpu
 from experiments.config import chosen
 from model.chips import topology_of
 from model.xla import TPU_FLAGS
@@ -26,6 +26,7 @@ from train.files import write_atomic, write_json_atomic
 from train.rl_config import RLConfig
 from train.rollouts import engine_config
 
+QWEN3 = "qwen3_30b_a3b_v6e"
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs/pods").glob("*.py") if path.name != "__init__.py")
 REPORTS, PAGE = ROOT / "docs/pods.json", ROOT / "docs/pods.md"
@@ -75,12 +76,12 @@ Compiling was timed by the wall clock on one core, which it shared with other wo
 NOTES_ON_QWEN3 = """
 ## What limits Qwen3-30B-A3B
 
-Its experts are many and narrow: each token goes to 8 of 128, 768 wide, so that its FLOPs are few beside the rows and weights
-that travel. With 16 experts on each of 8 devices (fsdp 32 x expert 8) the ragged all-to-all and copies of its rooms left 5.2 %.
-Here tokens stay at home, and a device gathers the experts of a layer, 1.2 GB, twice a step, which work covers only in part.
-Matmuls and kernels take {busy:.2f} of {step:.2f} s, so that {best:.0f} % is the best that the rest could leave. Of the rest
-most are reductions, copies, slices and element-wise operations, {other:.2f} s: more than a hundred times what one pass over a
-layer's copies of its tokens needs of the HBM in each layer. Which of them could go is open.
+Its experts are many and narrow: each token goes to {chosen} of {experts}, {width} wide, so that its FLOPs are few beside the
+rows and weights that travel. An expert axis left less (experiments/LOG.md): a ragged all-to-all, and copies of its rooms.
+Here tokens stay at home, and a device gathers {gathered:.0f} GB of weights a step, for which it waits {exposed:.2f} of
+{gathering:.2f} s. Matmuls and kernels take {busy:.2f} of {step:.2f} s, so that {best:.0f} % is the best that the rest could
+leave. Of the rest most are reductions, copies, slices and element-wise operations, {other:.2f} s: {passes:.0f} times what one
+pass over a layer's copies of its tokens needs of the HBM in each layer. Which of them could go is open.
 """
 PARTS = """
 ## Where the estimated step goes
@@ -88,7 +89,7 @@ PARTS = """
 Attention is our kernel, experts are jax's megablox, for one document as long as the row and an even router. *Matmul
 speed* is what the compiler expects of matmuls outside of kernels, over the chip's peak; *recomputed* is the part of their
 FLOPs that remat does over again. *Other* are slices, copies, reductions and element-wise operations, which HBM sets the pace
-of. A step is *limited by* the largest of five losses, which add up to what the MFU lacks: matmuls that are computed again,
+of. A step is *limited by* the largest of these losses, which add up to what the MFU lacks: matmuls that are computed again,
 matmuls below the peak, other operations, exposed collectives, and what kernels (attention, experts) take beyond the model's
 own FLOPs at peak: what is masked, computed again, or waits for an MXU.
 
@@ -96,7 +97,8 @@ A collective is exposed as far as the device waits for it; each piece of work co
 XLA has made all-reduces of shards padded with zeros count whole, whatever stands beside them: they move twice the bytes.
 What stays exposed of the gathers of dense models is at the head and at the beginning of each layer, forward and recomputed,
 where the body of the loop over layers has no work yet: the compiler does not begin it in the layer before. On the whole of a
-slice of v5e or v6e gradients are summed on every device and not scattered; the exposed collectives are mostly those.
+slice of v5e or v6e gradients are summed on every device and not scattered; the exposed collectives are mostly those. What else
+SparseCores do has no estimate, and is in none of these seconds; `loam compile` lists it.
 
 | config | matmuls | matmul speed | recomputed | attention | experts | other | exposed collectives | of these gathers |
 |---|---|---|---|---|---|---|---|---|
@@ -219,7 +221,7 @@ def page(reports: dict[str, Report]) -> str:
         reduced = sum(one["kind"] == GATHER_BY_ALL_REDUCE for one in gathers)
         told += f", {reduced} by all-reduce" if reduced else ""
         lines.append(f"| {name} | {' | '.join([matmuls, speed, again, *parts, told])} |")
-    notes = notes_on(reports["qwen3_30b_a3b_v6e"]) if "qwen3_30b_a3b_v6e" in reports else ""
+    notes = notes_on(reports[QWEN3]) if QWEN3 in reports else ""
     of_rl_lines = [
         f"| {' | '.join(COLUMNS_OF_RL)} |",
         "|---" * len(COLUMNS_OF_RL) + "|",
@@ -230,11 +232,28 @@ def page(reports: dict[str, Report]) -> str:
 
 
 def notes_on(qwen3: Report) -> str:
-    """What NOTES_ON_QWEN3 tells, with the numbers of its report."""
+    """What NOTES_ON_QWEN3 tells, with the numbers of its report and its config."""
+    model = load_run_config(str(ROOT / f"configs/pods/{QWEN3}.py"), []).model
+    moe, chip = model.moe, topology_of(qwen3["topology"]).chip
+    assert moe is not None
     step, parts = qwen3["estimated_step_seconds"], shares(qwen3)
-    busy = step * (parts["matmuls"] + parts["attention"] + parts["experts"])
-    best = 100 * qwen3["estimated_mfu"] * step / busy
-    return NOTES_ON_QWEN3.format(busy=busy, step=step, other=step * parts["other operations"], best=best)
+    busy, other = step * (parts["matmuls"] + parts["attention"] + parts["experts"]), step * parts["other operations"]
+    gathers = [row for row in qwen3["collectives"] if row["kind"] == "all-gather"]
+    copies = qwen3["tokens_per_step"] / qwen3["devices"] * moe.experts_per_token
+    one_pass = model.num_layers * copies * model.d_model * ITEMSIZE[model.dtype] / chip.hbm_bandwidth
+    return NOTES_ON_QWEN3.format(
+        chosen=moe.experts_per_token,
+        experts=moe.num_experts,
+        width=moe.d_ff,
+        gathered=sum(row["bytes"] for row in gathers) / 1e9,
+        gathering=sum(row["seconds"] for row in gathers),
+        exposed=sum(row["exposed_seconds"] for row in gathers),
+        busy=busy,
+        step=step,
+        other=other,
+        best=100 * qwen3["estimated_mfu"] * step / busy,
+        passes=other / one_pass,
+    )
 
 
 def exposed_over_tensor(name: str, update: Report) -> str:

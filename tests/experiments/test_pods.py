@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import pytest
@@ -48,6 +49,19 @@ def test_the_page_says_what_the_reports_do():
     assert "| llama | 50 % | 80 % | 25 % | 20 % | 5 % | 10 % | 15 % | 2.5 % (1 of them) |" in lines
     assert "| other | 50 % | 80 % | 25 % | 20 % | 5 % | 10 % | 15 % | none |" in lines
     assert "| reduced | 50 % | 80 % | 25 % | 20 % | 5 % | 10 % | 15 % | 10.0 % (1 of them), 1 by all-reduce |" in lines
+
+
+def test_what_limits_qwen3_is_told_in_numbers_of_its_report():
+    moved = {"kind": "all-gather", "bytes": 40e9, "seconds": 0.61, "exposed_seconds": 0.27}
+    rows = [moved, moved | {"bytes": 2e9, "seconds": 0.02, "exposed_seconds": 0.01}, moved | {"kind": "all-reduce"}]
+    text = pods.page({"qwen3_30b_a3b_v6e": report(collectives=rows)})
+    assert "each token goes to 8 of 128, 768 wide" in text
+    assert "gathers 42 GB of weights a step, for which it waits 0.28 of\n0.63 s" in text
+    # Two seconds, as `report` has them; half of them for matmuls, a quarter for kernels, a tenth for the rest.
+    assert "take 1.50 of 2.00 s, so that 61 % is the best" in text
+    # 1,024 tokens a device, 8 copies of each of 2,048 numbers of 2 bytes, in 48 layers, at 819 GB/s.
+    passes = re.search(r"(\d+) times what one\npass", text)
+    assert passes and int(passes[1]) == pytest.approx(0.2 / (1024 * 8 * 2048 * 2 * 48 / 819e9), rel=0.02)
 
 
 def test_what_the_mfu_lacks_is_made_up_of_losses():
