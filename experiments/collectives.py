@@ -6,7 +6,8 @@ come from the bytes and the links.
 An asynchronous collective comes in two forms: `…-start` and `…-done` with other operations scheduled between them, and a chain
 of fusions, of which the first contains `AsyncCollectiveStart`, the last `AsyncCollectiveDone`, and those between (the *steps*)
 a piece of the collective beside a computation. What the work between its ends is too short to cover is *exposed*: the device
-waits for it. Work covers one collective at a time, the first begun, because all of them use the same links.
+waits for it. Work covers one collective at a time, the first begun, because all of them use the same links. A step before which
+no start was recognised looks like a fusion with a synchronous collective, and counts as one: too much, never too little.
 """
 
 from __future__ import annotations

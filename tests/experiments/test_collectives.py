@@ -62,6 +62,12 @@ def test_a_chain_of_fusions_is_one_collective_covered_by_its_steps(steps):
     assert found.moved_bytes(4) == 8
 
 
+def test_a_chain_whose_start_is_not_recognised_counts_too_much():
+    """The fusion that began it, its step and its end each count whole."""
+    found = collectives.find(hlo.parse(chained(1).replace("AsyncCollectiveStart", "Other")), lambda _: 120.0)
+    assert [(one.is_async, one.exposed_cycles) for one in found] == [(False, 120)] * 3
+
+
 def test_a_chain_without_an_end_is_told():
     with pytest.raises(ValueError, match="without an end"):
         collectives.find(hlo.parse(chained(1).replace("AsyncCollectiveDone", "Other")), lambda _: 1.0)
