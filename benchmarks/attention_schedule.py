@@ -14,7 +14,7 @@ hardware knows, such as the waits and starts of copies, in every round of their 
 beginnings and ends for rows of tiles, and control for all steps of its grid, of which it visits every tile or none.
 
   --tune    also tries our block sizes, and writes the best of each chip to model/kernels/block_sizes.json
-  --table   writes docs/kernels.json, with a hash of the kernel's source, and of it docs/kernels.md
+  --table   writes docs/kernels.json, with hashes of the kernel's source and of what counts, and of it docs/kernels.md
 
 The last line is JSON: ours over theirs, the worst of all chips.
 """
@@ -26,6 +26,7 @@ import ast
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import json
 import subprocess
 import sys
@@ -37,7 +38,9 @@ from typing import Any
 from experiments.tpu_schedule import (
     KERNELS_PAGE,
     TOPOLOGIES,
+    UNITS,
     AttentionCode,
+    Bundle,
     Schedule,
     Tiles,
     compiler_environment,
@@ -264,7 +267,17 @@ def made_of() -> dict[str, str]:
     """What our schedules of a chip depend on, but for the block sizes, which stand beside them."""
     sources = [(KERNELS / name).read_text() for name in ("flash_attention.py", "tiles.py")]
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-    return {"kernel_sha256": source_hash(*sources), **versions}
+    return {"kernel_sha256": source_hash(*sources), "counting_sha256": counting_hash(), **versions}
+
+
+def counting_hash() -> str:
+    """Of what compiles both kernels and counts them: the rest of the modules that it lies in changes no number."""
+    code = [
+        *(Bundle, Schedule, used, Tiles, AttentionCode, read_schedule),
+        *(compile_ours, compile_splash, shape, compile_for, tiles_of_layout, our_bundles, splash_bundles, measure),
+    ]
+    sizes = (UNITS, TOPOLOGIES, LENGTH, HEAD_DIM, HEADS, LAYOUTS, PASSES, SPLASH_SIZES)
+    return source_hash(*map(inspect.getsource, code), repr(sizes))
 
 
 def source_hash(*sources: str) -> str:

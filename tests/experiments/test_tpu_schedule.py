@@ -114,6 +114,10 @@ def test_the_kernels_that_were_counted_are_those_of_today(chip):
         f"model/kernels/flash_attention.py or tiles.py has changed since docs/kernels.json was made: "
         f"python benchmarks/attention_schedule.py --table --chips {chip}"
     )
+    assert kept["counting_sha256"] == attention_schedule.counting_hash(), (
+        f"the counting in benchmarks/attention_schedule.py or experiments/tpu_schedule.py has changed since docs/kernels.json: "
+        f"python benchmarks/attention_schedule.py --table --chips {chip}"
+    )
     pins = (ROOT / "constraints.txt").read_text()
     assert [name for name in ("jax", "jaxlib", "libtpu") if f"\n{name}=={kept[name]};" not in pins] == []
 
