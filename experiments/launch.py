@@ -115,6 +115,12 @@ class LaunchConfig:
             topology_of(self.topology)
         if self.on in ("tpu-vm", "skypilot"):
             accelerator_type(self.slice)
+        if self.on in ("jobset", "xpk"):
+            check(
+                self.slices == 1 or num_vms(self.slice) > 1,
+                f"--slices={self.slices} of {self.topology}, each of which is one machine: GKE joins only slices of several. "
+                "Take --slices=1, or a larger --topology",
+            )
         if self.name:
             check_name("--name", self.name, self.max_name_length)
 
