@@ -321,6 +321,24 @@ def test_the_programs_of_reinforcement_learning_compile(rl_config, capsys):
     assert f"MFU {100 * report['estimated_update_mfu']:.1f} %" in text
 
 
+@pytest.mark.parametrize(
+    ("kernel_ms", "pages_ms", "weights_ms", "expected_ms"),
+    [(1, 5, 1, 10 + 4), (5, 1, 1, 10), (0, 5, 1, 10), (1, 5, 20, 25)],
+    ids=["by its pages", "by its FLOPs", "no kernel", "less than all reads"],
+)
+def test_a_decoded_token_waits_for_the_pages_of_attention(kernel_ms, pages_ms, weights_ms, expected_ms):
+    chip = topology_of("v6e:8x8").chip
+    report = {
+        "topology": "v6e:8x8",
+        "planned_bytes_per_device": {"pages of the sampler": pages_ms / 1e3 * chip.hbm_bandwidth},
+        "least_decode_seconds": (pages_ms + weights_ms) / 1e3,
+        "programs": {
+            "decode": {"estimated_step_seconds": 0.01, "estimated_cycles": {"kernel": kernel_ms / 1e3 * chip.clock}},
+        },
+    }
+    assert compile_rl.decode_seconds(report) == pytest.approx(expected_ms / 1e3)
+
+
 def test_a_teacher_stands_beside_all_but_the_update(rl_config, monkeypatch):
     told = {"memory": dict.fromkeys(("arguments", "outputs", "temporaries", "generated_code"), 1000) | {"aliased": 500}}
     told |= {"mesh": {"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}, "estimated_step_seconds": 2.0, "collectives": []}
