@@ -742,7 +742,7 @@ def test_rows_and_mesh_of_local_processes_are_checked(processes, overrides, mess
         ({"slices": 3}, {"overrides": ["--config.mesh.tensor=5"]}, "does not fit 384 devices"),
         (
             {"slices": 2, "topology": "v5e:4x4"},
-            {"overrides": ["--config.mesh.data=1", "--config.mesh.fsdp=32"]},
+            {"overrides": [*FITS, "--config.mesh.data=1", "--config.mesh.fsdp=32"]},
             "does not divide over 2 slices",
         ),
         ({}, {"overrides": []}, "batch = 8 does not divide over data=128"),
