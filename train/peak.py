@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +18,17 @@ SHORTEST_TRIAL = 0.01  # seconds; below, dispatching the program would count
 
 
 def peak_flops(devices: Sequence[Any], dtype: str) -> float:
-    """FLOP/s of all these jax devices together: for TPUs that of bfloat16, whatever the dtype."""
+    """FLOP/s of all these jax devices together: for TPUs that of bfloat16, whatever the dtype.
+
+    What has to be measured is measured once in a process, however many runs it makes.
+    """
     chip = chip_of(devices[0].device_kind)
-    return len(devices) * chip.peak_flops if chip else matmul_peak(Mesh(np.array(devices), ("local",)), dtype)
+    return len(devices) * chip.peak_flops if chip else _measured(Mesh(np.array(devices), ("local",)), dtype)
+
+
+@functools.cache
+def _measured(mesh: Mesh, dtype: str) -> float:
+    return matmul_peak(mesh, dtype)
 
 
 def matmul_peak(mesh: Mesh, dtype: str, size: int = 1024, trials: int = 8) -> float:
