@@ -67,7 +67,7 @@ def test_a_draft_model_changes_no_answer_and_is_mostly_right(sampling):
     assert guessing.stats.guessed_right > 0.6 * guessing.stats.guessed
 
 
-@pytest.mark.parametrize("guess", ["looked_up", "drafted"])
+@pytest.mark.parametrize("guess", [pytest.param("looked_up", marks=pytest.mark.slow), "drafted"])
 def test_what_was_guessed_leaves_the_distribution_as_it_is(guess):
     """Chi-square of whole answers of three of four tokens, at temperature 1, against the model's probabilities in float64.
 

@@ -69,8 +69,10 @@ def test_attention_equals_numpy_in_any_tiles(monkeypatch, window, tile, max_tile
         assert np.sum(gradient * direction) == pytest.approx((plus - minus) / (2 * step), rel=1e-4)
 
 
-@pytest.mark.parametrize("window", [0, 3])
-@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(
+    ("window", "with_sinks"),
+    [(3, True), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((0, False), (0, True), (3, False)))],
+)
 def test_the_kernel_gives_what_plain_jax_gives(window, with_sinks):
     """In the model's layout, padding and sinks included; the kernel's own tests are in test_flash_attention.py."""
     arrays, positions, segments = inputs()

@@ -166,8 +166,16 @@ def test_bfloat16():
     check(same(layouts(258)), window=50, cap=0.0, heads=MQA, sinks=None, dtype=jnp.bfloat16, tolerance=2e-2)
 
 
-@pytest.mark.parametrize(("forward", "backward"), [((256, 128), (128, 256)), ((128, 256), (256, 128))])
-@pytest.mark.parametrize("part", [128, pytest.param(512, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("forward", "backward", "part"),
+    [
+        ((256, 128), (128, 256), 128),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in (((128, 256), (256, 128), 128), ((256, 128), (128, 256), 512), ((128, 256), (256, 128), 512))
+        ),
+    ],
+)
 def test_tiles_that_are_not_square(forward, backward, part, monkeypatch):
     """With tiles of 128 keys below 256 queries, two rows in turn add to the same block of the queries' gradients."""
     monkeypatch.setattr(tiles, "PART", part)

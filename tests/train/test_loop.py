@@ -209,6 +209,7 @@ def test_a_bad_loss_rolls_back_skips_the_data_and_is_logged(job, tmp_path, monke
     assert np.isfinite([record["loss"] for record in records]).all()
 
 
+@pytest.mark.slow
 def test_an_incident_after_a_stop_skips_what_it_skips_without_one(job, tmp_path, monkeypatch):
     """SIGTERM saves steps 11 and 12; the bad loss of step 13 still goes back to the scheduled checkpoint of step 10."""
     poison(monkeypatch, bad_data_step=12)
@@ -246,6 +247,7 @@ def test_an_incident_after_the_schedule_changed_does_not_begin_anew(job, tmp_pat
     assert (incident["first_skipped"], incident["last_skipped"]) == (5, 12)
 
 
+@pytest.mark.slow
 def test_an_incident_behind_a_damaged_scheduled_checkpoint_takes_the_newest_sound_one(job, tmp_path, monkeypatch):
     """Nothing is deleted before what replaces it has been read."""
     config = dataclasses.replace(job, run_dir=str(tmp_path / "run"), checkpoint=dataclasses.replace(job.checkpoint, every=10))
@@ -416,6 +418,7 @@ def test_a_run_is_not_continued_on_other_data(job, tmp_path):
         train(config, log=lambda _: None)
 
 
+@pytest.mark.slow
 def test_the_text_may_have_moved(tmp_path):
     """It is compared by content, and may lie elsewhere when a run is continued."""
     path = write_tiny_job(tmp_path)

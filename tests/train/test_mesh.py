@@ -71,7 +71,6 @@ EXPERT_MESHES = {
 # Eight-fold `tensor` splits neither the two key heads of "experts" nor the four heads of "latent".
 OF_EXPERTS = [mesh for mesh in MESHES | EXPERT_MESHES if mesh != "tensor"]
 QUICK = [
-    ("dense", "context", 1),
     ("dense", "fsdp-context-tensor", 2),
     ("experts", "expert-tensor", 2),
     ("latent", "fsdp-expert-context", 1),

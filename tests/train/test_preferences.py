@@ -222,7 +222,7 @@ OBJECTIVES = {
     "outcome": ObjectiveConfig(outcome_model=OutcomeModelConfig()),
 }
 PROCESS = ObjectiveConfig(process_model=ProcessModelConfig())
-QUICK = ("kto", "reward_model")
+QUICK = ("kto",)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OBJECTIVES])

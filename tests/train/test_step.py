@@ -231,8 +231,8 @@ def test_golden_metrics():
     ("num_devices", "mesh", "accumulation"),
     [
         (2, MeshConfig(data=2), 2),
-        (2, MeshConfig(data=1, fsdp=2), 1),
-        (2, MeshConfig(data=1, tensor=2), 1),
+        pytest.param(2, MeshConfig(data=1, fsdp=2), 1, marks=pytest.mark.slow),
+        pytest.param(2, MeshConfig(data=1, tensor=2), 1, marks=pytest.mark.slow),
         (8, MeshConfig(data=2, fsdp=2, tensor=2), 2),
     ],
     ids=["data", "fsdp", "tensor", "all"],

@@ -42,7 +42,7 @@ COMPILE = textwrap.dedent(
 @pytest.mark.parametrize(
     ("mesh", "remat", "forward", "backward"),
     [
-        ({"data": 1, "fsdp": 2, "tensor": 2}, "attention", 1, 1),
+        pytest.param({"data": 1, "fsdp": 2, "tensor": 2}, "attention", 1, 1, marks=pytest.mark.slow),
         # Each kernel three times: for a device's own keys, in the loop over the ring, and for the keys that come last. `full`
         # runs the forward one again.
         ({"data": 1, "context": 4}, "full", 6, 3),
