@@ -1,7 +1,8 @@
 """Where the wall time of a run went, over all its starts (`loam goodput`): from `timing.jsonl` alone, no service is asked.
 
 The file is a time line: each record tells when it was written, an event also how long it took, a start also the time of day.
-What lies between two of them is stepping once there is a state to step from, and start-up before.
+What lies between two of them is stepping once there is a state to step from, and start-up before. Checkpoints and evaluations
+tell after which step they were made (`at_step`), since not every step is recorded.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ def goodput(timing: list[dict[str, Any]]) -> dict[str, float]:
     """
     parts = dict.fromkeys(PARTS, 0.0)
     steps: list[tuple[int, int, float]] = []  # after this step, up to this one: seconds
+    recorded = 0  # so many of these end at the last step record, or before
     now = unix_time = waiting = 0.0
     step, stepping = 0, False
     for record in timing:
         event = record.get("event", "step")
         if event == "start":
             steps.append((step, step, waiting))
+            recorded = len(steps)
             parts["other"] += record["event_seconds"]
             if unix_time:
                 parts["down"] += max(0.0, record["unix_time"] - record["event_seconds"] - unix_time)
@@ -42,17 +45,22 @@ def goodput(timing: list[dict[str, Any]]) -> dict[str, float]:
         else:
             parts["other"] += elapsed - taken
         if event == "step":
-            stall = min(record.get("data_seconds", 0.0), waiting)
+            steps.append((step, record["step"], waiting))
+            since = sum(seconds for _, _, seconds in steps[recorded:])
+            stall = min(record.get("data_seconds", 0.0), since)
             parts["data stall"] += stall
-            steps.append((step, record["step"], waiting - stall))
-            step, waiting, stepping = record["step"], 0.0, True
+            steps[recorded:] = [(a, b, s * (1 - stall / since) if since else 0.0) for a, b, s in steps[recorded:]]
+            step, waiting, stepping, recorded = record["step"], 0.0, True, len(steps)
         elif event == "restore":
             stepping = True
             restored = record.get("restored_step", step)
-            steps.append((step, step, waiting))
+            steps.append((step, step + 1, waiting))  # A roll-back: the steps since the last that is known of are none it keeps.
             parts["lost steps"] += sum(seconds * _share_after(restored, first, last) for first, last, seconds in steps)
             steps = [(min(a, restored), min(b, restored), s * (1 - _share_after(restored, a, b))) for a, b, s in steps]
-            step, waiting = restored, 0.0
+            step, waiting, recorded = restored, 0.0, len(steps)
+        elif "at_step" in record:
+            steps.append((step, record["at_step"], waiting))
+            step, waiting = record["at_step"], 0.0
     parts["step"] = sum(seconds for _, _, seconds in steps) + waiting
     return parts
 

@@ -539,7 +539,8 @@ class Loop:
 
     def _save(self, complete: bool) -> None:
         """Starts to write a checkpoint; returns when it is `complete`, or else when the next step may run."""
-        with self.timed("checkpoint"):
+        with self.timed("checkpoint") as record:
+            record["at_step"] = self.step
             self.metrics.flush()
             self.samples.flush()
             # One made on SIGTERM is deleted once there is a newer one, so that it takes no scheduled one's place.
@@ -559,7 +560,8 @@ class Loop:
 
     def _evaluate(self, last: bool) -> None:
         """On the same held-out rows at every step, so that the scores are a curve; after the last step on all of them too."""
-        with self.timed("eval"):
+        with self.timed("eval") as record:
+            record["at_step"] = self.step
             limit = self.config.eval.max_batches
             scores = evaluate(self.trainer, self._eval_params(), self.data, limit, self.group, self.state.frozen)
             if last:

@@ -98,6 +98,72 @@ def test_of_steps_recorded_together_the_share_after_the_checkpoint_is_lost():
     assert parts["step"] == pytest.approx(8.0 + 12.0)
 
 
+@pytest.mark.parametrize("log_every", [1, 3, 100])
+@pytest.mark.parametrize("seed", range(10))
+def test_steps_between_two_records_are_lost_where_they_are_done_again(seed, log_every):
+    """Steps of one length with checkpoints after any of them, some of which do not commit; each kill is after a record."""
+    rng = random.Random(seed)
+    clock = Clock()
+    saved = 0
+    for _ in range(4):
+        clock.start(down=9.0, startup=1.0)
+        clock.restore(0.5, saved)
+        for number in range(saved + 1, saved + rng.randint(2, 9)):
+            clock.step(number, 1.5, stall=0.0)
+            if rng.random() < 0.3:
+                clock.event("eval", 5.0, "evaluation", at_step=number)
+            if rng.random() < 0.3:
+                clock.event("checkpoint", 0.2, "checkpoint", at_step=number)
+                saved = rng.choice((saved, number))
+        clock.event("checkpoint", 0.2, "checkpoint", at_step=number)
+    records = [record for record in clock.records if "event" in record or record["step"] % log_every == 0]
+    assert goodput(records) == pytest.approx(clock.account, abs=1e-6)
+
+
+def test_steps_up_to_a_checkpoint_that_never_committed_are_lost():
+    clock = Clock()
+    clock.start(0, 0)
+    clock.restore(1, 0)
+    clock.step(100, 200.0, stall=10.0)
+    clock.event("checkpoint", 1.0, "checkpoint", at_step=100)
+    clock.spend(40.0, "step")
+    clock.event("checkpoint", 1.0, "checkpoint", at_step=120)
+    clock.start(60, 2)
+    clock.restore(1, 100)
+    parts = goodput(clock.records)
+    assert parts["step"] == pytest.approx(200.0)
+    assert parts["lost steps"] == pytest.approx(40.0)
+
+
+def test_steps_since_the_last_record_are_lost_in_a_roll_back_to_it():
+    clock = Clock()
+    clock.start(0, 0)
+    clock.restore(1, 0)
+    clock.step(100, 200.0, stall=0.0)
+    clock.event("checkpoint", 1.0, "checkpoint", at_step=100)
+    clock.spend(30.0, "step")
+    clock.restore(1, 100)
+    parts = goodput(clock.records)
+    assert parts["step"] == pytest.approx(200.0)
+    assert parts["lost steps"] == pytest.approx(30.0)
+
+
+def test_waiting_for_batches_is_taken_from_both_sides_of_a_checkpoint_between_two_step_records():
+    clock = Clock()
+    clock.start(0, 0)
+    clock.restore(1, 0)
+    clock.step(100, 100.0, stall=0.0)
+    clock.spend(60.0, "step")  # of which 20 are waiting for batches
+    clock.event("checkpoint", 1.0, "checkpoint", at_step=140)
+    clock.spend(90.0, "step")  # of which 30
+    clock.records.append({"step": 200, "seconds": clock.base + clock.now - clock.zero, "data_seconds": 50.0})
+    clock.restore(1, 140)
+    parts = goodput(clock.records)
+    assert {name: parts[name] for name in ("step", "data stall", "lost steps")} == pytest.approx(
+        {"step": 140.0, "data stall": 50.0, "lost steps": 60.0}
+    )
+
+
 def test_time_lines_of_older_runs_have_no_starts_and_no_stalls():
     records = [
         {"event": "compile", "seconds": 9.0, "event_seconds": 9.0},

@@ -86,6 +86,12 @@ def test_two_runs_of_a_config_are_bitwise_equal(job, tmp_path):
     assert_same(job, again)
 
 
+def test_checkpoints_and_evaluations_tell_after_which_step_they_were_made(job):
+    told = [(record["event"], record["at_step"]) for record in read_jsonl(f"{job.run_dir}/timing.jsonl") if "at_step" in record]
+    assert [step for event, step in told if event == "checkpoint"] == [5, 10, 15, 20]
+    assert [step for event, step in told if event == "eval"] == [8, 16, 20]
+
+
 def test_what_came_before_the_loop_counts_as_its_start(job, tmp_path):
     config = dataclasses.replace(job, run_dir=shutil.copytree(job.run_dir, str(tmp_path / "run")))
     assert train(config, log=lambda _: None, began=time.perf_counter() - 1000) == 0
