@@ -80,6 +80,22 @@ class BlockSizes:
 
         return BlockSizes(**{name: (largest(q), largest(kv)) for name, (q, kv) in dataclasses.asdict(self).items()})
 
+    def within(self, queries: int, keys: int) -> BlockSizes:
+        """These sizes, cut to rows of so many queries and keys.
+
+        Both kernels read one padded row, a multiple of both their sizes. Of a row below the larger size, the larger becomes a
+        multiple of the smaller: 640 tokens in tiles of 640 and of 512 would be padded to 2,560.
+        """
+
+        def cut(size: int, side: int, length: int) -> int:
+            registers = round_up(length, LANES)
+            smaller = min(self.forward[side], self.backward[side], registers)
+            return min(size, round_up(registers, smaller))
+
+        return BlockSizes(
+            **{name: (cut(q, 0, queries), cut(kv, 1, keys)) for name, (q, kv) in dataclasses.asdict(self).items()}
+        )
+
 
 def part_sizes(block: tuple[int, int]) -> tuple[int, int]:
     """(queries, keys) of a part. Of a tile that is not wholly allowed only parts that hold an allowed pair are computed."""
@@ -214,13 +230,7 @@ def make_plan(
       kv_segments, kv_positions: int32 [B, S].
       window: a query sees keys at distances below it; 0 is no limit.
     """
-    sizes = sizes or BlockSizes()
-    sizes = BlockSizes(
-        **{
-            name: (min(q, round_up(q_segments.shape[1], LANES)), min(kv, round_up(kv_segments.shape[1], LANES)))
-            for name, (q, kv) in dataclasses.asdict(sizes).items()
-        }
-    )
+    sizes = (sizes or BlockSizes()).within(q_segments.shape[1], kv_segments.shape[1])
     q_multiple, kv_multiple = (math.lcm(*(size[i] for size in dataclasses.astuple(sizes))) for i in (0, 1))
 
     def ids(segments: jax.Array, positions: jax.Array, multiple: int) -> jax.Array:

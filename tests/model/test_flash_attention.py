@@ -189,6 +189,26 @@ def test_a_row_that_is_no_multiple_of_a_strip():
     check(same(ids), window=0, cap=0.0, heads=MHA, sinks=None, dtype=jnp.float32, tolerance=3e-6, sizes=BlockSizes())
 
 
+@pytest.mark.parametrize(("forward", "backward"), [((1024, 1024), (512, 512)), ((128, 512), (512, 256))])
+@pytest.mark.parametrize("queries", [300, 640, 1100])
+def test_a_row_is_padded_by_less_than_the_larger_tile(forward, backward, queries):
+    keys = 2 * queries
+    ids = [jax.ShapeDtypeStruct((1, length), jnp.int32) for length in (queries, queries, keys, keys)]
+    plan = jax.eval_shape(functools.partial(make_plan, sizes=BlockSizes(forward, backward)), *ids)
+    for side, (length, padded) in enumerate([(queries, plan.q_ids.shape[-1]), (keys, plan.kv_ids.shape[-1])]):
+        larger, smaller = max(forward[side], backward[side]), min(forward[side], backward[side])
+        assert length <= padded < length + (larger if length > smaller else 128)
+        assert all(padded % size[side] == 0 for size in (plan.sizes.forward, plan.sizes.backward))
+
+
+@pytest.mark.slow
+def test_a_row_between_the_sizes_of_the_two_kernels():
+    """Its 300 queries are one block in the forward pass and two in the backward one."""
+    ids = tuple(x[None] for x in document_ids([100, 170], 300))
+    sizes = BlockSizes((512, 512), (256, 256))
+    check(same(ids), window=0, cap=0.0, heads=(1, 1), sinks=None, dtype=jnp.float32, tolerance=3e-6, sizes=sizes)
+
+
 def test_a_full_tile_of_two_strips(monkeypatch):
     monkeypatch.setattr(flash_attention_module, "STRIP", 128)
     ids = tuple(x[None] for x in document_ids([512], 512))
