@@ -73,6 +73,9 @@ def parse(words: list[str]) -> argparse.Namespace:
         if name in ("inspect", "compile"):
             slice_help = "a TPU slice, such as v5e:16x16 or v5p:4x4x8"
             command.add_argument("--topology", required=name == "compile", metavar="NAME", help=slice_help)
+        if name == "inspect":
+            slices_help = "how many of them, joined along data; default 1"
+            command.add_argument("--slices", type=int, default=1, metavar="N", help=slices_help)
         if name == "compile":
             command.add_argument("--json", action="store_true", help="print one JSON object")
             searched = "try remat policies, batch sizes and meshes; context and expert axes stay as the config has them"
@@ -302,10 +305,14 @@ def summary(run_dir: str, report_path: Any) -> str:
 
 def inspect(arguments: argparse.Namespace) -> int:
     config = load_run_config(arguments.config, arguments.overrides)
+    from model.config import check
     from train.synthesis.config import SynthesisConfig
 
     if isinstance(config, SynthesisConfig):
         raise ValueError(f"{arguments.config} makes data and trains nothing: inspect the run that it writes with")
+    slices = arguments.slices
+    check(slices >= 1, f"--slices={slices} must be at least 1")
+    check(slices == 1 or arguments.topology, f"--slices={slices} says how many of --topology there are, which is not given")
     if arguments.topology:
         from model.chips import topology_of
 
@@ -313,7 +320,7 @@ def inspect(arguments: argparse.Namespace) -> int:
         os.environ["JAX_PLATFORMS"] = "cpu"  # A plan needs no device.
         from experiments.inspect import describe_plan
 
-        print(describe_plan(config, topology))
+        print(describe_plan(config, topology, slices))
         return 0
     configure_jax(config)
     from experiments.inspect import describe

@@ -11,6 +11,7 @@ from model.attention import check_backend
 from model.chips import Topology
 from model.flops import forward_flops_per_token, train_flops_per_token
 from model.params import active_parameters, num_parameters, param_specs, parameter_groups
+from model.sharding import check_slices
 from train.config import TrainConfig
 from train.memory import plan_memory, plan_sampler
 from train.rl import Policy
@@ -42,21 +43,24 @@ def describe(config: TrainConfig | RLConfig) -> str:
     return "\n".join([*lines, *_flops_lines(config)])
 
 
-def describe_plan(config: TrainConfig | RLConfig, topology: Topology) -> str:
-    """What each device of a slice will hold, by plan, against its HBM.
+def describe_plan(config: TrainConfig | RLConfig, topology: Topology, slices: int = 1) -> str:
+    """What each device of a slice, or of several that are joined along `data`, will hold, by plan, against its HBM.
 
     Raises:
-      ValueError: the mesh does not fit the slice, or the attention backend is for other devices.
+      ValueError: the mesh does not fit the slices, or the attention backend is for other devices.
     """
     check_backend(config.model.attention_backend, "tpu")
-    mesh = mesh_sizes(config, topology.num_devices)
+    num_devices = slices * topology.num_devices
+    mesh = mesh_sizes(config, num_devices)
+    check_slices(mesh, slices)
     plan = plan_memory(config, mesh) | (plan_sampler(config, mesh) if isinstance(config, RLConfig) else {})
     total, limit = sum(plan.values()), topology.chip.hbm_bytes
     names = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
+    machines = topology.name if slices == 1 else f"{slices} x {topology.name}"
     lines = [
         _title(config),
         "",
-        f"memory per device of {topology.name} ({topology.num_devices} devices), mesh {names}",
+        f"memory per device of {machines} ({num_devices:,} devices), mesh {names}",
         *(f"  {name:<36}{size / 2**20:>14,.1f} MiB" for name, size in plan.items()),
         f"  {'planned':<36}{total / 2**20:>14,.1f} MiB, {100 * total / limit:.0f} % of its {limit / 2**30:.2f} GiB",
     ]

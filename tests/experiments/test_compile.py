@@ -621,3 +621,33 @@ def test_inspect_plans_a_slice(tmp_path, capsys):
     output = capsys.readouterr()
     assert "'cudnn' is not for 'tpu' devices" in output.err
     assert not output.out
+
+
+def test_inspect_plans_slices_joined_along_data(tmp_path, capsys):
+    """A device holds what it would on one slice with a batch as many times smaller."""
+    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=1024, mesh={"data": -1, "fsdp": 256})
+    words = ["inspect", f"--config={path}", "--topology=v5e:16x16", "--config.model.remat=full"]
+    assert main([*words, "--slices=4"]) == 0
+    text = capsys.readouterr().out
+    assert "memory per device of 4 x v5e:16x16 (1,024 devices), mesh data 4, fsdp 256" in text
+    assert main([*words, "--config.batch_size=256"]) == 0
+    one = capsys.readouterr().out
+    memory = [[line for line in told.splitlines() if "MiB" in line] for told in (text, one)]
+    assert memory[0]
+    assert memory[0] == memory[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--topology=v5e:16x16", "--slices=2"], "data=1 does not divide over 2 slices"),
+        (["--slices=2"], "--slices=2 says how many of --topology there are, which is not given"),
+        (["--topology=v5e:16x16", "--slices=0"], "--slices=0 must be at least 1"),
+    ],
+)
+def test_inspect_refuses_slices_that_cannot_be_joined(tmp_path, capsys, words, told):
+    path = write_config(tmp_path, "llama3-8b", seq_len=2048, batch_size=1024, mesh={"data": 1, "fsdp": -1})
+    assert main(["inspect", f"--config={path}", *words]) == 1
+    output = capsys.readouterr()
+    assert told in output.err
+    assert not output.out
