@@ -18,7 +18,8 @@ import pytest
 import train.distributed
 from data.loader import Batches
 from data.prepare import prepare
-from experiments.cli import load_train_config
+from experiments.cli import load_train_config, parse
+from experiments.sampling import sample
 from tests.tiny import write_tiny_job
 from train.checkpoint import Checkpoints, digests
 from train.config import PREEMPTED, DeadlineConfig
@@ -52,6 +53,13 @@ def whole(config_file):
     (process,) = start(config_file, config_file.parent / "whole", 1)
     assert end([process]) == [0], said(process)
     return config_file.parent / "whole"
+
+
+@pytest.fixture(scope="module")
+def sampled(whole):
+    """What one process continues the prompt with, by the weights of that run."""
+    ((_, text),) = sample(parse(["sample", str(whole), "--prompt=the", "--temperature=0", "--max-tokens=5"]))
+    return text
 
 
 def free_port() -> int:
@@ -142,10 +150,16 @@ def test_a_run_of_two_processes_that_one_is_asked_to_stop_ends_on_one_process_as
 @pytest.mark.parametrize(
     ("processes", "mesh"), [(2, {}), (4, {}), (4, {"data": 2, "tensor": 2}), (4, {"data": 1, "fsdp": 2, "context": 2})]
 )
-def test_processes_train_like_one(config_file, whole, processes, mesh):
+def test_processes_train_and_sample_like_one(config_file, whole, sampled, processes, mesh):
     run_dir = config_file.parent / f"{processes}-{'-'.join(mesh)}"
-    job = start(config_file, run_dir, processes, *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()))
+    more = ["--config.eval.sample_prompts=('the',)", "--config.eval.sample_temperature=0"]
+    more += [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    job = start(config_file, run_dir, processes, *more)
     assert end(job) == [0] * processes, "".join(map(said, job))
+    # All of them sample, one writes.
+    samples = read_jsonl(run_dir / "samples.jsonl")
+    assert [record["step"] for record in samples] == [70, STEPS]
+    assert samples[-1] == {"step": STEPS, "prompt": "the", "text": sampled}
     assert_like(run_dir, whole)
 
 
