@@ -434,7 +434,7 @@ class Group:
             if isinstance(error, MissingProcesses):
                 self._leave(str(error), PREEMPTED)
             self._gone = "process 0, the coordinator"
-            self._say(f"{self._gone} has not answered for {SILENT_SECONDS:g} s")
+            self._say(f"{self._gone}, has not answered for {SILENT_SECONDS:g} s")
 
     def _beat(self) -> None:
         self._calls["beat"] += 1
