@@ -11,7 +11,6 @@ from model.attention import check_backend
 from model.chips import Topology
 from model.flops import forward_flops_per_token, train_flops_per_token
 from model.params import active_parameters, num_parameters, param_specs, parameter_groups
-from model.sharding import check_slices
 from train.config import TrainConfig
 from train.memory import plan_memory, plan_sampler
 from train.rl import Policy
@@ -51,8 +50,7 @@ def describe_plan(config: TrainConfig | RLConfig, topology: Topology, slices: in
     """
     check_backend(config.model.attention_backend, "tpu")
     num_devices = slices * topology.num_devices
-    mesh = mesh_sizes(config, num_devices)
-    check_slices(mesh, slices)
+    mesh = mesh_sizes(config, num_devices, slices)
     plan = plan_memory(config, mesh) | (plan_sampler(config, mesh) if isinstance(config, RLConfig) else {})
     total, limit = sum(plan.values()), topology.chip.hbm_bytes
     names = ", ".join(f"{axis} {size}" for axis, size in mesh.items())

@@ -184,7 +184,6 @@ def make_jobs(
     """
     from experiments.cli import cpu_devices
     from model.attention import check_backend
-    from model.sharding import check_slices
     from train.step import mesh_sizes
 
     jobs = []
@@ -203,7 +202,7 @@ def make_jobs(
             machines = f"{launch.slices} x {launch.topology}"
             devices = launch.slices * launch.slice.num_devices
             check_backend(config.model.attention_backend, "tpu")
-            check_slices(mesh_sizes(config, devices), launch.slices)
+            mesh_sizes(config, devices, launch.slices)
             check(
                 not Path(config_path).is_absolute() and ".." not in Path(config_path).parts,
                 f"--config={config_path} lies outside of this directory, and the job would not find it: start in a checkout "

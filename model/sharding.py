@@ -79,18 +79,19 @@ def indivisible(arrays: Iterable[Dimensions], rules: Rules, sizes: dict[str, int
     return ""
 
 
-def check_mesh(arrays: Sequence[Dimensions], rules: Rules, sizes: dict[str, int]) -> None:
+def check_mesh(arrays: Sequence[Dimensions], rules: Rules, sizes: dict[str, int], slices: int = 1) -> None:
     """Raises ValueError where a dimension does not divide or a mesh axis has nothing to split, and proposes a mesh.
 
     Args:
       arrays: all parameters and activations.
       sizes: of every mesh axis.
+      slices: over which the proposed mesh's `data` divides, too.
     """
     # Layers are alike: few shapes are left.
     arrays = list({(array.shape, array.axes): array for array in reversed(arrays)}.values())[::-1]
     problem = mesh_problem(arrays, rules, sizes)
     if problem:
-        nearest = propose_mesh(arrays, rules, sizes)
+        nearest = propose_mesh(arrays, rules, sizes, slices)
         proposal = f"mesh {_words(nearest)} would do" if nearest else "no mesh of as many devices would do: use fewer"
         raise ValueError(f"mesh {_words(sizes)} does not fit. {problem}. {proposal[0].upper()}{proposal[1:]}.")
 
@@ -105,11 +106,11 @@ def mesh_problem(arrays: Sequence[Dimensions], rules: Rules, sizes: dict[str, in
     return indivisible(arrays, rules, sizes)
 
 
-def propose_mesh(arrays: Sequence[Dimensions], rules: Rules, sizes: dict[str, int]) -> dict[str, int] | None:
+def propose_mesh(arrays: Sequence[Dimensions], rules: Rules, sizes: dict[str, int], slices: int = 1) -> dict[str, int] | None:
     """The mesh of as many devices nearest to `sizes` that fits, None if none does."""
-    num_devices = math.prod(sizes.values())
-
-    candidates = sorted(factorizations(num_devices), key=lambda candidate: mesh_distance(candidate, sizes))
+    candidates = sorted(
+        factorizations(math.prod(sizes.values()), slices), key=lambda candidate: mesh_distance(candidate, sizes)
+    )
     return next((candidate for candidate in candidates if not mesh_problem(arrays, rules, candidate)), None)
 
 
@@ -118,12 +119,12 @@ def mesh_distance(mesh: dict[str, int], asked: dict[str, int]) -> float:
     return round(sum(abs(math.log2(mesh[name] / size)) for name, size in asked.items()), 6)
 
 
-def factorizations(num_devices: int) -> list[dict[str, int]]:
-    """Every mesh of so many devices."""
+def factorizations(num_devices: int, slices: int = 1) -> list[dict[str, int]]:
+    """Every mesh of so many devices whose `data` divides over the slices of a pod."""
     divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     found = []
     for rest in itertools.product(divisors, repeat=len(MESH_AXES) - 1):
-        if num_devices % math.prod(rest) == 0:
+        if num_devices % (slices * math.prod(rest)) == 0:
             found.append(dict(zip(MESH_AXES, (num_devices // math.prod(rest), *rest), strict=True)))
     return found
 
@@ -132,40 +133,37 @@ def _words(sizes: dict[str, int]) -> str:
     return " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "of one device"
 
 
-def resolve_sizes(sizes: dict[str, int], num_devices: int, hosts_of_cpus: int = 0) -> dict[str, int]:
+def resolve_sizes(sizes: dict[str, int], num_devices: int, hosts_of_cpus: int = 0, slices: int = 1) -> dict[str, int]:
     """The size of every mesh axis; one of them may be -1 and takes what remains.
 
     Args:
       hosts_of_cpus: how many split their CPU into the devices, which the error then proposes to do otherwise.
+      slices: of a pod, that hold the devices. The network between them is slow, so that they can only be copies along `data`.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the number of slices.
     """
+    asked = {name: size for name, size in sizes.items() if size != -1}
+
+    def example() -> str:
+        meshes = factorizations(num_devices, slices)
+        nearest = min(meshes, key=lambda one: (mesh_distance(one, asked), sum(n > 1 for n in one.values())))
+        return _words(nearest) if num_devices > 1 else "data=1"
+
     known = math.prod(size for size in sizes.values() if size != -1)
     resolved = {name: num_devices // known if sizes[name] == -1 else sizes[name] for name in MESH_AXES}
     if math.prod(resolved.values()) != num_devices:
         otherwise = f", or set cpu_devices to {known // hosts_of_cpus}" if hosts_of_cpus and known % hosts_of_cpus == 0 else ""
-        asked = {name: size for name, size in sizes.items() if size != -1}
-        nearest = min(
-            factorizations(num_devices), key=lambda one: (mesh_distance(one, asked), sum(n > 1 for n in one.values()))
-        )
-        example = _words(nearest) if num_devices > 1 else "data=1"
         raise ValueError(
             f"mesh {_words({name: abs(size) for name, size in sizes.items()})} does not fit {num_devices} devices: its sizes "
-            f"must multiply to {num_devices}; for example {example} and 1 for the others{otherwise}"
+            f"must multiply to {num_devices}; for example {example()} and 1 for the others{otherwise}"
+        )
+    if resolved["data"] % slices:
+        raise ValueError(
+            f"mesh {_words(resolved)}: data={resolved['data']} does not divide over {slices} slices, and only `data` may lie "
+            f"over the slow network between them. Make it a multiple of {slices}; for example {example()} and 1 for the others"
         )
     return resolved
-
-
-def check_slices(sizes: dict[str, int], slices: int) -> None:
-    """Raises ValueError unless slices of a pod, between which the network is slow, can be copies along `data`."""
-    if sizes["data"] % slices:
-        rest = sizes["fsdp"] * sizes["data"] // slices
-        example = f", for example data={slices} x fsdp={rest}" if rest else ""
-        raise ValueError(
-            f"mesh {_words(sizes)}: data={sizes['data']} does not divide over {slices} slices, and only `data` may lie over "
-            f"the slow network between them. Make it a multiple of {slices}{example}"
-        )
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -179,9 +177,8 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
     """
     devices = list(devices) if devices is not None else jax.devices()
     hosts_of_cpus = jax.process_count() if devices[0].platform == "cpu" else 0
-    shape = tuple(resolve_sizes(sizes, len(devices), hosts_of_cpus).values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    check_slices(dict(zip(MESH_AXES, shape, strict=True)), slices)
+    shape = tuple(resolve_sizes(sizes, len(devices), hosts_of_cpus, slices).values())
     if slices > 1:
         within = (shape[0] // slices, *shape[1:])
         between = (slices,) + (1,) * len(shape[1:])

@@ -427,14 +427,14 @@ def make_trainer_of(
     )
 
 
-def mesh_sizes(config: Job, num_devices: int) -> dict[str, int]:
-    """Sizes of the mesh's axes over so many devices.
+def mesh_sizes(config: Job, num_devices: int, slices: int = 1) -> dict[str, int]:
+    """Sizes of the mesh's axes over so many devices, of all slices of a pod together.
 
     Raises:
-      ValueError: they do not multiply to the number of devices, or the model or the batch does not divide over them.
+      ValueError: they do not multiply to the number of devices, or the slices, the model or the batch do not divide over them.
     """
-    sizes = resolve_sizes(dataclasses.asdict(config.mesh), num_devices)
-    check_mesh(mesh_arrays(config), TRAIN_RULES, sizes)
+    sizes = resolve_sizes(dataclasses.asdict(config.mesh), num_devices, slices=slices)
+    check_mesh(mesh_arrays(config), TRAIN_RULES, sizes, slices)
     return sizes
 
 

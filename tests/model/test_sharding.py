@@ -135,3 +135,26 @@ def test_factorizations_are_all_meshes_once(num_devices):
     assert len(found) == len(set(found))
     divisors = range(1, num_devices + 1)
     assert set(found) == {shape for shape in itertools.product(divisors, repeat=5) if math.prod(shape) == num_devices}
+
+
+@pytest.mark.parametrize("slices", [2, 3])
+@pytest.mark.parametrize("asked", [{"fsdp": 8}, {"fsdp": 12}, {"data": 1, "fsdp": 3, "tensor": 4}, {"data": -1, "tensor": 6}])
+def test_the_mesh_that_is_proposed_for_several_slices_is_one(asked, slices):
+    """Of 12 devices; the rows of a batch and heads that only some axes divide are asked for too."""
+    arrays = [Dimensions("rows", (24, 8), ("batch", None)), Dimensions("heads", (4, 8), ("heads", None))]
+    sizes = dict.fromkeys(MESH_AXES, 1) | asked
+
+    def resolved(sizes):
+        found = resolve_sizes(sizes, 12, slices=slices)
+        check_mesh(arrays, TRAIN_RULES, found, slices)
+        return found
+
+    for _ in range(3):
+        try:
+            found = resolved(sizes)
+            break
+        except ValueError as error:
+            proposed = re.search(r"(?:for example|Mesh) ((?:\w+=\d+(?: x )?)+)", str(error))
+            sizes = dict.fromkeys(MESH_AXES, 1) | {axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", proposed[1])}
+    assert found["data"] % slices == 0
+    assert math.prod(found.values()) == 12
