@@ -242,7 +242,9 @@ class RLLoop:
         for example in self._examples("train", 0, 8) + self._examples("eval", 0, config.eval.prompts):
             self._prompt(example)
         self._write_description(initial)
-        self.state, self.step, self.reference, self.ahead_metrics = self._restore(initial)
+        with self.timed("restore") as record:
+            self.state, self.step, self.reference, self.ahead_metrics = self._restore(initial)
+            record["restored_step"] = self.step
         self.engine: Engine | None = None
         judges = (Part("right", self.task.score),)
         self.verifiers = Verifiers(judges, config.rollouts.verifiers, config.rollouts.verifier_seconds)
@@ -353,6 +355,14 @@ class RLLoop:
     def seconds(self) -> float:
         """Since the run's first start, not counting the time between a kill and a restart."""
         return time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def timed(self, event: str) -> Iterator[dict[str, Any]]:
+        """Records the seconds of what interrupts the steps; the yielded dict takes what else is to be recorded."""
+        begin = time.perf_counter()
+        more: dict[str, Any] = {}
+        yield more
+        self.timing.write({"event": event, "seconds": self.seconds(), "event_seconds": time.perf_counter() - begin, **more})
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -671,42 +681,44 @@ class RLLoop:
             self.state = dataclasses.replace(self.state, entropy_coefficient=adapted)
 
     def _save(self, complete: bool) -> None:
-        self.metrics.flush()
-        self.samples.flush()
-        everywhere = Layout.of(self.policy.trainer.mesh, TRAIN_RULES).sharding()
-        saved = self._saved(self.state)
-        if saved.ahead is not None:
-            saved = dataclasses.replace(saved, ahead=jax.device_put(saved.ahead, everywhere))
-        self.checkpoints.save(self.step, saved, {"ahead_metrics": self.ahead_metrics})
-        if complete:
-            self.checkpoints.wait()
+        with self.timed("checkpoint") as record:
+            record["at_step"] = self.step
+            self.metrics.flush()
+            self.samples.flush()
+            everywhere = Layout.of(self.policy.trainer.mesh, TRAIN_RULES).sharding()
+            saved = self._saved(self.state)
+            if saved.ahead is not None:
+                saved = dataclasses.replace(saved, ahead=jax.device_put(saved.ahead, everywhere))
+            self.checkpoints.save(self.step, saved, {"ahead_metrics": self.ahead_metrics})
+            if complete:
+                self.checkpoints.wait()
 
     # --- Held-out prompts -----------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
         """The same prompts every time, which no step of training sees."""
-        config = self.config.eval
-        begin = time.perf_counter()
-        self._load_engine()
-        examples = self._examples("eval", 0, config.prompts)
-        samples = self._draw([self._prompt(example) for example in examples], config.samples, EVAL_STEP)
-        rewards, right, _ = self._judge(samples, examples)
-        counts = right.reshape(config.prompts, config.samples).sum(1)
-        scores = {
-            "eval/pass@1": float(pass_at_k(config.samples, counts, 1).mean()),
-            f"eval/pass@{config.samples}": float(pass_at_k(config.samples, counts, config.samples).mean()),
-            "eval/reward": float(rewards.total[rewards.valid].mean()) if rewards.valid.any() else 0.0,
-            "eval/length": float(samples.mask.sum(1).mean()),
-            "eval/truncated_fraction": float(samples.truncated.mean()),
-        }
-        self.metrics.write(self.step, scores)
-        for i in range(min(8, config.prompts)):
-            row = i * config.samples
-            text = self._text(samples.answers()[row])
-            record = {"step": self.step, "prompt": examples[i].prompt, "text": text, "reward": float(rewards.total[row])}
-            self.samples.write(record)
-        self.progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-        self.timing.write({"event": "eval", "seconds": self.seconds(), "event_seconds": time.perf_counter() - begin})
+        with self.timed("eval") as record:
+            record["at_step"] = self.step
+            config = self.config.eval
+            self._load_engine()
+            examples = self._examples("eval", 0, config.prompts)
+            samples = self._draw([self._prompt(example) for example in examples], config.samples, EVAL_STEP)
+            rewards, right, _ = self._judge(samples, examples)
+            counts = right.reshape(config.prompts, config.samples).sum(1)
+            scores = {
+                "eval/pass@1": float(pass_at_k(config.samples, counts, 1).mean()),
+                f"eval/pass@{config.samples}": float(pass_at_k(config.samples, counts, config.samples).mean()),
+                "eval/reward": float(rewards.total[rewards.valid].mean()) if rewards.valid.any() else 0.0,
+                "eval/length": float(samples.mask.sum(1).mean()),
+                "eval/truncated_fraction": float(samples.truncated.mean()),
+            }
+            self.metrics.write(self.step, scores)
+            for i in range(min(8, config.prompts)):
+                row = i * config.samples
+                text = self._text(samples.answers()[row])
+                sample = {"step": self.step, "prompt": examples[i].prompt, "text": text, "reward": float(rewards.total[row])}
+                self.samples.write(sample)
+            self.progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
     def _write_result(self) -> None:
         """`result.json`, from the files of the run."""

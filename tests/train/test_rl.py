@@ -17,6 +17,7 @@ import pytest
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.tasks.reverse import Reverse
 from data.tokenizer import load_tokenizer, train_tokenizer
+from experiments.goodput import goodput
 from experiments.report import write_report
 from experiments.sampling import open_any
 from model.config import LoraConfig
@@ -116,6 +117,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(warm_start, tmp_path, stop_after
         patch.setattr(rl, "stop_on_signal", lambda: StopAfter(stop_after, calls))
         assert rl.train_with_rewards(stopped, log=lambda _: None) == 42
     assert run(stopped) == straight
+    timing = read_jsonl(tmp_path / "stopped/timing.jsonl")
+    of_event = {
+        name: [record for record in timing if record.get("event") == name] for name in ("restore", "checkpoint", "eval")
+    }
+    assert [record["restored_step"] for record in of_event["restore"]] == [0, stop_after]
+    assert [record["at_step"] for record in of_event["checkpoint"]] == [stop_after, *((2,) if stop_after < 2 else ()), 3]
+    assert [record["at_step"] for record in of_event["eval"]] == [0, 3]
+    parts = goodput(timing)
+    # The first step of a start too, with all that is compiled in it; nothing was lost.
+    assert parts["step"] >= sum(record["step_seconds"] for record in timing if "step" in record)
+    assert parts["lost steps"] == 0
     assert all(record["reward/total"] == pytest.approx(record["reward_mean"], abs=1e-6) for record in straight)
     assert read_jsonl(tmp_path / "stopped/samples.jsonl") == read_jsonl(tmp_path / "straight/samples.jsonl")
 
