@@ -115,7 +115,7 @@ by the compiler, and what the run holds beside it by plan: the sampler keeps wei
 trainer its state while the sampler does. *Resharding* is `hand_over`, once a step: what arrives at each device, the estimated
 seconds of it on the links if nothing else used them, and those of the whole program. A decoded token is one for every row that
 is decoded at once, at the end of full rows: the compiler's estimate, which knows only the FLOPs of attention's kernel, and the
-time that it waits for its pages. All seconds are estimates.
+reading of the pages. All seconds are estimates.
 
 The axis `tensor` is as large as decoding wants it, and larger than the trainer does; what updates pay for it stands below. A
 mesh of its own for the sampler would spare that; there is none yet.
