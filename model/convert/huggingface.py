@@ -178,8 +178,7 @@ def _match(
     found = {_canonical(name, family): tensor for name, tensor in tensors.items()}
     if not any(name.startswith(family.prefix) for name in found):  # of a base model, which has no head
         found = {name if name.startswith("lm_head.") else family.prefix + name: tensor for name, tensor in found.items()}
-    if config.tie_embeddings:  # a copy of the embedding, in files of old versions
-        found.pop("lm_head.weight", None)
+    head = found.pop("lm_head.weight", None) if config.tie_embeddings else None
     patterns = "|".join((*_HARMLESS_TENSORS, *family.ignored)).replace("{n}", str(config.num_layers))
     ignored = re.compile(patterns)
     shapes = {tensor.name: tensor.shape for tensor in expected}
@@ -204,7 +203,23 @@ def _match(
             f"the tensors in {where} are not those of the {family.model_type} model that it describes: "
             f"{'. '.join(complaints)}. Download all of its files again, from one place"
         )
+    if head is not None:  # some files have a copy of the embedding
+        embedding = next(found[tensor.name] for tensor in expected if tensor.tensor.leaves == ("embedding",))
+        if not _is_copy(head, embedding, jnp.dtype(config.param_dtype)):
+            raise ValueError(
+                f"{where} says that the head is the embedding (tie_word_embeddings), and holds {head.name!r}, which is not a "
+                f"copy of {embedding.name!r}: set tie_word_embeddings=false in config.json to read both, as transformers does"
+            )
     return {name: found[name] for name in shapes}
+
+
+def _is_copy(a: StoredTensor, b: StoredTensor, dtype: np.dtype) -> bool:
+    """Whether two matrices are the same once they are of `dtype`; some rows at a time, or both would be in memory."""
+    if a.shape != b.shape:
+        return False
+    x, y = a.read(), b.read()
+    pieces = (slice(start, start + 1024) for start in range(0, len(x), 1024))
+    return all(np.array_equal(x[rows].astype(dtype), y[rows].astype(dtype)) for rows in pieces)
 
 
 def _canonical(name: str, family: Family) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shutil
 import tracemalloc
 
 import jax
@@ -423,14 +424,10 @@ def test_memory_stays_near_one_tensor(tmp_path):
 
 
 def test_tensors_that_are_no_parameters_are_passed_over(tmp_path):
-    """Buffers of old versions, the copy of a tied embedding, and the names of a base model."""
+    """Buffers of old versions, layers of which there is only a prediction, and the names of a base model."""
     for name, prefix, more in (
-        (
-            "gpt2",
-            "transformer.",
-            {"transformer.h.0.attn.bias": [8, 8], "transformer.h.1.attn.masked_bias": [1], "lm_head.weight": [64, 32]},
-        ),
-        ("qwen2 biases", "", {"model.layers.0.self_attn.rotary_emb.inv_freq": [4], "lm_head.weight": [64, 32]}),
+        ("gpt2", "transformer.", {"transformer.h.0.attn.bias": [8, 8], "transformer.h.1.attn.masked_bias": [1]}),
+        ("qwen2 biases", "", {"model.layers.0.self_attn.rotary_emb.inv_freq": [4]}),
         ("deepseek_v3", "", {"model.layers.3.eh_proj.weight": [32, 64], "model.layers.3.embed_tokens.weight": [64, 32]}),
     ):
         known = KNOWN[name]
@@ -442,6 +439,67 @@ def test_tensors_that_are_no_parameters_are_passed_over(tmp_path):
         if prefix:
             rename_tensors(directory, lambda tensor, prefix=prefix: tensor.removeprefix(prefix))
             assert_same_trees(load(directory)[0], plain)
+
+
+def add_head(directory, head):
+    """Stores a head of its own, float32 or bfloat16, beside the tensors that are there."""
+    path = directory / "model.safetensors"
+    header, body = header_of(path)
+    kind = {4: "F32", 2: "BF16"}[head.dtype.itemsize]
+    entry = {"dtype": kind, "shape": list(head.shape), "data_offsets": [len(body), len(body) + head.nbytes]}
+    rewrite(path, header | {"lm_head.weight": entry}, body + head.tobytes())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2 biases", "gemma3_text"])
+def test_a_head_of_its_own_in_a_tied_checkpoint_must_be_a_copy_of_the_embedding(name, tmp_path):
+    """transformers compares the two as well, and does not tie them where they differ."""
+    plain, config = load(checkpoint(tmp_path, name))
+    assert config.tie_embeddings
+    embedding = np.asarray(plain["embedding"])
+    add_head(tmp_path, embedding)
+    assert_same_trees(load(tmp_path)[0], plain)
+
+    head = embedding.copy()
+    head[-1, -1] += 1e-3
+    for other in (head, head[:-1]):
+        add_head(checkpoint(tmp_path, name), other)
+        with pytest.raises(
+            ValueError, match=r"'lm_head\.weight', which is not a copy .*tie_word_embeddings=false in config\.json"
+        ):
+            load(tmp_path)
+
+    add_head(checkpoint(tmp_path, name), head)
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN[name]["config"] | {"tie_word_embeddings": False}))
+    params, config = load(tmp_path)
+    np.testing.assert_array_equal(params["head"], head.T)
+    assert_same_trees({key: leaf for key, leaf in params.items() if key != "head"}, plain)
+    assert not config.tie_embeddings
+
+
+def test_a_copy_of_the_embedding_is_one_in_the_type_that_is_read(tmp_path):
+    plain, config = load(checkpoint(tmp_path, "gpt2"))
+    add_head(tmp_path, np.asarray(plain["embedding"]).astype("bfloat16"))
+    with pytest.raises(ValueError, match="not a copy"):
+        load(tmp_path)
+    load(tmp_path, dataclasses.replace(config, param_dtype="bfloat16"))
+
+
+def test_a_head_of_its_own_is_compared_to_the_last_row_in_little_memory(tmp_path):
+    config = preset("tiny-llama", num_layers=1, vocab_size=5000, d_model=64, tie_embeddings=True)
+    params = random_params(config)
+    save(tmp_path / "copy", params, config)
+    shutil.copytree(tmp_path / "copy", tmp_path / "differing")
+    head = np.array(params["embedding"])
+    add_head(tmp_path / "copy", head)
+    head[-1, -1] += 1
+    add_head(tmp_path / "differing", head)
+    tracemalloc.start()
+    load(tmp_path / "copy")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * head.nbytes
+    with pytest.raises(ValueError, match="not a copy"):
+        load(tmp_path / "differing")
 
 
 def test_the_language_model_within_gemma_3(tmp_path):
