@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.tokenizer import GPT4_SPLIT, HuggingFaceTokenizer, SubwordTokenizer, Tokenizer
 
@@ -36,24 +36,44 @@ _TEKKEN = _split(
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Name of the split -> pre-tokenizer, and whether a word that is a token is taken whole, whatever the merges say.
-SPLITS: dict[str, tuple[dict[str, Any], bool]] = {
-    "default": (_GPT2, False),
-    "gpt-2": (_GPT2, False),
-    "phi-2": (_GPT2, False),
-    "olmo": (_GPT2, False),
-    "smollm": (_DIGITS, False),
-    "starcoder": (_DIGITS, False),
-    "refact": (_DIGITS, False),
-    "llama-bpe": (_LLAMA3, True),
-    "llama3": (_LLAMA3, True),
-    "falcon3": (_LLAMA3, True),
-    "smaug-bpe": (_LLAMA3, False),
-    "dbrx": (_LLAMA3, False),
-    "qwen2": (_QWEN2, False),
-    "deepseek-r1-qwen": (_QWEN2, False),
-    "tekken": (_TEKKEN, True),
+
+
+class Split(NamedTuple):
+    """What the name of a split stands for in llama.cpp.
+
+    Attributes:
+      whole_words: a word that is a token is taken whole, whatever the merges say.
+      adds_bos: a text begins with <bos> where the file does not say.
+    """
+
+    pre_tokenizer: dict[str, Any]
+    whole_words: bool = False
+    adds_bos: bool = False
+
+
+_LIKE_LLAMA3 = Split(_LLAMA3, whole_words=True, adds_bos=True)
+SPLITS = {
+    "default": Split(_GPT2),
+    "gpt-2": Split(_GPT2),
+    "phi-2": Split(_GPT2),
+    "olmo": Split(_GPT2),
+    "smollm": Split(_DIGITS),
+    "starcoder": Split(_DIGITS),
+    "refact": Split(_DIGITS),
+    "llama-bpe": _LIKE_LLAMA3,
+    "llama3": _LIKE_LLAMA3,
+    "llama-v3": _LIKE_LLAMA3,
+    "falcon3": _LIKE_LLAMA3,
+    "midm-2.0": _LIKE_LLAMA3,
+    "pixtral": _LIKE_LLAMA3,
+    "smaug-bpe": Split(_LLAMA3),
+    "dbrx": Split(_LLAMA3),
+    "qwen2": Split(_QWEN2),
+    "deepseek-r1-qwen": Split(_QWEN2),
+    "tekken": Split(_TEKKEN, whole_words=True, adds_bos=True),
 }
+# Ids of a SentencePiece file that does not say.
+_SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}
 
 
 def tokenizer_of(metadata: Mapping[str, Any], where: str) -> HuggingFaceTokenizer:
@@ -75,9 +95,14 @@ def tokenizer_of(metadata: Mapping[str, Any], where: str) -> HuggingFaceTokenize
         raise ValueError(
             f"{where} has {len(tokens)} tokens, {len(set(tokens))} of them different, and {len(types)} types of them"
         )
-    special = {name: _special(metadata, f"{name}_token_id", len(tokens), where) for name in ("bos", "eos")}
-    adds_bos = bool(metadata.get(_KEYS + "add_bos_token", kind == "llama"))
-    described = _byte_bpe(metadata, where) if kind == "gpt2" else _sentencepiece(metadata, types, where)
+    usual = _SENTENCEPIECE_IDS if kind == "llama" else {}
+    special = {name: _special(metadata, name, usual.get(name), len(tokens), where) for name in ("bos", "eos")}
+    if kind == "gpt2":
+        split = _split_of(metadata, where)
+        described, adds_bos = _byte_bpe(metadata, split, where), split.adds_bos
+    else:
+        described, adds_bos = _sentencepiece(metadata, types, where), True
+    adds_bos = bool(metadata.get(_KEYS + "add_bos_token", adds_bos))
     added = [_added(i, tokens[i], kind == _CONTROL) for i, kind in enumerate(types) if kind in (_CONTROL, _USER_DEFINED)]
     bos = special["bos"] if adds_bos else None
     described |= {"version": "1.0", "added_tokens": added, "post_processor": _puts_before(tokens, bos)}
@@ -89,10 +114,10 @@ def tokenizer_of(metadata: Mapping[str, Any], where: str) -> HuggingFaceTokenize
         raise ValueError(f"the tokenizer in {where} cannot be used: {error}") from error
 
 
-def _special(metadata: Mapping[str, Any], key: str, size: int, where: str) -> int | None:
-    token = metadata.get(_KEYS + key)
+def _special(metadata: Mapping[str, Any], name: str, usual: int | None, size: int, where: str) -> int | None:
+    token = metadata.get(f"{_KEYS}{name}_token_id", usual)
     if token is not None and not 0 <= token < size:
-        raise ValueError(f"{where}: {_KEYS}{key}={token} is not one of its {size} tokens: download it again")
+        raise ValueError(f"{where}: {_KEYS}{name}_token_id={token} is not one of its {size} tokens: download it again")
     return token
 
 
@@ -111,23 +136,27 @@ def _puts_before(tokens: Sequence[str], bos: int | None) -> dict[str, Any] | Non
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": names}
 
 
-def _byte_bpe(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
-    name, merges = metadata.get(_KEYS + "pre", "default"), metadata.get(_KEYS + "merges")
+def _split_of(metadata: Mapping[str, Any], where: str) -> Split:
+    name = metadata.get(_KEYS + "pre", "default")
     if name not in SPLITS:
         near = difflib.get_close_matches(str(name), SPLITS, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"{where}: {_KEYS}pre={name!r} is not a way to split text that is known here. The nearest is {near!r}; known are "
             f"{', '.join(sorted(SPLITS))}"
         )
+    return SPLITS[name]
+
+
+def _byte_bpe(metadata: Mapping[str, Any], split: Split, where: str) -> dict[str, Any]:
+    merges = metadata.get(_KEYS + "merges")
     if not isinstance(merges, list):
         raise ValueError(f"{where} has no {_KEYS}merges: download it again")
-    split, ignore_merges = SPLITS[name]
     pairs = [merge.split(" ") for merge in merges]
     return {
         "normalizer": None,
-        "pre_tokenizer": split,
+        "pre_tokenizer": split.pre_tokenizer,
         "decoder": _byte_level(use_regex=True),
-        "model": {"merges": pairs, "ignore_merges": ignore_merges},
+        "model": {"merges": pairs, "ignore_merges": split.whole_words},
     }
 
 
@@ -211,9 +240,9 @@ def _name_of(pre_tokenizer: dict[str, Any], ignore_merges: bool) -> str:
     """The first name of a split; where there are two, that which treats whole words alike."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     fits = [
-        (ignores != ignore_merges, name)
-        for name, (split, ignores) in SPLITS.items()
-        if _essence(split.get("pretokenizers", [split])) == _essence(steps)
+        (split.whole_words != ignore_merges, name)
+        for name, split in SPLITS.items()
+        if _essence(split.pre_tokenizer.get("pretokenizers", [split.pre_tokenizer])) == _essence(steps)
     ]
     if not fits:
         raise ValueError("this tokenizer splits text in a way that has no name in GGUF: take the tokenizer of a known model")

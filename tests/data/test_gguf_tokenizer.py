@@ -83,6 +83,37 @@ def test_every_split_is_read_and_gives_text_back(name):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+# Of llama-vocab.cpp, those that set `add_bos` when a file does not say.
+BEGIN_WITH_BOS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0", "pixtral", "tekken"}
+
+
+def without(metadata, *names):
+    return {key: value for key, value in metadata.items() if key.removeprefix("tokenizer.ggml.") not in names}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_file_that_does_not_say_begins_with_bos_where_llama_cpp_does(name):
+    silent = without(byte_bpe_metadata(name), "add_bos_token")
+    text = tokenizer_of(PLAIN, "test").encode("fox")
+    for metadata, bos in (
+        (silent, [1] if name in BEGIN_WITH_BOS else []),
+        (silent | {"tokenizer.ggml.add_bos_token": True}, [1]),
+        (silent | {"tokenizer.ggml.add_bos_token": False}, []),
+        (without(silent, "bos_token_id"), []),
+    ):
+        tokenizer = tokenizer_of(metadata, "test")
+        assert tokenizer.encode_prompt("fox") == bos + text
+        library = tokenizers.Tokenizer.from_str(tokenizer.model.decode())
+        assert library.encode("fox").ids == bos + text
+
+
+def test_a_sentencepiece_file_that_does_not_say_has_the_ids_that_llama_cpp_gives_it():
+    silent = tokenizer_of(without(PIECES, "bos_token_id", "eos_token_id", "add_space_prefix"), "test")
+    said = tokenizer_of(PIECES, "test")
+    assert (silent.bos_id, silent.eos_id) == (1, 2)
+    assert silent.encode_prompt("the fox") == said.encode_prompt("the fox") == [1, *said.encode("the fox")]
+
+
 def test_special_tokens_are_parsed_only_when_asked(plain, pieces):
     for tokenizer, text, token in ((plain, "<|im_end|>", 2), (pieces, "</s>", 2)):
         asked, other = tokenizer.encode(f"fox{text}", parse_special=True), tokenizer.encode(f"fox{text}")
