@@ -45,9 +45,15 @@ _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 _OPTIONAL = {
     "attention.head_count_kv": "num_key_value_heads",
     "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "attention.sliding_window": "sliding_window",
+}
+_YARN = {
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
 }
 _GPT2_KEYS = {
     "context_length": "n_positions",
@@ -65,7 +71,6 @@ _HANDLED = {
     "rope.dimension_count",
     "rope.scaling.type",
     "rope.scaling.factor",
-    "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
     "tensor_data_layout",
     "vocab_size",
@@ -215,7 +220,7 @@ def _config_json(file: GgufFile, name: str, architecture: Architecture) -> dict[
     values: dict[str, Any] = {"model_type": architecture.family, "vocab_size": embedding.shape[0]}
     values |= {renamed[key]: value for key, value in given.items() if key in renamed}
     # A key that nobody knows is refused by its own name when the config is parsed.
-    known = {"expert_count", "expert_used_count", *renamed, *_HANDLED}
+    known = {"expert_count", "expert_used_count", *renamed, *_YARN, *_HANDLED}
     values |= {prefix + key: value for key, value in given.items() if key not in known}
     values["tie_word_embeddings"] = "output.weight" not in file.tensors
     if "attention_bias" in family.keys:
@@ -256,8 +261,8 @@ def _rope_scaling(file: GgufFile, prefix: str, given: Mapping[str, Any], values:
     if kind == "none":
         return {}
     scaling: dict[str, Any] = {"rope_type": kind, "factor": given.get("rope.scaling.factor")}
-    if "rope.scaling.original_context_length" in given and kind != "linear":
-        scaling["original_max_position_embeddings"] = given["rope.scaling.original_context_length"]
+    if kind == "yarn":
+        scaling |= {said: given[key] for key, said in _YARN.items() if key in given}
     return {"rope_scaling": scaling}
 
 

@@ -1,5 +1,6 @@
 """GGUF files in and out, against files that the format's own library writes of the checkpoints in tests/hugging_face.py."""
 
+import copy
 import dataclasses
 import json
 import struct
@@ -41,7 +42,7 @@ CASES = [
 
 def settings_of(architecture, case):
     """The case's config.json, with what llama.cpp takes for granted."""
-    values = dict(KNOWN[case]["config"])
+    values = copy.deepcopy(KNOWN[case]["config"])
     if architecture == "gpt2":
         values["activation_function"] = "gelu_new"
     if architecture.startswith("gemma") and architecture != "gemma":
@@ -148,6 +149,31 @@ def test_a_file_gives_the_parameters_and_config_of_the_checkpoint_it_was_made_fr
     params, described = load(write(tmp_path / "model.gguf", source, architecture))
     assert not differences(config, described)
     assert_same_trees(params, expected, rtol=0, atol=3e-7 if architecture.startswith("gemma") else 0)
+
+
+@pytest.mark.parametrize("base", [2e4, None])
+def test_the_base_of_gemma_3s_windowed_layers_is_the_files(base, tmp_path):
+    """llama.cpp's converter writes it today; of a file without it llama.cpp takes 10,000."""
+    values = settings_of("gemma3", "gemma3_text")
+    values["rope_parameters"]["sliding_attention"]["rope_theta"] = base or 1e4
+    write_checkpoint(tmp_path / "in", values, KNOWN["gemma3_text"]["tensors"])
+    change = edit(gemma3__rope__freq_base_swa=base) if base else edit()
+    described = load(write(tmp_path / "model.gguf", tmp_path / "in", "gemma3", change))[1]
+    assert described.rope.local_theta == (base or 1e4)
+    assert not differences(huggingface.load(tmp_path / "in")[1], described)
+
+
+@pytest.mark.parametrize("betas", [{}, {"beta_fast": 16.0, "beta_slow": 2.0}])
+def test_yarn_is_the_files(betas, tmp_path):
+    values = dict(KNOWN["qwen3"]["config"])
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    values["rope_parameters"] = values["rope_parameters"] | yarn | betas
+    write_checkpoint(tmp_path / "in", values, KNOWN["qwen3"]["tensors"])
+    keys = {"type": "yarn", "factor": 4.0, "original_context_length": 32} | {f"yarn_{key}": beta for key, beta in betas.items()}
+    change = edit(**{f"qwen3__rope__scaling__{key}": value for key, value in keys.items()})
+    described = load(write(tmp_path / "model.gguf", tmp_path / "in", "qwen3", change))[1]
+    assert (described.rope.beta_fast, described.rope.beta_slow) == (betas.get("beta_fast", 32), betas.get("beta_slow", 1))
+    assert not differences(huggingface.load(tmp_path / "in")[1], described)
 
 
 @pytest.mark.parametrize("window", [7, None])
