@@ -51,9 +51,13 @@ NETWORKS = {
 TOLERANCE = {"F32": 2e-4, "F16": 0.05, "Q8_0": 0.8}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", TOLERANCE)
-@pytest.mark.parametrize("name", NETWORKS)
+QUICK = [("llama", "Q8_0")]
+CASES = [
+    pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow) for name in NETWORKS for kind in TOLERANCE
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_llama_cpp_finds_our_distributions(name, kind, tmp_path):
     """Over the whole vocabulary, after each token of its greedy answer; without rounding the answer is ours too."""
     path = tmp_path / "model.gguf"
