@@ -48,11 +48,10 @@ class Service:
         if not self._thread.is_alive():
             raise RuntimeError("the engine's thread has ended") from self._error
         self._calls.put(answer)
-        while True:
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                return result.result(timeout=1.0)
+        while not concurrent.futures.wait([result], timeout=1.0).done:
             if not self._thread.is_alive() and not result.done():
                 raise RuntimeError("the engine's thread has ended") from self._error
+        return result.result()
 
     def submit(self, request: Request, listener: Listener) -> int:
         """Queues a request; `listener` is told its tokens, in the engine's thread.

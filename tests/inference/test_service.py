@@ -28,6 +28,14 @@ def check_tokens(request, tokens):
         check_answer(request, sample, [token for token in tokens if token.sample == sample])
 
 
+def in_time(future, service):
+    """What it returns or raises; where it hangs, closing the service ends the thread."""
+    if not concurrent.futures.wait([future], timeout=20).done:
+        service.close()
+        pytest.fail("the caller waits for ever")
+    return future.result()
+
+
 def test_threads_get_their_own_answers(service):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for request, tokens in zip(REQUESTS, pool.map(lambda r: list(service.stream(r)), REQUESTS), strict=True):
@@ -101,6 +109,20 @@ def test_a_request_that_is_refused_is_an_error_of_its_caller_alone(service):
     with pytest.raises(ValueError, match=r"token ids 1\.\.99"):
         next(service.stream(Request([1, 99])))
     check_tokens(REQUESTS[0], list(service.stream(REQUESTS[0])))
+
+
+def test_what_a_call_raises_reaches_its_caller_even_if_it_is_a_timeout(service):
+    """Which is no sign that the call still waits."""
+
+    def late(_engine):
+        raise TimeoutError("of a name server")
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with pytest.raises(TimeoutError, match="of a name server"):
+            in_time(pool.submit(service.call, late), service)
+        with pytest.raises(TimeoutError, match="of a name server"):
+            in_time(pool.submit(service.submit, Request(CHAIN[:3], watch=late), lambda token: None), service)
+    assert not service.call(lambda engine: engine.has_work)
 
 
 def test_a_watcher_that_raises_is_an_error_of_its_caller_alone(service):
