@@ -35,8 +35,10 @@ class Service:
         """What `function` returns for the engine, between two of its steps.
 
         Raises:
-          RuntimeError: the service is closed, or its engine failed.
+          RuntimeError: the service is closed, or its engine failed; or this is the engine's own thread, as in a listener.
         """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("a call from the engine's own thread would wait for itself: make it from another one")
         result: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def answer() -> None:
@@ -57,7 +59,7 @@ class Service:
         """Queues a request; `listener` is told its tokens, in the engine's thread.
 
         Raises:
-          ValueError: see `Engine.submit`.
+          ValueError: see `Engine.submit`; RuntimeError: see `call`.
         """
 
         def start(engine: Engine) -> int:
@@ -79,15 +81,22 @@ class Service:
     def stream(self, request: Request) -> Generator[Token]:
         """The tokens of all samples as they come."""
         tokens: queue.SimpleQueue[Token | BaseException] = queue.SimpleQueue()
-        request_id = self.submit(request, tokens.put)
-        unfinished = request.num_samples
+        request_id, unfinished, has_left = None, request.num_samples, False
+
+        def listen(token: Token | BaseException) -> None:
+            if has_left:  # before it knew the request's number, perhaps
+                raise ConnectionAbortedError("nobody listens any more")
+            tokens.put(token)
+
         try:
+            request_id = self.submit(request, listen)
             while unfinished:
                 token = _raised(tokens.get())
                 unfinished -= token.finish_reason is not None
                 yield token
         finally:
-            if unfinished:
+            has_left = True
+            if unfinished and request_id is not None:
                 self.abort(request_id)
 
     async def astream(self, request: Request) -> AsyncGenerator[Token]:

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import queue
+import re
 import threading
 
 import pytest
@@ -123,6 +124,38 @@ def test_what_a_call_raises_reaches_its_caller_even_if_it_is_a_timeout(service):
         with pytest.raises(TimeoutError, match="of a name server"):
             in_time(pool.submit(service.submit, Request(CHAIN[:3], watch=late), lambda token: None), service)
     assert not service.call(lambda engine: engine.has_work)
+
+
+def test_who_asks_in_the_engines_own_thread_is_told_instead_of_waiting_for_himself(service):
+    told = queue.SimpleQueue()
+
+    def listen(_token):
+        for ask in (lambda: service.call(lambda engine: engine.has_work), lambda: next(service.stream(REQUESTS[0]))):
+            try:
+                ask()
+            except RuntimeError as error:
+                told.put(str(error))
+
+    service.submit(Request(CHAIN[:3], max_tokens=1), listen)
+    assert [re.search("engine's own thread", told.get(timeout=60)) is not None for _ in range(2)] == [True, True]
+    check_tokens(REQUESTS[0], list(service.stream(REQUESTS[0])))
+
+
+def test_who_is_interrupted_before_his_request_has_a_number_leaves_nothing(service, monkeypatch):
+    """As by Ctrl-C while the engine takes its step: the request is queued, and nobody will read it."""
+    call, drawn = service.call, []
+
+    def interrupted(function):
+        call(function)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service, "call", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(service.stream(Request(CHAIN[:5], watch=lambda _sample: drawn.append)))
+    check_tokens(REQUESTS[7], list(service.stream(REQUESTS[7])))  # takes as long as it may
+    assert service.call(lambda engine: (engine.num_pages_held, engine.has_work)) == (0, False)
+    assert len(drawn) == 1
 
 
 def test_a_watcher_that_raises_is_an_error_of_its_caller_alone(service):
