@@ -62,10 +62,12 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def answer(self, text: str) -> Iterator[str]:
-        """The model's answer to `text`, piece by piece; what was said of it is remembered, broken off or not.
+        """The model's answer to `text`, piece by piece. What was said of it is remembered, broken off or not; where nothing was,
+        neither is `text`.
 
         Raises:
-          ValueError: the conversation does not fit the context.
+          ValueError: the conversation does not fit the context; RuntimeError: the answer failed, as of weights whose logits are
+            not finite.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self._prompt(messages)
@@ -80,16 +82,18 @@ class Conversation:
         )
         answers = Answers(request, self._loaded.tokenizer.token_bytes)
         self._num_answers += 1
-        said = ""
+        said, has_ended = "", False
         stream = self._service.stream(answers.request)
         try:
             for token in stream:
                 piece = answers.text(token)
                 said += piece
                 yield piece
+            has_ended = True
         finally:
             stream.close()
-            self.messages = [*messages, {"role": "assistant", "content": said}]
+            if said or has_ended:
+                self.messages = [*messages, {"role": "assistant", "content": said}]
 
     def _prompt(self, messages: list[Message]) -> list[int]:
         tokenizer, template = self._loaded.tokenizer, self._loaded.chat_template
@@ -107,7 +111,7 @@ def chat(
     """Answers `--prompt` and ends, or talks until the end of the input.
 
     Raises:
-      ValueError, FileNotFoundError: see `open_to_decode`, `Sampling` and `Request`.
+      ValueError, FileNotFoundError: see `open_to_decode`, `Sampling` and `Request`; RuntimeError: `--prompt` has no answer.
     """
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p)
     check(0 <= arguments.seed < 2**32, f"--seed={arguments.seed} must lie in [0, 2^32)")
@@ -156,5 +160,5 @@ def _turn(conversation: Conversation, text: str, write: Callable[[str], object])
             write("\n")
     except KeyboardInterrupt:
         write("\n")
-    except (ValueError, OSError) as error:
-        write(f"{error}\n")
+    except (ValueError, OSError, RuntimeError) as error:
+        write(f"{error}: {error.__cause__}\n" if error.__cause__ else f"{error}\n")

@@ -1,5 +1,6 @@
 """A talk in the terminal with a model of random weights, and its speed measured."""
 
+import dataclasses
 import json
 import types
 
@@ -129,6 +130,18 @@ def test_what_is_wrong_with_a_line_is_told_and_the_talk_goes_on(monkeypatch, loa
     assert "begin anew with /reset" in written
     assert "/nowhere/at/all" in written
     assert written.count("/system TEXT") == 2
+
+
+def test_an_answer_that_fails_does_not_lose_the_talk(monkeypatch, loaded, tmp_path):
+    """What follows one of the user's words overflows; it is told why, and what was said before and after stays."""
+    bad, saved = loaded.tokenizer.encode("~")[0], tmp_path / "talk.json"
+    overflows = loaded.params | {"embedding": loaded.params["embedding"].at[bad].set(np.nan)}
+    ill = dataclasses.replace(loaded, params=overflows)
+    written = talk(monkeypatch, ill, ["Hi", "~", "And?", f"/save {saved}"], max_tokens=3)
+    assert "its logits are not finite: the logits after token" in written
+    said = [(message["role"], message["content"]) for message in json.loads(saved.read_text())["messages"]]
+    assert [role for role, _ in said] == ["user", "assistant", "user", "assistant"]
+    assert [said[0][1], said[2][1]] == ["Hi", "And?"]
 
 
 def test_a_model_without_a_template_continues(monkeypatch, loaded):
