@@ -116,8 +116,8 @@ def open_any(source: str, step: int = -1, dtype: DType | None = None, tensor: in
 
 
 def tensor_shardings(config: ModelConfig, tensor: int) -> Params | None:
-    """Where each parameter lies if heads and MLPs lie over `tensor` devices, and the vocabulary where they divide it; None for
-    one device.
+    """Where each parameter lies if heads and MLPs lie over `tensor` devices, and the vocabulary and the heads of keys and values
+    where they divide these; None for one device.
 
     Raises:
       ValueError: there are not so many devices, or they do not divide the network.
@@ -125,7 +125,8 @@ def tensor_shardings(config: ModelConfig, tensor: int) -> Params | None:
     specs, devices = param_specs(config), jax.devices()
 
     def rules(count: int) -> Rules:
-        return DECODE_RULES if config.vocab_size % count == 0 else DECODE_RULES | {"vocab": ()}
+        may_be_copied = {"vocab": config.vocab_size, "kv_heads": config.num_kv_heads}
+        return DECODE_RULES | {axis: () for axis, length in may_be_copied.items() if length % count}
 
     def problem(count: int) -> str:
         return indivisible(dimensions(specs), rules(count), dict.fromkeys(MESH_AXES, 1) | {"tensor": count})

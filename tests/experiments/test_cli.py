@@ -21,12 +21,16 @@ from experiments import bench_infer, chat
 from experiments.cli import load_train_config, main, parse
 from experiments.sampling import open_any, open_to_decode, tensor_shardings
 from inference.config import EngineConfig
+from inference.engine import Engine
+from inference.request import Request
 from model.config import ModelConfig
 from model.convert.gguf import save
 from model.convert.huggingface import load
 from model.params import init_params, param_specs
 from model.transformer import forward, unembed
 from tests.data.gguf_metadata import byte_bpe_metadata
+from tests.inference.engine_reference import CHAIN, MODEL, ROOMY, check_answer
+from tests.networks import random_params
 from tests.tiny import write_tiny_job
 from train.checkpoint import Checkpoints
 from train.step import make_trainer
@@ -322,11 +326,22 @@ def test_a_run_is_sampled_over_devices_too(here, job, capsys):
 def test_devices_that_there_are_not_or_that_divide_no_head_are_refused(here, gguf_model, capsys):
     assert "--tensor=0 must be positive" in refused(["sample", gguf_model, "--tensor=0"], capsys)
     error = refused(["chat", gguf_model, "--tensor=4"], capsys)
-    assert "kv_heads = 2 does not divide over tensor=4. It may be 1, 2" in error
+    assert ": heads = 2 does not divide over tensor=4. It may be 1, 2" in error
     wide = open_any(str(gguf_model)).config
     wide = dataclasses.replace(wide, vocab_size=480, num_heads=16, num_kv_heads=16, d_ff=32)
     with pytest.raises(ValueError, match=r"--tensor=16 does not fit: there are 8 cpu devices here. It may be 1, 2, 4, 8"):
         tensor_shardings(wide, 16)
+
+
+@pytest.mark.parametrize(("num_kv_heads", "tensor"), [(1, 2), (2, 4)])
+def test_heads_of_keys_that_are_fewer_than_the_devices_are_copies(num_kv_heads, tensor):
+    network = dataclasses.replace(MODEL, num_layers=1, num_kv_heads=num_kv_heads)
+    shardings, params = tensor_shardings(network, tensor), random_params(network)
+    attention = shardings["blocks"][0]["attention"]
+    assert "tensor" in attention["query"].spec
+    assert attention["key"].is_fully_replicated
+    engine, request = Engine(jax.device_put(params, shardings), network, ROOMY), Request(CHAIN[:9], max_tokens=6)
+    check_answer(request, 0, engine.generate([request])[0][0], params, network)
 
 
 def test_checkpoints_are_listed_and_found_sound(here, job, capsys):
