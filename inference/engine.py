@@ -274,7 +274,13 @@ class Engine:
         return np.stack(logits)
 
     def warm_up(self) -> None:
-        """Compiles every shape."""
+        """Compiles every shape. It writes to pages, so what is known of them is forgotten.
+
+        Raises:
+          ValueError: the engine has work.
+        """
+        check(not self.has_work, "the engine has work: wait for its end")
+        self._schedule.start_over()
         nowhere = np.zeros((1, self._table_width), np.int32)
         for size in self._chunk_sizes:
             padding = np.full((1, size), -1, np.int32)

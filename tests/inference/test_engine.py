@@ -525,6 +525,19 @@ def test_nothing_is_compiled_after_the_warm_up(compilations, guesses):
     assert not compilations
 
 
+def test_a_warm_up_of_an_engine_that_was_used_forgets_what_its_pages_held():
+    """It writes to them; and an engine that is in the midst of something refuses."""
+    engine, request = Engine(PARAMS, MODEL, dataclasses.replace(ROOMY, max_batch=1)), Request(CHAIN[:13], GREEDY, max_tokens=4)
+    check_answer(request, 0, engine.generate([request])[0][0])
+    engine.warm_up()
+    check_answer(request, 0, engine.generate([request])[0][0])
+    request_id = engine.submit(request)
+    first = engine.step()
+    with pytest.raises(ValueError, match="the engine has work: wait for its end"):
+        engine.warm_up()
+    check_answer(request, 0, [*first, *run_to_end(engine)[request_id, 0]])
+
+
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 

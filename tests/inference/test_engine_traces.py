@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from inference.config import EngineConfig
 from inference.engine import Engine
@@ -168,6 +168,12 @@ class Traces(RuleBasedStateMachine):
         self.engine._unclaimed = []
         self.now = OTHERS if self.now is PARAMS else PARAMS
         self.engine.load(jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), self.now, self.engine.params), MODEL)
+
+    @precondition(lambda self: hasattr(self, "engine") and not self.engine.has_work)
+    @rule()
+    def warm_up(self):
+        """Between two jobs."""
+        self.engine.warm_up()
 
     @invariant()
     def every_page_is_held_by_those_who_name_it(self):
