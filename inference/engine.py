@@ -117,7 +117,8 @@ class Engine:
         )
         self.stats = Stats()
         self._guess = guess
-        self._schedule = Schedule(config)
+        windows = {model.window(layer) for layer in range(model.num_layers)} - {0}
+        self._schedule = Schedule(config, sight=min(windows, default=0))
         self._placement = Placement.beside(self.params, model)
         self._pages, self._history = programs.empty_state(self.model, config, self._placement)
         self._table_width = programs.table_width(self.model, config)

@@ -71,11 +71,17 @@ class Schedule:
       not see times 0, and 0 times NaN is NaN.
     """
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, sight: int = 0):
+        """
+        Args:
+          sight: how far back logits see the keys and values of every layer; 0 is to the beginning.
+        """
         self.filling: Ongoing | None = None
         self.running: list[Ongoing] = []
         self.unclean: list[int] = []
         self._unproven: set[int] = set()  # held pages that were written to since logits that see them were last finite
+        self._unseen: set[int] = set()  # that finite logits came after, from beyond a window; zeroed when taken by another
+        self._sight = sight
         self._waiting: collections.deque[Ongoing] = collections.deque()
         self._slots = list(range(config.max_batch - 1, -1, -1))
         self._pool = PagePool(config.num_pages, config.page_size)
@@ -116,6 +122,8 @@ class Schedule:
             return None
         self._waiting.popleft()
         seq.pages, seq.num_cached = pages, num_cached
+        self._unproven |= self._unseen.intersection(pages)  # by this one, which may see them
+        self._unseen.difference_update(pages)
         for _ in range(wanted):
             page = self._take()
             assert page is not None
@@ -213,13 +221,19 @@ class Schedule:
         self._pool.learn(seq.pages, seq.tokens[: seq.num_cached], partial=partial)
 
     def prove(self, seq: Ongoing) -> None:
-        """The logits after all that its pages hold are finite, and so are those."""
+        """The logits after all that its pages hold are finite, and so are the pages that they see."""
+        if self._sight:
+            num_unseen = -(-max(0, seq.num_cached - self._sight) // self._page_size)
+            self._unseen |= self._unproven.intersection(seq.pages[:num_unseen])
         self._unproven.difference_update(seq.pages)
 
     def _take(self) -> int | None:
         page = self._pool.take()
         if page is not None:
             self._unproven.add(page)
+            if page in self._unseen:
+                self._unseen.remove(page)
+                self.unclean.append(page)
         return page
 
     def _has_room(self, seq: Ongoing, copy_page: CopyPage) -> bool:

@@ -143,7 +143,37 @@ def check_healthy(engine):
     """Requests that get every page, one after the other."""
     for seed in range(2 * engine.config.num_pages):
         request = Request([seed % 40, 3, 4], BUT_40, max_tokens=3, seed=seed)
-        check_answer(request, 0, engine.generate([request])[0][0], cache_dtype=engine.config.cache_dtype)
+        (answer,) = engine.generate([request])[0]
+        check_answer(request, 0, answer, engine.params, engine.model, engine.config.cache_dtype)
+
+
+def overflows_after_a_layer(model):
+    """Parameters by which the first layer's MLP makes infinity of token 40, and nothing else of any other."""
+    params = random_params(model)
+    mark = model.d_model - 1  # the feature by which it is known
+    first = jax.tree.map(np.array, params["blocks"][0])
+    first["attention"]["out"][..., mark] = 0
+    for name in ("gate", "up"):
+        first["mlp"][name][:, 0], first["mlp"][name][mark, 0] = 0, 1e18
+    first["mlp"]["down"][0] = 1e18
+    embedding = np.array(params["embedding"])
+    embedding[:, mark] = 0
+    embedding[40, mark] = 1
+    return jax.tree.map(jax.numpy.asarray, params | {"embedding": embedding, "blocks": (first, *params["blocks"][1:])})
+
+
+@pytest.mark.parametrize("window_pattern", [(4,), (0, 6)])
+def test_what_is_not_finite_and_beyond_a_window_does_not_outlive_its_request(window_pattern):
+    """No token that is drawn sees the keys and values that the second layer makes of token 40. What is well is shared yet."""
+    model = dataclasses.replace(MODEL, window_pattern=window_pattern)
+    engine = Engine(overflows_after_a_layer(model), model, dataclasses.replace(ROOMY, cache_tokens=32))
+    long = Request(CHAIN[:21], BUT_40, max_tokens=2)
+    for shared in (0, 20):
+        (answer,) = engine.generate([long])[0]
+        check_answer(long, 0, answer, engine.params, model)
+        assert engine.stats.shared == shared
+    engine.generate([Request([*CHAIN[:3], 40, *CHAIN[:17]], BUT_40, max_tokens=2)])  # the last of its page is written last
+    check_healthy(engine)
 
 
 def test_what_is_not_finite_in_the_cache_does_not_outlive_its_request():
