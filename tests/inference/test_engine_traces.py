@@ -36,12 +36,13 @@ from tests.inference.engine_reference import (
 
 # Few pages, so that sequences are sent back; small pages and chunks, so that borders are everywhere.
 CONFIGS = [
-    EngineConfig(max_batch=4, cache_tokens=40, page_size=4, prefill_chunk=5),
+    EngineConfig(max_batch=2, cache_tokens=40, page_size=4, prefill_chunk=5),
     EngineConfig(max_batch=3, cache_tokens=96, page_size=3, prefill_chunk=18),
     EngineConfig(max_batch=2, cache_tokens=32, page_size=8, prefill_chunk=1),
     EngineConfig(max_batch=2, cache_tokens=48, page_size=4, prefill_chunk=16, cache_dtype="int8"),
 ]
-GUESSING = [dataclasses.replace(config, max_batch=2, num_guesses=2) for config in CONFIGS[:2]]
+GUESSING = [dataclasses.replace(config, max_batch=2, num_guesses=2) for config in (*CONFIGS[:2], CONFIGS[3])]
+NEAR_SIGHTED = dataclasses.replace(MODEL, window_pattern=(4,))  # sees nothing far away in any layer
 # Prompts that begin alike: with a beginning of the chain, and then one of two tokens a few times.
 PROMPTS = st.builds(
     lambda shared, own: (CHAIN[:shared] + own) or [7], st.integers(0, 20), st.lists(st.sampled_from([1, 2]), max_size=4)
@@ -75,6 +76,8 @@ class Traces(RuleBasedStateMachine):
         functools.partial(Engine, PARAMS, MODEL, GUESSING[1], guess=half_right),
         functools.partial(Engine, PARAMS, MODEL, GUESSING[1], guess=prompt_lookup),
         drafting,
+        functools.partial(Engine, PARAMS, MODEL, GUESSING[2], guess=prompt_lookup),
+        functools.partial(Engine, PARAMS, NEAR_SIGHTED, CONFIGS[0]),
     )
 
     @initialize(data=st.data())
@@ -152,7 +155,7 @@ class Traces(RuleBasedStateMachine):
             else:
                 requests = [good] if call == "good" else []
                 for (answer,) in self.engine.generate(requests):
-                    check_answer(good, 0, answer, self.now, cache_dtype=self.engine.config.cache_dtype)
+                    check_answer(good, 0, answer, self.now, self.engine.model, self.engine.config.cache_dtype)
 
     @rule(data=st.data())
     def abort(self, data):
@@ -167,7 +170,8 @@ class Traces(RuleBasedStateMachine):
         self.take(self.engine._unclaimed)
         self.engine._unclaimed = []
         self.now = OTHERS if self.now is PARAMS else PARAMS
-        self.engine.load(jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), self.now, self.engine.params), MODEL)
+        placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), self.now, self.engine.params)
+        self.engine.load(placed, self.engine.model)
 
     @precondition(lambda self: hasattr(self, "engine") and not self.engine.has_work)
     @rule()
@@ -199,8 +203,8 @@ class Traces(RuleBasedStateMachine):
             for sample in range(request.first_sample, request.first_sample + request.num_samples):
                 answer = self.answers[request_id, sample]
                 if request_id not in self.dropped or (answer and answer[-1].finish_reason):
-                    weights = self.weights[request_id, sample]
-                    check_answer(request, sample, answer, weights, cache_dtype=self.engine.config.cache_dtype)
+                    weights, config = self.weights[request_id, sample], self.engine.config
+                    check_answer(request, sample, answer, weights, self.engine.model, config.cache_dtype)
 
 
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
