@@ -62,8 +62,8 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def answer(self, text: str) -> Iterator[str]:
-        """The model's answer to `text`, piece by piece. What was said of it is remembered, broken off or not; where nothing was,
-        neither is `text`.
+        """The model's answer to `text`, piece by piece. What was said of it is remembered, broken off or not; if nothing
+        was, neither is `text`.
 
         Raises:
           ValueError: the conversation does not fit the context; RuntimeError: the answer failed, as of weights whose logits are

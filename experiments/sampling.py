@@ -116,8 +116,8 @@ def open_any(source: str, step: int = -1, dtype: DType | None = None, tensor: in
 
 
 def tensor_shardings(config: ModelConfig, tensor: int) -> Params | None:
-    """Where each parameter lies if heads and MLPs lie over `tensor` devices, and the vocabulary and the heads of keys and values
-    where they divide these; None for one device.
+    """Where each parameter lies if heads and MLPs lie over `tensor` devices, and the vocabulary and the heads of keys and
+    values where they divide these; None for one device.
 
     Raises:
       ValueError: there are not so many devices, or they do not divide the network.
