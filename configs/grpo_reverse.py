@@ -1,8 +1,8 @@
 """GRPO teaches a tiny model to reverse longer strings than it was shown.
 
 Command:   loam run --config=configs/grpo_reverse.py
-Hardware:  1 CPU core, 9 minutes beside other work
-Expected:  eval/pass@1 from 0.31 to 0.97 (seed 0), above 0.9 from step 280 on
+Hardware:  1 CPU core, 5 to 8 minutes beside other work
+Expected:  eval/pass@1 from 0.31 to 0.97, 0.97 and 0.97 (seeds 0, 1, 2), above 0.9 from step 320 on
 
 Needs a finished run of `configs/pretrain_reverse.py` (runs/pretrain_reverse).
 """
