@@ -19,6 +19,7 @@ def goodput(timing: list[dict[str, Any]]) -> dict[str, float]:
 
     - `step` are the steps whose result the run still has, `lost steps` those done again after a kill or a roll-back.
     - `data stall` is waiting for a batch. `other` is start-up (data preparation, joining the other processes), and the result.
+    - Programs of reinforcement learning compile at their first use, so their `compile` is in `step` and `evaluation`.
     - `down` is from the last record of a start to the next start: also what a killed process did after its last record.
     """
     parts = dict.fromkeys(PARTS, 0.0)

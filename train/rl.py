@@ -120,13 +120,14 @@ def open_loop(config: RLConfig, log: Log, group: Group | None, began: float) -> 
             f"{config.model.vocab_size}",
         )
         policy = Policy(config)
+        group.watch_into(run_dir)
         stack.enter_context(only_process_in(run_dir))
         checkpoints = Checkpoints(str(run_dir / "checkpoints"), config.checkpoint.keep, group)
         stack.enter_context(contextlib.closing(checkpoints))
         compare_config(run_dir, config)
         copies = min(config.checkpoint.keep, math.ceil(config.steps / config.checkpoint.every)) + 1
         check_room(str(run_dir), policy.trainer.abstract_state, copies - len(checkpoints.steps()))
-        loop = RLLoop(config, initial, policy, checkpoints, log, began)
+        loop = RLLoop(config, initial, policy, checkpoints, group, log, began)
         yield stack.enter_context(contextlib.closing(loop))
 
 
@@ -214,9 +215,16 @@ class RLLoop:
     """The effects of a run, around the pure functions of its `Policy`."""
 
     def __init__(
-        self, config: RLConfig, initial: InitialModel, policy: Policy, checkpoints: Checkpoints, log: Log, began: float
+        self,
+        config: RLConfig,
+        initial: InitialModel,
+        policy: Policy,
+        checkpoints: Checkpoints,
+        group: Group,
+        log: Log,
+        began: float,
     ):
-        self.config, self.policy, self.checkpoints, self.log = config, policy, checkpoints, log
+        self.config, self.policy, self.checkpoints, self.group, self.log = config, policy, checkpoints, group, log
         self.run_dir = pathlib.Path(config.run_dir)
         timing = read_jsonl(self.run_dir / "timing.jsonl")
         self.started = time.perf_counter() - max((record["seconds"] for record in timing), default=0.0)
@@ -361,7 +369,8 @@ class RLLoop:
         """Records the seconds of what interrupts the steps; the yielded dict takes what else is to be recorded."""
         begin = time.perf_counter()
         more: dict[str, Any] = {}
-        yield more
+        with self.group.phase(f"{event} at step {getattr(self, 'step', 0)}"):
+            yield more
         self.timing.write({"event": event, "seconds": self.seconds(), "event_seconds": time.perf_counter() - begin, **more})
 
     @contextlib.contextmanager
@@ -528,14 +537,18 @@ class RLLoop:
     # --- Running --------------------------------------------------------------------------------------------------
 
     def run(self, stop_requested: Callable[[], bool]) -> int:
-        config = self.config
+        config, begun, deadlines = self.config, self.step, self.config.deadlines
         if self.step == 0:
             self._evaluate()
         if config.rollouts.ahead and self.step == 0:
-            self._load_engine()
-            judged, self.ahead_metrics = self._samples_of(0)
+            with self.group.phase("drawing the answers of step 1"):
+                self._load_engine()
+                judged, self.ahead_metrics = self._samples_of(0)
             self.state = dataclasses.replace(self.state, ahead=judged)
         while self.step < config.steps:
+            # The first one of a start compiles, too.
+            allowed = deadlines.step_seconds if self.step > begun else deadlines.phase_seconds
+            self.group.watchdog.begin(f"step {self.step + 1}", allowed)
             begin = time.perf_counter()
             self.phases = {}
             metrics, tokens = self.advance()

@@ -24,7 +24,7 @@ from model.config import LoraConfig
 from model.params import init_params, param_specs, unstack_layers
 from tests.train.rl_runs import EXPERTS, MODEL, ONE_DEVICE, TASK, StopAfter, job, records, run
 from train import rl
-from train.config import DistillationConfig, OptimizerConfig, TrainConfig
+from train.config import DeadlineConfig, DistillationConfig, MeshConfig, OptimizerConfig, TrainConfig
 from train.initial import open_initial
 from train.loop import train
 from train.metrics import read_jsonl
@@ -55,9 +55,19 @@ WATCHED = {
     ],
     ids=["grpo", "reinforce-ema", "gspo", "cispo", "ppo", "resample"],
 )
-def test_the_first_update_is_on_policy_and_the_run_ends_with_a_result(warm_start, tmp_path, policy):
-    """The sampler's log-probabilities are the trainer's, so the ratio is 1; that of a second update no longer is."""
-    metrics = run(job(warm_start, tmp_path / "run", policy=policy, seed=1))
+def test_the_first_update_is_on_policy_and_the_run_ends_with_a_result(warm_start, tmp_path, policy, monkeypatch):
+    """The sampler's log-probabilities are the trainer's, so the ratio is 1; that of a second update no longer is. And
+    each step has to end in time, the first with what it compiles."""
+    real, watched = rl.RLLoop.advance, []
+
+    def advance(self):
+        watched.append((self.group.watchdog.doing, self.group.watchdog._allowed))
+        return real(self)
+
+    monkeypatch.setattr(rl.RLLoop, "advance", advance)
+    deadlines = DeadlineConfig(phase_seconds=3000.0, step_seconds=500.0)
+    metrics = run(job(warm_start, tmp_path / "run", policy=policy, seed=1, deadlines=deadlines))
+    assert watched == [("step 1", 3000.0), ("step 2", 500.0), ("step 3", 500.0)]
     assert [record["step"] for record in metrics] == [1, 2, 3]
     for record in metrics:
         assert record["mismatch_max"] < 1e-5
@@ -154,6 +164,7 @@ def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_pa
             r"policy\.normalise_parts is for rewards of several parts: set reward_model",
         ),
         ({"rollouts": RolloutConfig(4, 6, 6, ahead=True)}, r"set policy\.importance\.level"),
+        ({"lora": LoraConfig(base_bits=8), "mesh": MeshConfig(fsdp=2)}, r"lora\.base_bits goes with .* a mesh of `data` alone"),
         ({"policy": dataclasses.replace(PPO, group_size=4), "lora": LoraConfig()}, r"policy\.value needs a head"),
         (
             {"policy": PolicyConfig(group_size=4, kl=KLConfig(0.1, target=1.0, horizon=3.2))},
