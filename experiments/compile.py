@@ -395,7 +395,8 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology, most
     }
     memory = compiled["memory"]
     if memory is None:
-        arguments = sum(plan[key] for key in ("parameters", "optimizer state", "moving average"))
+        kept = ("parameters", "optimizer state", "moving average", "frozen weights", "reference", "teacher")
+        arguments = sum(plan.get(name, 0) for name in kept)
         live = exhausted_bytes(compiled["refused"], arguments)
     else:
         live = live_bytes(memory)

@@ -166,6 +166,11 @@ def resolve_sizes(sizes: dict[str, int], num_devices: int, hosts_of_cpus: int = 
     return resolved
 
 
+def num_slices(devices: Sequence[Any]) -> int:
+    """Of a pod, that these devices belong to."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices, laid out so that neighbours on it are neighbours on the pod's network; slices lie along `data`.
 
@@ -177,7 +182,7 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
     """
     devices = list(devices) if devices is not None else jax.devices()
     hosts_of_cpus = jax.process_count() if devices[0].platform == "cpu" else 0
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = num_slices(devices)
     shape = tuple(resolve_sizes(sizes, len(devices), hosts_of_cpus, slices).values())
     if slices > 1:
         within = (shape[0] // slices, *shape[1:])

@@ -275,6 +275,15 @@ class DistillationConfig:
         check(0 < self.share <= 1, f"distillation.share={self.share} must lie in (0, 1]")
 
 
+def check_lora(lora: LoraConfig, model: ModelConfig, mesh: MeshConfig) -> None:
+    """Raises ValueError where a network or a mesh does not go with adapters."""
+    check(model.moe is None and model.mla is None, "lora does not go with model.moe or model.mla")
+    check(
+        not lora.base_bits or ((mesh.fsdp, mesh.tensor, mesh.context, mesh.expert) == (1, 1, 1, 1) and not model.scan_layers),
+        "lora.base_bits goes with model.scan_layers=False and a mesh of `data` alone: rounded weights are not split",
+    )
+
+
 def check_row_tokens(model: ModelConfig, row_tokens: int, name: str) -> None:
     """Raises ValueError where attention cannot train on rows of that length."""
     check(
@@ -365,7 +374,9 @@ class TrainConfig:
             f"set model.vocab_size to {tokens} or more",
         )
         if self.lora is not None:
-            self._check_lora(self.lora)
+            check(bool(self.initial_weights), "lora adapts a model: set initial_weights")
+            check(self.optimizer.name != "muon", "lora does not go with optimizer.name='muon': adapters are no hidden matrices")
+            check_lora(self.lora, self.model, self.mesh)
         if self.objective is not None:
             self._check_objective(self.objective)
         else:
@@ -383,16 +394,6 @@ class TrainConfig:
         check(
             any(source.held_out_fraction > 0 for source in self.data.sources),
             "nothing is held out to evaluate on: set held_out_fraction of a data source above 0",
-        )
-
-    def _check_lora(self, lora: LoraConfig) -> None:
-        check(bool(self.initial_weights), "lora adapts a model: set initial_weights")
-        check(self.model.moe is None and self.model.mla is None, "lora does not go with model.moe or model.mla")
-        check(self.optimizer.name != "muon", "lora does not go with optimizer.name='muon': adapters are no hidden matrices")
-        sizes = (self.mesh.fsdp, self.mesh.tensor, self.mesh.context, self.mesh.expert)
-        check(
-            not lora.base_bits or (sizes == (1, 1, 1, 1) and not self.model.scan_layers),
-            "lora.base_bits goes with model.scan_layers=False and a mesh of `data` alone: rounded weights are not split",
         )
 
     def _check_distillation(self, distillation: DistillationConfig) -> None:

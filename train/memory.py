@@ -19,7 +19,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh
 
 from model.config import LoraConfig, ModelConfig
-from model.lora import adapter_specs
+from model.lora import adapter_specs, frozen_base
 from model.params import Params, abstract_params, block_layout, param_shardings, param_specs, parameter_groups
 from model.sharding import DECODE_RULES, TRAIN_RULES, Layout, Rules
 from model.transformer import empty_pages, forward
@@ -49,7 +49,7 @@ def plan_memory(config: Job, mesh: Mapping[str, int]) -> dict[str, int]:
     if config.distillation:
         plan["teacher"] = _weight_bytes(config.distillation.model, mesh, TRAIN_RULES)
     if config.lora:
-        plan["frozen weights"] = _weight_bytes(config.model, mesh, TRAIN_RULES)
+        plan["frozen weights"] = _frozen_bytes(config.model, config.lora, mesh)
     return plan | _activations(config, mesh)
 
 
@@ -66,6 +66,14 @@ def plan_sampler(config: RLConfig, mesh: Mapping[str, int]) -> dict[str, int]:
         "weights of the sampler": _weight_bytes(model, mesh, DECODE_RULES),
         "pages of the sampler": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)) // parts,
     }
+
+
+def _frozen_bytes(model: ModelConfig, lora: LoraConfig, mesh: Mapping[str, int]) -> int:
+    """Of what adapters adapt: rounded weights are whole on every device."""
+    if not lora.base_bits:
+        return _weight_bytes(model, mesh, TRAIN_RULES)
+    base = jax.eval_shape(lambda params: frozen_base(params, model, lora)[0], abstract_params(param_specs(model)))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(base))
 
 
 def _abstract_layout(mesh: Mapping[str, int], rules: Rules) -> Layout:

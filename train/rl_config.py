@@ -14,6 +14,7 @@ from train.config import (
     MeshConfig,
     OptimizerConfig,
     WriterName,
+    check_lora,
     check_row_tokens,
 )
 from train.objectives.config import PolicyConfig, StepAggregation
@@ -202,10 +203,8 @@ class RLConfig:
             "policy.advantage='maxrl' divides by the mean reward, and learned scores may be negative: leave reward_model out",
         )
         check(self.mesh.context == 1, "mesh.context: reinforcement learning does not split rows; set it to 1")
-        check(
-            self.lora is None or (self.model.moe is None and self.model.mla is None),
-            "lora does not go with model.moe or model.mla",
-        )
+        if self.lora is not None:
+            check_lora(self.lora, self.model, self.mesh)
         check(
             self.rollouts.temperature == 1 or (not self.model.logit_soft_cap and not self.model.head_bias),
             f"rollouts.temperature={self.rollouts.temperature} cannot be applied by the trainer to capped logits, or to logits "

@@ -21,7 +21,7 @@ from model.lora import adapt, adapter_specs, frozen_base
 from model.moe import balance_experts
 from model.params import Params, abstract_params, dimensions, init_params, is_spec, param_shardings, param_specs
 from model.ring_attention import zigzag
-from model.sharding import TRAIN_RULES, Dimensions, Layout, check_mesh, constrain, make_mesh, resolve_sizes
+from model.sharding import TRAIN_RULES, Dimensions, Layout, check_mesh, constrain, make_mesh, num_slices, resolve_sizes
 from model.transformer import activations, forward
 from train.config import DEFAULT_RULES, DistillationConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
 from train.distillation import TEACHER, distillation_sums
@@ -332,7 +332,7 @@ def make_trainer_of(
         is for other devices.
     """
     devices = devices if devices is not None else jax.devices()
-    mesh = make_mesh(mesh_sizes(config, len(devices)), devices)
+    mesh = make_mesh(mesh_sizes(config, len(devices), num_slices(devices)), devices)
     check_backend(config.model.attention_backend, mesh.devices.flat[0].platform)
     model, lora = config.model, config.lora
     specs = adapter_specs(model, lora) if lora else weights

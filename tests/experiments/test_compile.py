@@ -242,6 +242,23 @@ def test_generated_code_is_live_memory(tmp_path, monkeypatch):
     assert report["hbm_bytes_per_device"] == 3000 + 200 - 100 + 50 + 7
 
 
+def test_what_adapters_adapt_is_among_the_arguments_of_a_refused_step(tmp_path, monkeypatch):
+    refused = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (63.82G) exceeds available "
+        "HBM (15.75G)."
+    )
+    told = {"memory": None, "refused": refused, "mesh": {"data": 2, "fsdp": 2, "expert": 1}}
+    told |= {"estimated_step_seconds": None, "collectives": None}
+    monkeypatch.setattr(loam_compile, "run_alone", compiler_that_says(told))
+    path = Path(write_config(tmp_path))
+    lora = '    config.lora, config.initial_weights = {"rank": 2}, "not read"\n'
+    path.write_text(path.read_text().replace("    return config", f"{lora}    return config"))
+    report = loam_compile.compile_config(str(path), [], topology_of("v5e:2x2"))
+    # Of float32, which fsdp halves, two layers and a head of 512 tokens.
+    layer = 2 * 64 * (64 + 32) + 3 * 64 * 96
+    assert report["hbm_bytes_per_device"] - 63.82 * GIB >= 4 * (2 * layer + 512 * 64) / 2
+
+
 def test_a_missing_compiler_is_an_error_that_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loam_compile.importlib.util, "find_spec", lambda _: None)
     assert main(["compile", f"--config={write_config(tmp_path)}", "--topology=v5e:2x2"]) == 1

@@ -195,5 +195,5 @@ def test_only_data_parallel_copies_lie_on_different_slices():
 
 def test_a_mesh_whose_other_axes_would_cross_slices_is_refused():
     sizes = dict.fromkeys(MESH_AXES, 1) | {"data": 1, "fsdp": 8}
-    with pytest.raises(ValueError, match="data=1 does not divide over 2 slices.*a multiple of 2, for example data=2 x fsdp=4"):
+    with pytest.raises(ValueError, match="data=1 does not divide over 2 slices.*a multiple of 2; for example data=2 x fsdp=4"):
         make_mesh(sizes, slices_of(2))

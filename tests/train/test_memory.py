@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
+from model.config import LoraConfig
 from model.params import abstract_params, param_specs
 from model.presets import preset
 from model.sharding import MESH_AXES, TRAIN_RULES, Layout, make_mesh
@@ -46,6 +47,16 @@ def test_the_state_is_planned_to_the_byte(optimizer):
     plan = plan_memory(config, mesh_sizes(config, 8))
     assert plan["parameters"] == plan["moving average"] == plan["gradients"] == on_first_device(state.params)
     assert plan["optimizer state"] == on_first_device(state.opt_state)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_what_adapters_adapt_is_planned_to_the_byte(bits):
+    model = preset("tiny-llama", scan_layers=False)
+    lora = LoraConfig(rank=2, base_bits=bits)
+    config = dataclasses.replace(CONFIG, model=model, lora=lora, initial_weights="x", mesh=MeshConfig())
+    frozen = jax.tree.leaves(make_trainer(config).abstract_state.frozen)
+    on_each = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in frozen)
+    assert plan_memory(config, mesh_sizes(config, 8))["frozen weights"] == on_each
 
 
 def kept(plan):
