@@ -244,8 +244,8 @@ def test_generated_code_is_live_memory(tmp_path, monkeypatch):
 
 def test_what_adapters_adapt_is_among_the_arguments_of_a_refused_step(tmp_path, monkeypatch):
     refused = (
-        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (63.82G) exceeds available "
-        "HBM (15.75G)."
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (63.82G) exceeds "
+        "available HBM (15.75G)."
     )
     told = {"memory": None, "refused": refused, "mesh": {"data": 2, "fsdp": 2, "expert": 1}}
     told |= {"estimated_step_seconds": None, "collectives": None}
