@@ -10,7 +10,7 @@ the checkpoint of the one before.
 | sft | `configs/sft_reverse.py` | conversations about 5 to 8 letters |
 | preference | `configs/dpo_reverse.py` | the right answer rather than one with a slip |
 | safety | `configs/dpo_guarded_reverse.py` | to decline strings with a forbidden word rather than to write them |
-| rewards | `configs/grpo_reverse.py` | a verifier of both: help, and refusals |
+| rewards | `configs/grpo_reverse.py`, without its penalty | a verifier of both: help, and refusals |
 
 After each stage two things are measured on unseen prompts, by the evaluation before the first step of a run of one step: how
 many of the allowed strings are written right (`help`), and how many of the forbidden ones are declined (`refusal`).
@@ -30,6 +30,8 @@ STAGES = ("pretrain", "sft", "preference", "safety", "rewards")
 NETWORK = ("--config.model.vocab_size=260", "--config.model.max_seq_len=160")
 TOKENIZER = ("--config.data.tokenizer.kind=bytes",)  # The roles of a chat have letters that the texts do not have.
 CHATS = ("--config.data.chat_template=", "--config.data.seq_len=160")
+# As measured, before `configs/grpo_reverse.py` had a penalty on the KL.
+FREE = ("--config.policy.kl.loss_coefficient=0.0",)
 LETTERS = (("min_length", 5), ("max_length", 8), ("alphabet", "abcdefgh"))
 
 
@@ -44,7 +46,7 @@ def stages(seed: int, quick: bool) -> list[Run]:
     short = (("min_length", 3), ("max_length", 5), ("alphabet", "abcdefgh"))
     texts = (*NETWORK, *TOKENIZER, f"--config.data.sources.0.task.options={short}", *toy)
     length = ("--config.steps=150", "--config.eval.every=30", "--config.eval.prompts=256", *toy_rl)
-    rewards = (*NETWORK, "--config.chat=True", "--config.rollouts.max_prompt_tokens=48", *guarded(0.5), *length)
+    rewards = (*NETWORK, *FREE, "--config.chat=True", "--config.rollouts.max_prompt_tokens=48", *guarded(0.5), *length)
     run = Run("pretrain", "configs/pretrain_reverse.py", seed, texts)
     found = [run]
     for name, config in (("sft", "sft_reverse"), ("preference", "dpo_reverse"), ("safety", "dpo_guarded_reverse")):
@@ -57,7 +59,15 @@ def measured(stage: Run, quick: bool) -> list[Run]:
     """The evaluations after a stage."""
     toy = TOY_RL if quick else ("--config.eval.prompts=256",)
     chat = ("--config.chat=True",) if stage.name != "pretrain" else ()
-    one = (*NETWORK, *chat, "--config.rollouts.max_prompt_tokens=48", *toy, "--config.steps=1", "--config.rollouts.prompts=2")
+    one = (
+        *NETWORK,
+        *FREE,
+        *chat,
+        "--config.rollouts.max_prompt_tokens=48",
+        *toy,
+        "--config.steps=1",
+        "--config.rollouts.prompts=2",
+    )
     return [
         Run(f"{stage.name}_{what}", "configs/grpo_reverse.py", stage.seed, (*one, *guarded(share)), stage)
         for what, share in (("help", 0.0), ("refusal", 1.0))
