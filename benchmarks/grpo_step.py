@@ -83,19 +83,21 @@ def serve(directory: Path, quick: bool) -> None:
     from train.rl import open_loop
 
     with open_loop(config, lambda _: None, None, time.perf_counter()) as loop:
-        loop.stop_ids, encoder = frozenset(), loop.chat
+        loop.collector.stop_ids, encoder = frozenset(), loop.collector.chat
         assert encoder is not None
         trained = sum(leaf.size for leaf in jax.tree.leaves(loop.state.train.params))
         about = {"version": f"jax {jax.__version__}, {num_cores()} threads", "trained_parameters": trained}
         print(json.dumps(about), flush=True)
         for _ in sys.stdin:
-            loop.phases = {}
+            loop.phases.seconds.clear()
             begin = time.perf_counter()
             _, drawn = loop.advance()
             told = {"seconds": time.perf_counter() - begin, "drawn_tokens": drawn}
-            told |= {f"{name}_seconds": value for name, value in loop.phases.items()}
+            told |= {f"{name}_seconds": value for name, value in loop.phases.seconds.items()}
             first = loop.step * config.rollouts.prompts
-            prompts = [loop.task.example(first + i, config.seed, "train").prompt for i in range(config.rollouts.prompts)]
+            prompts = [
+                loop.collector.task.example(first + i, config.seed, "train").prompt for i in range(config.rollouts.prompts)
+            ]
             lengths = [len(encoder.encode_prompt([{"role": "user", "content": prompt}])) for prompt in prompts]
             told["prompt_tokens"] = sum(lengths) * config.policy.group_size
             print(json.dumps(told), flush=True)

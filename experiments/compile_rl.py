@@ -35,7 +35,7 @@ def lower(config: Any, program: str, devices: Sequence[Any]) -> tuple[Any, Any]:
 
     from inference.programs import lower_decode
     from train.objectives.policy_gradient import Rollouts
-    from train.rl import Policy
+    from train.policy import Policy
     from train.rollouts import engine_config
 
     policy = Policy(config, devices)

@@ -13,7 +13,7 @@ from model.flops import forward_flops_per_token, train_flops_per_token
 from model.params import active_parameters, num_parameters, param_specs, parameter_groups
 from train.config import TrainConfig
 from train.memory import plan_memory, plan_sampler
-from train.rl import Policy
+from train.policy import Policy
 from train.rl_config import RLConfig
 from train.step import make_trainer, mesh_sizes
 

@@ -46,8 +46,9 @@ from train.initial import InitialModel, compare_initial, load_initial, open_init
 from train.metrics import JsonlWriter, NoWriter, Writer, check_writers, make_writers, read_jsonl, truncate_jsonl
 from train.peak import peak_flops
 from train.progress import Progress, rate
-from train.provenance import provenance
+from train.provenance import write_provenance
 from train.step import Trainer, TrainState, abstract_batch, make_trainer
+from train.timing import Timing
 
 Log = Callable[[str], None]
 
@@ -265,70 +266,40 @@ class Loop:
         self.log, self.group, self.initial = log, group, initial
         self.run_dir = pathlib.Path(config.run_dir)
         self.incidents = group.from_first("incidents", lambda: rolled_back(self.run_dir))
-        timing = read_jsonl(self.run_dir / "timing.jsonl")
-        self.started = time.perf_counter() - max((record["seconds"] for record in timing), default=0.0)
-        self.timing = self._writer("timing.jsonl")
-        self._record("start", time.perf_counter() - began, unix_time=time.time())
+        self.timing = Timing(self.run_dir, group, began)
         self.data_seconds = 0.0  # waited for batches since the last step that was recorded
         self.rows = local_rows(trainer.batch_sharding, (config.batch_size, config.data.seq_len))
         self.peak = group.count * peak_flops(jax.local_devices(), config.model.dtype)
         self.flops_per_step = train_flops_per_token(config.model, config.data.seq_len, config.lora) * config.tokens_per_step
         self.step_function = self._compile()
         if group.is_first:
-            self._write_provenance()
+            write_provenance(self.run_dir, trainer.mesh, data.manifest_hash, self.peak)
             write_json_atomic(self.run_dir / "config.json", dataclasses.asdict(config))
             write_json_atomic(self.run_dir / "data_manifest.json", data.manifest)
             data.tokenizer.save(self.run_dir / "tokenizer")
             if data.chat is not None:
                 write_atomic(self.run_dir / "tokenizer" / "chat_template.jinja", data.chat.template.encode())
         self.state: Any = None
+        self.step = 0
         self.state, self.step, self.losses = self._restore()
         self.metrics, self.samples = self._open_writers()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.progress = Progress(config.steps, self.step, log)
-
-    # --- Time -----------------------------------------------------------------------------------------------------
-
-    def seconds(self) -> float:
-        """Since the run's first start, not counting the time between a kill and a restart."""
-        return time.perf_counter() - self.started
-
-    @contextlib.contextmanager
-    def timed(self, event: str) -> Iterator[dict[str, Any]]:
-        """Records the seconds of what interrupts the steps; the yielded dict takes what else is to be recorded."""
-        begin = time.perf_counter()
-        more: dict[str, Any] = {}
-        with self.group.phase(f"{event} at step {getattr(self, 'step', 0)}"):
-            yield more
-        self._record(event, time.perf_counter() - begin, **more)
-        self.last_settled = time.perf_counter()
-
-    def _record(self, event: str, seconds: float, **more: Any) -> None:
-        self.timing.write({"event": event, "seconds": self.seconds(), "event_seconds": seconds, **more})
 
     # --- Setting up -----------------------------------------------------------------------------------------------
 
     def _writer(self, name: str) -> JsonlWriter | NoWriter:
         return JsonlWriter(self.run_dir / name) if self.group.is_first else NoWriter()
 
-    def _write_provenance(self) -> None:
-        """That of this start, with those of earlier starts, which may have been of other code or on another machine."""
-        path = self.run_dir / "provenance.json"
-        info = provenance(self.trainer.mesh, self.data.manifest_hash, self.peak)
-        if path.exists():
-            last = json.loads(path.read_text())
-            info["earlier_starts"] = [*last.pop("earlier_starts", []), last]
-        write_json_atomic(path, info)
-
     def _compile(self) -> Any:
-        with self.timed("compile"):
+        with self.timing.timed("compile", 0):
             lowered = self.trainer.step.lower(self.trainer.abstract_state, abstract_batch(self.config))
             self.group.compare(facts(self.config, self.data, lowered.as_text() if self.group.count > 1 else ""))
             return lowered.compile()
 
     def _restore(self, among: list[int] | None = None) -> tuple[TrainState, int, collections.deque[float]]:
         """The newest sound checkpoint (`among` these steps), or the initial state; metrics that came after it are dropped."""
-        with self.timed("restore") as record:
+        with self.timing.timed("restore", self.step) as record:
             restored = self.checkpoints.restore_newest(self.trainer.abstract_state.saved(), self.log, among=among)
             if restored is None:
                 state, step, losses = self._initial_state(), 0, []
@@ -412,7 +383,7 @@ class Loop:
                 self._roll_back(incident)
                 continue
             if status == 0 and self.group.is_first:
-                with self.timed("result"):
+                with self.timing.timed("result", self.step):
                     self._write_result()
             return status
 
@@ -457,21 +428,13 @@ class Loop:
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         self._check_loss(step, metrics)
         now = time.perf_counter()
-        step_seconds, self.last_settled = now - self.last_settled, now
+        step_seconds, self.last_settled = now - max(self.last_settled, self.timing.interrupted), now
         per_second = self.config.tokens_per_step / step_seconds
         mfu = self.flops_per_step / step_seconds / self.peak
         if step % self.config.log_every == 0 or step == self.config.steps:
             self.metrics.write(step, {"tokens": step * self.config.tokens_per_step, **metrics})
-            self.timing.write(
-                {
-                    "step": step,
-                    "seconds": self.seconds(),
-                    "step_seconds": step_seconds,
-                    "data_seconds": self.data_seconds,
-                    "tokens_per_second": per_second,
-                    "mfu": mfu,
-                }
-            )
+            rates = {"tokens_per_second": per_second, "mfu": mfu}
+            self.timing.step(step, step_seconds=step_seconds, data_seconds=self.data_seconds, **rates)
             self.data_seconds = 0.0
         self.progress.update(step, f"loss {metrics['loss']:.4f}, {rate(per_second)} tokens/s, MFU {mfu:.1%}")
 
@@ -494,7 +457,7 @@ class Loop:
     def _roll_back(self, incident: Incident) -> None:
         """Records the incident, then goes back to the last checkpoint; the data since then will not be seen again."""
         self.log(str(incident))
-        record = {"step": incident.step, "reason": incident.reason, "seconds": self.seconds()}
+        record = {"step": incident.step, "reason": incident.reason, "seconds": self.timing.seconds()}
         incidents = self._writer("incidents.jsonl")
         if len(self.incidents) >= self.config.rollback.max_incidents:
             incidents.write_and_close({**record, "gave_up": True})
@@ -539,8 +502,7 @@ class Loop:
 
     def _save(self, complete: bool) -> None:
         """Starts to write a checkpoint; returns when it is `complete`, or else when the next step may run."""
-        with self.timed("checkpoint") as record:
-            record["at_step"] = self.step
+        with self.timing.timed("checkpoint", self.step, at_step=self.step):
             self.metrics.flush()
             self.samples.flush()
             # One made on SIGTERM is deleted once there is a newer one, so that it takes no scheduled one's place.
@@ -560,8 +522,7 @@ class Loop:
 
     def _evaluate(self, last: bool) -> None:
         """On the same held-out rows at every step, so that the scores are a curve; after the last step on all of them too."""
-        with self.timed("eval") as record:
-            record["at_step"] = self.step
+        with self.timing.timed("eval", self.step, at_step=self.step):
             limit = self.config.eval.max_batches
             scores = evaluate(self.trainer, self._eval_params(), self.data, limit, self.group, self.state.frozen)
             if last:
@@ -621,7 +582,7 @@ class Loop:
             "tokens_per_second": statistics.median(rates),
             "steps": self.step,
             "tokens": self.step * self.config.tokens_per_step,
-            "train_seconds": self.seconds(),
+            "train_seconds": self.timing.seconds(),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.trainer.abstract_state.params)),
         }
         if self.config.xz_baseline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pathlib
 import platform
@@ -12,6 +13,8 @@ from importlib import metadata
 from typing import Any
 
 import jax
+
+from train.files import write_json_atomic
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
 
@@ -43,6 +46,16 @@ def provenance(mesh: jax.sharding.Mesh, manifest_hash: str, peak_flops: float) -
         "command": sys.argv,
         "data_manifest_hash": manifest_hash,
     }
+
+
+def write_provenance(run_dir: pathlib.Path, mesh: jax.sharding.Mesh, manifest_hash: str, peak_flops: float) -> None:
+    """`provenance.json` of this start, with those of earlier starts, which may have been of other code or another machine."""
+    path = run_dir / "provenance.json"
+    info = provenance(mesh, manifest_hash, peak_flops)
+    if path.exists():
+        last = json.loads(path.read_text())
+        info["earlier_starts"] = [*last.pop("earlier_starts", []), last]
+    write_json_atomic(path, info)
 
 
 def git_state(directory: pathlib.Path) -> dict[str, Any]:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.struct
@@ -27,59 +26,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.chat_encoder import ChatEncoder
-from data.tasks.task import Example, Split
-from inference.engine import Engine
-from inference.sampling import Sampling
 from model.config import check
-from model.lora import merge
-from model.params import Params, param_shardings, param_specs, unstack_layers
-from model.sharding import DECODE_RULES, TRAIN_RULES, Layout
+from model.params import Params
+from model.sharding import TRAIN_RULES, Layout
 from train.checkpoint import Checkpoints, check_room
+from train.collector import Collector, Judged
 from train.config import PREEMPTED
-from train.distillation import TEACHER
 from train.distributed import Group
 from train.files import only_process_in, write_atomic, write_json_atomic
 from train.initial import InitialModel, compare_initial, load_initial, open_initial
-from train.learned_reward import LearnedReward
 from train.loop import Log, differences, stop_on_signal
 from train.metrics import JsonlWriter, check_writers, make_writers, read_jsonl, truncate_jsonl
 from train.objectives.aggregate import normalised_apart
-from train.objectives.config import GROUP_ADVANTAGES
 from train.objectives.entropy import adapt_coefficient
-from train.objectives.grpo import group_statistics, select_groups
 from train.objectives.metrics import pass_at_k, rollout_metrics
-from train.objectives.policy_gradient import PolicyBatch, prepare
+from train.objectives.policy_gradient import PolicyBatch
 from train.objectives.policy_gradient import Rollouts as ScoredRollouts
 from train.objectives.ppo import adapt_kl_coefficient
 from train.objectives.reinforce import update_ema
 from train.peak import peak_flops
+from train.policy import Policy
 from train.progress import Progress, rate
-from train.provenance import provenance
-from train.rewards import Part, Rewards, Verifiers, compose, counts_failures
+from train.provenance import write_provenance
 from train.rl_config import RLConfig
-from train.rl_step import Scores, policy_objective, score
-from train.rollouts import Array, Samples, draw, engine_config, fitting, shuffled_rows
-from train.scalar_head import scalar_head_spec
-from train.step import TrainState, make_trainer_of
+from train.rl_step import Scores
+from train.rollouts import Samples
+from train.step import TrainState
+from train.timing import Timing
 
 # Fields that may differ when a run is continued: none of them changes an update by more than rounding.
 FREE_FIELDS = ("run_dir", "mesh", "cpu_devices", "deadlines", "writers", "checkpoint", "eval", "rollouts.verifiers",
                "rollouts.verifier_seconds", "rollouts.max_mismatch")  # fmt: skip
 EVAL_STEP = 2**31  # Its prompts have random numbers of their own.
-
-
-@flax.struct.dataclass
-class Judged:
-    """Samples and what they deserve, [B] each: reward; whether it was judged; whether the answer is right; the reward of the
-    greedy answer to the prompt (for `advantage="greedy"`); and [B, K] what the reward is made of (for `normalise_parts`)."""
-
-    samples: Samples
-    rewards: Array
-    valid: Array
-    correct: Array
-    baseline: Array | None = None
-    parts: Array | None = None
 
 
 @flax.struct.dataclass
@@ -127,7 +105,9 @@ def open_loop(config: RLConfig, log: Log, group: Group | None, began: float) -> 
         compare_config(run_dir, config)
         copies = min(config.checkpoint.keep, math.ceil(config.steps / config.checkpoint.every)) + 1
         check_room(str(run_dir), policy.trainer.abstract_state, copies - len(checkpoints.steps()))
-        loop = RLLoop(config, initial, policy, checkpoints, group, log, began)
+        timing = stack.enter_context(contextlib.closing(Timing(run_dir, group, began)))
+        collector = stack.enter_context(contextlib.closing(Collector(config, initial, policy.trainer.mesh, log)))
+        loop = RLLoop(config, initial, policy, collector, checkpoints, group, timing, log)
         yield stack.enter_context(contextlib.closing(loop))
 
 
@@ -148,69 +128,6 @@ def compare_config(run_dir: pathlib.Path, config: RLConfig) -> None:
         )
 
 
-class Policy:
-    """The compiled functions of a run, on its mesh.
-
-    Attributes:
-      sampler: the network as it decodes: layer by layer.
-      hand_over: parameters of the trainer -> those of the sampler, in the layout of decoding.
-      score: (parameters of the trainer, rows) -> Scores.
-    """
-
-    def __init__(self, config: RLConfig, devices: Sequence[Any] | None = None):
-        """
-        Raises:
-          ValueError: the mesh does not fit the devices.
-        """
-        self.config = config
-        self.specs = param_specs(config.model)
-        weights = self.specs | ({"value_head": scalar_head_spec(config.model)} if config.policy.value else {})
-        objective = functools.partial(policy_objective, config=config)
-        teacher = config.distillation.model if config.distillation else None
-        self.trainer = make_trainer_of(config, objective, weights, devices, teacher=teacher)
-        mesh = self.trainer.mesh
-        replicas = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
-        prompts = config.update_rows // config.policy.group_size
-        check(
-            not config.share_prompts or prompts % replicas == 0,
-            f"share_prompts: {prompts} prompts of an update do not divide over {replicas} devices with rows of their own",
-        )
-        self.sampler = dataclasses.replace(config.model, scan_layers=False)
-        in_decoding = param_shardings(param_specs(self.sampler), Layout.of(mesh, DECODE_RULES))
-        self.hand_over = jax.jit(self._hand_over, out_shardings=in_decoding)
-        self.score = jax.jit(functools.partial(self._score, layout=self.trainer.layout))
-        self.prepare = jax.jit(functools.partial(prepare, config.policy))
-
-    def _hand_over(self, params: Params) -> Params:
-        """What decodes: adapters merged, no value head, layers unstacked."""
-        plain = merge(params, self.specs) if self.config.lora else {name: params[name] for name in self.specs}
-        # Copies even where nothing moves: the update takes the memory of what it is given.
-        return jax.tree.map(jnp.copy, unstack_layers(plain, self.config.model)[0])
-
-    def _score(self, params: Params, rows: dict[str, jax.Array], layout: Layout | None) -> Scores:
-        """By the micro-batches of the update, so that both compute the same."""
-        config = self.config
-        parts = config.minibatches * config.accumulation
-        split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), rows)
-        of_part = functools.partial(
-            score,
-            params,
-            self.trainer.model,
-            temperature=config.rollouts.temperature,
-            max_tokens=config.rollouts.max_tokens,
-            chunk_tokens=config.chunk_tokens,
-            layout=layout,
-            shared=config.policy.group_size if config.share_prompts else 1,
-        )
-        scores = jax.lax.map(lambda part: dataclasses.replace(of_part(part), routing=None), split)
-        return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), scores)
-
-    def whole(self, state: TrainState) -> Params:
-        """Parameters of the policy alone."""
-        params = self.trainer.whole(state.params, state.frozen)
-        return {name: leaf for name, leaf in params.items() if name != TEACHER}
-
-
 class RLLoop:
     """The effects of a run, around the pure functions of its `Policy`."""
 
@@ -219,81 +136,38 @@ class RLLoop:
         config: RLConfig,
         initial: InitialModel,
         policy: Policy,
+        collector: Collector,
         checkpoints: Checkpoints,
         group: Group,
+        timing: Timing,
         log: Log,
-        began: float,
     ):
-        self.config, self.policy, self.checkpoints, self.group, self.log = config, policy, checkpoints, group, log
+        self.config, self.policy, self.collector, self.checkpoints = config, policy, collector, checkpoints
+        self.group, self.timing, self.log, self.phases = group, timing, log, collector.phases
         self.run_dir = pathlib.Path(config.run_dir)
-        timing = read_jsonl(self.run_dir / "timing.jsonl")
-        self.started = time.perf_counter() - max((record["seconds"] for record in timing), default=0.0)
-        self.timing = JsonlWriter(self.run_dir / "timing.jsonl")
-        self.timing.write({"event": "start", "seconds": self.seconds(), "event_seconds": time.perf_counter() - began,
-                           "unix_time": time.time()})  # fmt: skip
-        self.task = config.task.make()
-        self.tokenizer = initial.tokenizer
-        self.chat = ChatEncoder(initial.tokenizer, initial.chat_template) if config.chat and initial.chat_template else None
-        check(
-            self.chat is not None or not config.chat,
-            f"chat=True needs a chat template, and {config.initial_weights} has none: set it to False",
-        )
-        eos_id = self.tokenizer.eos_id
-        self.stop_ids = self.chat.stop_ids if self.chat else frozenset() if eos_id is None else frozenset({eos_id})
-        check(
-            bool(self.stop_ids),
-            f"the tokenizer of {config.initial_weights} has no token that ends an answer: train one with document_boundaries",
-        )
         self.teacher = self._open_teacher()
-        self.learned = self._open_reward_model() if config.reward_model else None
-        # Prompts that are too long, or a task without any, are told before the work. A later one of training is left out.
-        for example in self._examples("train", 0, 8) + self._examples("eval", 0, config.eval.prompts):
-            self._prompt(example)
+        if collector.learned:
+            begun = bool(checkpoints.steps())
+            compare_initial(self.run_dir, "reward_model", config.reward_model, collector.learned.params, begun)
         self._write_description(initial)
-        with self.timed("restore") as record:
+        with self.timing.timed("restore", 0) as record:
             self.state, self.step, self.reference, self.ahead_metrics = self._restore(initial)
             record["restored_step"] = self.step
-        self.engine: Engine | None = None
-        judges = (Part("right", self.task.score),)
-        self.verifiers = Verifiers(judges, config.rollouts.verifiers, config.rollouts.verifier_seconds)
         self.metrics = make_writers(config.writers, self.run_dir, config.name, first_step=self.step + 1)
         self.samples = JsonlWriter(self.run_dir / "samples.jsonl")
         self.progress = Progress(config.steps, self.step, log)
+        collector.say = self.progress.say
         self.pool = concurrent.futures.ThreadPoolExecutor(1)
-        self.phases: dict[str, float] = {}
 
     # --- Setting up -----------------------------------------------------------------------------------------------
 
-    def _parts(self) -> tuple[Part, ...]:
-        """What the reward is made of."""
-        config = self.config
-        by_task = (Part("right", self.task.score, config.task_weight),) if config.task_weight else ()
-        return (*by_task, Part("learned", weight=config.reward_model_weight)) if config.reward_model else by_task
-
-    def _open_reward_model(self) -> LearnedReward:
-        """Raises ValueError where it was shown other prompts than are drawn for, or other weights than the run began with."""
-        config, source = self.config, self.config.reward_model
-        learned = LearnedReward(
-            source, config.model, self.policy.trainer.mesh, config.rollouts.max_batch, config.reward_model_steps
-        )
-        example = self._examples("train", 0, 1)[0]
-        theirs = learned.chat.encode_prompt([{"role": "user", "content": example.prompt}]).tolist()
-        check(
-            theirs == self._prompt(example) and learned.chat.stop_ids == self.stop_ids,
-            f"reward_model={source!r} was trained with another tokenizer or chat template: it reads the prompt "
-            f"{example.prompt!r} as {theirs}, the policy as {self._prompt(example)}; take one that began with the same model",
-        )
-        begun = bool(self.checkpoints.steps())
-        compare_initial(self.run_dir, "reward_model", source, learned.params, begun)
-        return learned
-
     def _write_description(self, initial: InitialModel) -> None:
         config = self.config
-        described = hashlib.sha256(repr((self.task, self.tokenizer.fingerprint)).encode()).hexdigest()[:16]
+        described = hashlib.sha256(repr((self.collector.task, self.collector.tokenizer.fingerprint)).encode()).hexdigest()[:16]
         peak = peak_flops(jax.local_devices(), config.model.dtype)
-        write_json_atomic(self.run_dir / "provenance.json", provenance(self.policy.trainer.mesh, described, peak))
+        write_provenance(self.run_dir, self.policy.trainer.mesh, described, peak)
         write_json_atomic(self.run_dir / "config.json", dataclasses.asdict(config))
-        self.tokenizer.save(self.run_dir / "tokenizer")
+        self.collector.tokenizer.save(self.run_dir / "tokenizer")
         if initial.chat_template:
             write_atomic(self.run_dir / "tokenizer" / "chat_template.jinja", initial.chat_template.encode())
 
@@ -310,7 +184,7 @@ class RLLoop:
         more = (
             jnp.zeros(()),
             jnp.float32(config.policy.kl.reward_coefficient),
-            self._no_samples() if config.rollouts.ahead else None,
+            self.collector.nothing() if config.rollouts.ahead else None,
             jnp.float32(config.policy.entropy_coefficient) if config.policy.entropy_target else None,
         )
         state = RLState(fresh, *jax.device_put(more, Layout.of(trainer.mesh, TRAIN_RULES).sharding()))
@@ -331,7 +205,7 @@ class RLLoop:
             return None
         teacher = open_initial(self.config.distillation.teacher, self.config.distillation.model)
         check(
-            teacher.tokenizer.fingerprint == self.tokenizer.fingerprint,
+            teacher.tokenizer.fingerprint == self.collector.tokenizer.fingerprint,
             f"distillation.teacher={self.config.distillation.teacher!r} has another tokenizer than "
             f"{self.config.initial_weights}: take one that has the same",
         )
@@ -345,194 +219,9 @@ class RLLoop:
         compare_initial(self.run_dir, "teacher", self.config.distillation.teacher, weights, begun)
         return weights
 
-    def _no_samples(self) -> Judged:
-        rows, tokens = self.config.num_rows, self.config.row_tokens
-        ints, floats = jnp.zeros((rows, tokens), jnp.int32), jnp.zeros((rows, tokens), jnp.float32)
-        flags = jnp.zeros(rows, bool)
-        samples = Samples(ints, ints, ints, ints, floats, floats, flags, jnp.zeros(rows, jnp.int32))
-        rewards, policy = jnp.zeros(rows, jnp.float32), self.config.policy
-        parts = jnp.zeros((rows, len(self._parts())), jnp.float32) if policy.normalise_parts else None
-        return Judged(samples, rewards, flags, flags, rewards if policy.advantage == "greedy" else None, parts)
-
     def _saved(self, state: RLState) -> RLState:
         """What a checkpoint holds."""
         return dataclasses.replace(state, train=state.train.saved())
-
-    # --- Time -----------------------------------------------------------------------------------------------------
-
-    def seconds(self) -> float:
-        """Since the run's first start, not counting the time between a kill and a restart."""
-        return time.perf_counter() - self.started
-
-    @contextlib.contextmanager
-    def timed(self, event: str) -> Iterator[dict[str, Any]]:
-        """Records the seconds of what interrupts the steps; the yielded dict takes what else is to be recorded."""
-        begin = time.perf_counter()
-        more: dict[str, Any] = {}
-        with self.group.phase(f"{event} at step {getattr(self, 'step', 0)}"):
-            yield more
-        self.timing.write({"event": event, "seconds": self.seconds(), "event_seconds": time.perf_counter() - begin, **more})
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - begin
-
-    # --- Samples --------------------------------------------------------------------------------------------------
-
-    def _examples(self, split: Split, first: int, count: int) -> list[Example]:
-        return [
-            self.task.example(index, self.config.seed if split == "train" else 0, split)
-            for index in range(first, first + count)
-        ]
-
-    def _encode(self, example: Example) -> list[int]:
-        if self.chat:
-            return self.chat.encode_prompt([{"role": "user", "content": example.prompt}]).tolist()
-        return list(self.tokenizer.encode_prompt(example.prompt))
-
-    def _prompt(self, example: Example) -> list[int]:
-        """Raises ValueError where it does not fit."""
-        ids, limit = self._encode(example), self.config.rollouts.max_prompt_tokens
-        check(
-            0 < len(ids) <= limit,
-            f"the prompt {example.prompt!r} has {len(ids)} tokens, and rollouts.max_prompt_tokens={limit}: raise it",
-        )
-        return ids
-
-    def _fitting(self, first: int, count: int) -> tuple[list[Example], list[list[int]], int]:
-        """Examples to train on from number `first` on, their prompts, and how many of other prompts did not fit. Those that
-        stand in for them are numbered beyond all of the run's."""
-        config = self.config
-        stride = config.steps * config.sampling_rounds * config.rollouts.prompts
-        examples, prompts, left_out = fitting(
-            lambda number: self.task.example(number, config.seed, "train"),
-            self._encode,
-            range(first, first + count),
-            config.rollouts.max_prompt_tokens,
-            stride,
-        )
-        for example in left_out[:3]:
-            self.progress.say(f"left out, for it exceeds rollouts.max_prompt_tokens: the prompt {example.prompt[:80]!r}")
-        return examples, prompts, len(left_out)
-
-    def _judge(self, samples: Samples, examples: list[Example]) -> tuple[Rewards, np.ndarray, dict[str, float]]:
-        """Rewards; whether each answer is right, by the task's own verdict; what is reported."""
-        texts = [self._text(answer) for answer in samples.answers()]
-        asked = [examples[i] for i in samples.group]
-        verdicts = self.verifiers(texts, asked)
-        for failure in verdicts.failures[:3]:
-            self.progress.say(f"verifier {failure.part!r} {failure.kind}: {failure.message}")
-        values = dict(verdicts.values)
-        if self.learned:
-            values["learned"] = self.learned(samples)
-        right = np.nan_to_num(values["right"])
-        rewards = compose(self._parts(), {part.name: values[part.name] for part in self._parts()})
-        return rewards, right == 1, {"reward/right": float(right.mean()), **rewards.metrics, **verdicts.metrics}
-
-    def _text(self, answer: list[int]) -> str:
-        """What the verifiers read. Tokens that the tokenizer does not know are drawn like any others, or the trainer would
-        score another distribution; they spoil an answer."""
-        known = [token for token in answer if token < self.tokenizer.vocab_size]
-        return self.tokenizer.decode(known) + ("" if len(known) == len(answer) else "\ufffd")
-
-    def _draw(
-        self, prompts: list[list[int]], count: int, step: int, first_prompt: int = 0, sampling: Sampling | None = None
-    ) -> Samples:
-        config = self.config
-        assert self.engine is not None
-        return draw(
-            self.engine,
-            prompts,
-            samples=count,
-            row_tokens=config.row_tokens,
-            max_tokens=config.rollouts.max_tokens,
-            sampling=sampling or Sampling(temperature=config.rollouts.temperature),
-            stop_ids=self.stop_ids,
-            seed=config.seed,
-            step=step,
-            first_prompt=first_prompt,
-        )
-
-    def _load_engine(self) -> None:
-        """The weights of the trainer, in the layout of decoding."""
-        config = self.config
-        with self.phase("hand_over"):
-            params = jax.block_until_ready(self.policy.hand_over(self.policy.whole(self.state.train)))
-        if self.engine is None:
-            self.engine = Engine(params, self.policy.sampler, engine_config(config))
-        else:
-            self.engine.load(params, self.policy.sampler)
-
-    def _samples_of(self, step: int) -> tuple[Judged, dict[str, float]]:
-        """Those of step number `step` (from 0), by the weights the engine has. With `resample`, groups whose rewards are all
-        equal, or of which no two were judged, are replaced while there are rounds left."""
-        config = self.config
-        wanted, size = config.rollouts.prompts, config.policy.group_size
-        resample = config.policy.zero_variance == "resample"
-        rounds = config.sampling_rounds
-        found: list[Judged] = []
-        metrics: dict[str, float] = {}
-        left_out = 0
-        for number in range(rounds):
-            first = (step * rounds + number) * wanted
-            with self.phase("rollout"):
-                examples, prompts, too_long = self._fitting(first, wanted)
-                left_out += too_long
-                drawn_so = Sampling(temperature=config.rollouts.temperature, top_k=config.rollouts.top_k)
-                samples = self._draw(prompts, size, step, number * wanted, drawn_so)
-            with self.phase("reward"):
-                rewards, right, judged = self._judge(samples, examples)
-            valid, baseline, parts = rewards.valid, None, None
-            if config.policy.advantage == "greedy":
-                greedy = self._greedy_rewards(prompts, examples, step)
-                judged |= {"reward/greedy_failed": float(np.sum(~greedy.valid))}
-                if greedy.valid.any():
-                    judged["reward/greedy"] = float(greedy.total[greedy.valid].mean())
-                # Without its baseline a prompt is left out.
-                baseline, valid = np.repeat(greedy.total.astype(np.float32), size), valid & np.repeat(greedy.valid, size)
-            if config.policy.normalise_parts:
-                parts = np.nan_to_num(np.stack([*rewards.parts.values()], axis=1)).astype(np.float32)
-            # Of the first round: what prompts of the task get, not those that were chosen. But failures are of all rounds.
-            failed = {name: metrics.get(name, 0.0) + count for name, count in judged.items() if counts_failures(name)}
-            metrics = (metrics or judged) | failed
-            samples = dataclasses.replace(samples, group=samples.group + number * wanted)
-            found.append(Judged(samples, rewards.total.astype(np.float32), valid, right, baseline, parts))
-            together = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
-            if not resample:
-                break
-            groups = group_statistics(together.rewards, together.samples.group, together.valid)
-            compared = ~groups.all_equal & (groups.size > 1)
-            informative = np.asarray(compared).reshape(-1, size)[:, 0]
-            chosen, missing = select_groups(jnp.asarray(informative), wanted)
-            if not int(missing):
-                break
-        if resample:
-            rows = (np.asarray(chosen)[:, None] * size + np.arange(size)).reshape(-1)
-            together = jax.tree.map(lambda x: x[rows], together)
-            metrics["rounds"] = number + 1
-        metrics["prompts_left_out"] = left_out
-        # Groups are numbered within the batch.
-        group = np.unique(together.samples.group, return_inverse=True)[1].astype(np.int32)
-        together = dataclasses.replace(together, samples=dataclasses.replace(together.samples, group=group))
-        if config.shuffle_rewards:
-            rows, grouped = len(together.rewards), config.policy.advantage in GROUP_ADVANTAGES
-            order = shuffled_rows(np.random.default_rng([config.seed, step, 1]), rows, size if grouped else rows)
-            together = dataclasses.replace(
-                together,
-                rewards=together.rewards[order],
-                valid=together.valid[order],
-                parts=None if together.parts is None else together.parts[order],
-            )
-        return together, metrics
-
-    def _greedy_rewards(self, prompts: list[list[int]], examples: list[Example], step: int) -> Rewards:
-        """Of the most likely answer to each prompt, token by token."""
-        with self.phase("rollout"):
-            samples = self._draw(prompts, 1, step, sampling=Sampling(temperature=0.0))
-        with self.phase("reward"):
-            return self._judge(samples, examples)[0]
 
     # --- Running --------------------------------------------------------------------------------------------------
 
@@ -543,14 +232,14 @@ class RLLoop:
         if config.rollouts.ahead and self.step == 0:
             with self.group.phase("drawing the answers of step 1"):
                 self._load_engine()
-                judged, self.ahead_metrics = self._samples_of(0)
+                judged, self.ahead_metrics = self.collector.collect(0)
             self.state = dataclasses.replace(self.state, ahead=judged)
         while self.step < config.steps:
             # The first one of a start compiles, too.
             allowed = deadlines.step_seconds if self.step > begun else deadlines.phase_seconds
             self.group.watchdog.begin(f"step {self.step + 1}", allowed)
             begin = time.perf_counter()
-            self.phases = {}
+            self.phases.seconds.clear()
             metrics, tokens = self.advance()
             self.step += 1
             seconds = time.perf_counter() - begin
@@ -561,9 +250,9 @@ class RLLoop:
                         f"{(self.checkpoints.steps() or [0])[-1]}: lower the learning rate, or clip harder, in a new run"
                     )
             self.metrics.write(self.step, metrics)
-            phases = {f"{name}_seconds": value for name, value in self.phases.items()}
+            phases = {f"{name}_seconds": value for name, value in self.phases.seconds.items()}
             rates = {"tokens": tokens, "tokens_per_second": tokens / seconds}
-            self.timing.write({"step": self.step, "seconds": self.seconds(), "step_seconds": seconds, **rates, **phases})
+            self.timing.step(self.step, step_seconds=seconds, **rates, **phases)
             self.progress.update(
                 self.step,
                 f"reward {metrics.get('reward/total', math.nan):.3f}, entropy {metrics['entropy']:.3f}, "
@@ -588,11 +277,11 @@ class RLLoop:
         if config.rollouts.ahead:
             judged, drawn_metrics = jax.device_get(self.state.ahead), self.ahead_metrics
             # The engine has weights of its own, so the update may go on meanwhile.
-            coming = self.pool.submit(self._samples_of, step + 1) if step + 1 < config.steps else None
+            coming = self.pool.submit(self.collector.collect, step + 1) if step + 1 < config.steps else None
         else:
-            judged, drawn_metrics = self._samples_of(step)
+            judged, drawn_metrics = self.collector.collect(step)
             coming = None
-        with self.phase("score"):
+        with self.phases.timed("score"):
             constants, metrics = self._constants(judged)
             constants, metrics = jax.device_get((constants, metrics))
         if config.rollouts.max_mismatch and metrics["mismatch_kl"] > config.rollouts.max_mismatch and not config.rollouts.ahead:
@@ -600,17 +289,23 @@ class RLLoop:
                 f"step {step + 1}: KL(sampler, trainer) is {metrics['mismatch_kl']:.3g} nats a token, more than "
                 f"rollouts.max_mismatch={config.rollouts.max_mismatch}: what was sampled is not what is trained"
             )
-        with self.phase("update"):
+        with self.phases.timed("update"):
             sums = jax.device_get(self._update(judged.samples, constants, step))
         updated = {name: float(np.mean([update[name] for update in sums])) for name in sums[0]} | {"updates": len(sums)}
         self._adapt(judged, metrics, updated["entropy"])
         if coming is not None:
-            with self.phase("wait"):
+            with self.phases.timed("wait"):
                 following, self.ahead_metrics = coming.result()
             self.state = dataclasses.replace(self.state, ahead=following)
         lengths = judged.samples.mask.sum(1)
         metrics |= rollout_metrics(judged.rewards, judged.correct, lengths, judged.samples.truncated, judged.valid)
         return {**drawn_metrics, **{name: float(value) for name, value in metrics.items()}, **updated}, int(lengths.sum())
+
+    def _load_engine(self) -> None:
+        """The weights of the trainer, in the layout of decoding."""
+        with self.phases.timed("hand_over"):
+            params = jax.block_until_ready(self.policy.hand_over(self.policy.whole(self.state.train)))
+        self.collector.load(params, self.policy.sampler)
 
     def _rows(self, samples: Samples) -> dict[str, np.ndarray]:
         return {name: getattr(samples, name) for name in ("tokens", "targets", "segment_ids", "positions")}
@@ -636,7 +331,9 @@ class RLLoop:
             entropies=now.entropies,
             baseline=self.state.baseline if config.policy.advantage == "ema" else judged.baseline,
             parts=judged.parts,
-            part_weights=None if judged.parts is None else jnp.asarray([part.weight for part in self._parts()], jnp.float32),
+            part_weights=None
+            if judged.parts is None
+            else jnp.asarray([part.weight for part in self.collector.parts], jnp.float32),
         )
         constants, metrics = self.policy.prepare(scored, self.state.kl_coefficient, self.state.entropy_coefficient)
         if not config.rollouts.score:  # Nothing was compared.
@@ -694,8 +391,7 @@ class RLLoop:
             self.state = dataclasses.replace(self.state, entropy_coefficient=adapted)
 
     def _save(self, complete: bool) -> None:
-        with self.timed("checkpoint") as record:
-            record["at_step"] = self.step
+        with self.timing.timed("checkpoint", self.step, at_step=self.step):
             self.metrics.flush()
             self.samples.flush()
             everywhere = Layout.of(self.policy.trainer.mesh, TRAIN_RULES).sharding()
@@ -710,13 +406,12 @@ class RLLoop:
 
     def _evaluate(self) -> None:
         """The same prompts every time, which no step of training sees."""
-        with self.timed("eval") as record:
-            record["at_step"] = self.step
+        with self.timing.timed("eval", self.step, at_step=self.step):
             config = self.config.eval
             self._load_engine()
-            examples = self._examples("eval", 0, config.prompts)
-            samples = self._draw([self._prompt(example) for example in examples], config.samples, EVAL_STEP)
-            rewards, right, _ = self._judge(samples, examples)
+            examples = self.collector.examples("eval", 0, config.prompts)
+            samples = self.collector.draw([self.collector.prompt(example) for example in examples], config.samples, EVAL_STEP)
+            rewards, right, _ = self.collector.judge(samples, examples)
             counts = right.reshape(config.prompts, config.samples).sum(1)
             scores = {
                 "eval/pass@1": float(pass_at_k(config.samples, counts, 1).mean()),
@@ -728,7 +423,7 @@ class RLLoop:
             self.metrics.write(self.step, scores)
             for i in range(min(8, config.prompts)):
                 row = i * config.samples
-                text = self._text(samples.answers()[row])
+                text = self.collector.text(samples.answers()[row])
                 sample = {"step": self.step, "prompt": examples[i].prompt, "text": text, "reward": float(rewards.total[row])}
                 self.samples.write(sample)
             self.progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
@@ -743,12 +438,12 @@ class RLLoop:
             **{f"initial_{name}": value for name, value in scores[0].items() if name != "step"},
             "steps": self.step,
             "drawn_tokens": sum(record["tokens"] for record in steps.values()),
-            "train_seconds": self.seconds(),
+            "train_seconds": self.timing.seconds(),
         }
         write_json_atomic(self.run_dir / "result.json", result)
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:  # All of them, whatever one of them raises.
-            for part in (self.progress, self.timing, self.samples, self.metrics, self.verifiers):
+            for part in (self.progress, self.samples, self.metrics):
                 stack.callback(part.close)
             stack.callback(self.pool.shutdown, wait=True, cancel_futures=True)

@@ -9,7 +9,7 @@ from data.config import TaskConfig
 from data.tasks.task import Score
 from inference.request import Token
 from model.config import ModelConfig, MoeConfig
-from train import rl
+from train import collector, rl
 from train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig
 from train.metrics import read_jsonl
 from train.objectives.config import ObjectiveConfig, PolicyConfig, RewardModelConfig
@@ -100,4 +100,4 @@ def verifiers_instead(monkeypatch, verifier, calls_of):
             self.other.close()
             super().close()
 
-    monkeypatch.setattr(rl, "Verifiers", Others)
+    monkeypatch.setattr(collector, "Verifiers", Others)

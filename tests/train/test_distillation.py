@@ -32,7 +32,7 @@ from train.metrics import read_jsonl
 from train.objectives.config import PolicyConfig
 from train.objectives.policy_gradient import Rollouts
 from train.objectives.policy_gradient import prepare as prepare_update
-from train.rl import Policy
+from train.policy import Policy
 from train.rl_config import RLConfig, RolloutConfig
 from train.rl_step import policy_objective
 from train.rollouts import to_rows

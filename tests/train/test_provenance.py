@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from train.files import write_json_atomic
-from train.provenance import git_state, provenance
+from train.provenance import git_state, provenance, write_provenance
 
 
 def test_record_is_json_and_holds_no_environment(monkeypatch):
@@ -20,6 +20,15 @@ def test_record_is_json_and_holds_no_environment(monkeypatch):
     assert record["data_manifest_hash"] == "abc123"
     assert record["devices"]["platform"] == jax.devices()[0].platform
     assert record["devices"]["mesh"] == {"data": 1}
+
+
+def test_a_start_keeps_what_earlier_ones_wrote(tmp_path):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    for data in ("first", "second", "third"):
+        write_provenance(tmp_path, mesh, data, 1e11)
+    record = json.loads((tmp_path / "provenance.json").read_text())
+    assert record["data_manifest_hash"] == "third"
+    assert [one["data_manifest_hash"] for one in record["earlier_starts"]] == ["first", "second"]
 
 
 def test_git_state_follows_the_tree(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from experiments.sampling import open_any
 from model.config import LoraConfig
 from model.params import init_params, param_specs, unstack_layers
 from tests.train.rl_runs import EXPERTS, MODEL, ONE_DEVICE, TASK, StopAfter, job, records, run
-from train import rl
+from train import collector, rl
 from train.config import DeadlineConfig, DistillationConfig, MeshConfig, OptimizerConfig, TrainConfig
 from train.initial import open_initial
 from train.loop import train
@@ -299,14 +299,14 @@ def test_with_chat_a_prompt_is_the_users_message_and_the_end_of_the_turn_ends_an
     shutil.copytree(warm_start, chatty)
     (chatty / "tokenizer/chat_template.jinja").write_text(TEMPLATE)
     config = job(chatty, tmp_path / "run", steps=1, chat=True, rollouts=RolloutConfig(4, 12, 6, max_batch=8, verifiers=1))
-    real, seen = rl.draw, []
+    real, seen = collector.draw, []
 
     def draw(engine, prompts, **options):
         samples = real(engine, prompts, **options)
         seen.append((prompts, options["stop_ids"], samples))
         return samples
 
-    monkeypatch.setattr(rl, "draw", draw)
+    monkeypatch.setattr(collector, "draw", draw)
     run(config)
     tokenizer, task = load_tokenizer(warm_start / "tokenizer"), TASK.make()
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
@@ -341,13 +341,13 @@ def test_weights_are_handed_over_layer_by_layer(lora):
 
 
 def test_a_sampler_that_disagrees_ends_the_run(warm_start, tmp_path, monkeypatch):
-    real = rl.draw
+    real = collector.draw
 
     def wrong(*args, **kwargs):
         samples = real(*args, **kwargs)
         return dataclasses.replace(samples, behavior_logprobs=samples.behavior_logprobs - 0.5 * samples.mask)
 
-    monkeypatch.setattr(rl, "draw", wrong)
+    monkeypatch.setattr(collector, "draw", wrong)
     with pytest.raises(RuntimeError, match=r"KL\(sampler, trainer\) is .* more than rollouts\.max_mismatch=0\.01"):
         rl.train_with_rewards(job(warm_start, tmp_path / "run"), log=lambda _: None)
 
@@ -361,15 +361,15 @@ def test_tokens_beyond_the_tokenizer_spoil_an_answer(warm_start, tmp_path):
 
     def see(self, samples, examples):
         known = self.tokenizer.encode("ab")
-        texts.extend([self._text(known), self._text([*known, MODEL.vocab_size - 1])])
+        texts.extend([self.text(known), self.text([*known, MODEL.vocab_size - 1])])
         raise Stop
 
-    original, rl.RLLoop._judge = rl.RLLoop._judge, see
+    original, collector.Collector.judge = collector.Collector.judge, see
     try:
         with pytest.raises(Stop):
             rl.train_with_rewards(config, log=lambda _: None)
     finally:
-        rl.RLLoop._judge = original
+        collector.Collector.judge = original
     assert texts == ["ab", "ab\ufffd"]
 
 

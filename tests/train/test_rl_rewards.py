@@ -47,7 +47,7 @@ def test_a_process_model_judges_by_the_chance_that_steps_are_right(warm_start, s
     assert np.ptp(judged.rewards) > 0
     assert record["reward/total"] == pytest.approx(float(judged.rewards.mean()), rel=1e-5)
     # Of an answer in one line there is one step, whatever is made of several.
-    last = answer_scores(loop.learned.params, MODEL, *whole_rows(judged.samples))
+    last = answer_scores(loop.collector.learned.params, MODEL, *whole_rows(judged.samples))
     places = judged.samples.segment_ids.sum(1)
     chances = 1 / (1 + np.exp(-np.asarray(last, np.float64)[np.arange(len(places)), places]))
     np.testing.assert_allclose(judged.rewards, chances, rtol=1e-5)
@@ -103,8 +103,8 @@ def test_the_greedy_baseline_is_the_reward_of_the_most_likely_answer(warm_start,
     read = jax.jit(lambda tokens, real: unembed(weights, MODEL, forward(weights, MODEL, tokens, places, real)[0]))
     for row, baseline in enumerate(judged.baseline):
         example = task.example(row // 2, 0)
-        answer = most_likely(read, loop._prompt(example), 6, loop.tokenizer.eos_id)
-        assert baseline == task.score(loop._text(answer), example).reward
+        answer = most_likely(read, loop.collector.prompt(example), 6, loop.collector.tokenizer.eos_id)
+        assert baseline == task.score(loop.collector.text(answer), example).reward
         expected = (judged.rewards[row] - baseline) * judged.samples.mask[row]
         np.testing.assert_allclose(constants.advantages[row], expected, atol=1e-7)
     assert record["reward/greedy"] == pytest.approx(judged.baseline.mean())

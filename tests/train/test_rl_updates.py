@@ -69,7 +69,7 @@ def updates(warm_start, tmp_path_factory):
 
             loop.policy.trainer = dataclasses.replace(loop.policy.trainer, step=watched)
             loop._load_engine()
-            judged, _ = loop._samples_of(0)
+            judged, _ = loop.collector.collect(0)
             # Whatever was drawn, there is something to learn.
             judged = dataclasses.replace(judged, rewards=np.arange(16, dtype=np.float32) % 4 / 3)
             constants, before = jax.device_get(loop._constants(judged))
