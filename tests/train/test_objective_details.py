@@ -376,13 +376,34 @@ def test_first_update_has_ratio_1_and_an_inert_clip():
     close(sums["policy_loss"], -np.sum(batch.weights * batch.advantages))
 
 
-def test_clip_fractions_are_split_by_sign():
-    config = PolicyConfig(clip_low=0.2, clip_high=0.28)
-    ratio = np.asarray([[1.5, 1.25, 0.5, 1, 1], [1, 1, 1, 1, 1], [1, 0.7, 1.5, 0.85, 1], [1, 1, 1, 1, 1]])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PolicyConfig(clip_low=0.2, clip_high=0.28),
+        PolicyConfig(clip_low=0.2, clip_high=0.28, dual_clip=3.0),
+        dataclasses.replace(CISPO, clip_high=0.4),
+        dataclasses.replace(GSPO, clip_low=0.05, clip_high=0.05),
+    ],
+    ids=["clipped", "dual_clip", "cispo", "gspo"],
+)
+def test_clip_fractions_are_of_the_tokens_whose_gradient_the_clip_changes(config):
+    """By autodiff: of each sign of the advantage, the tokens whose gradient is another where all bounds are out of reach."""
+    ratio = np.asarray([[1.5, 1.25, 0.9, 1, 1], [0.6, 1, 1, 1, 1], [1, 0.7, 1.5, 4, 0.85], [0.5, 0.9, 1, 1.1, 1]])
+    free = {} if config.surrogate == "cispo" else {"clip_low": 1 - 1e-9}
+    unbounded = dataclasses.replace(config, clip_high=1e9, dual_clip=0.0, **free)
     batch, _ = run_prepare(config, make_rollouts(), 0.0)
-    _, sums = run_sums(config, batch, OLD + np.log(ratio))
-    close(sums["clip_high_fraction"], 1 / MASK.sum())
-    close(sums["clip_low_fraction"], 1 / MASK.sum())
+    logprobs = OLD + np.log(ratio)
+    slopes = [gradient_of(lambda x, c=c: policy_sums(c, batch, x)[0], logprobs) for c in (config, unbounded)]
+    changed = (np.abs(slopes[0] - slopes[1]) > 1e-9) & (MASK > 0)
+    if config.surrogate == "gspo":
+        ratio = np.exp(np.mean(np.log(ratio), axis=1, where=MASK > 0, keepdims=True))
+    up, down = changed & (batch.advantages > 0), changed & (batch.advantages < 0)
+    _, sums = run_sums(config, batch, logprobs)
+    close(sums["clip_high_fraction"], up.sum() / MASK.sum())
+    close(sums["clip_low_fraction"], (down & (ratio < 1)).sum() / MASK.sum())
+    close(sums.get("clip_high_negative_fraction", 0), (down & (ratio > 1)).sum() / MASK.sum())
+    assert up.any()
+    assert down.any()
 
 
 def test_clip_higher_and_dual_clip_against_a_case_by_case_definition():

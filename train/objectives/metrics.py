@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.objectives.aggregate import as_float, divide, masked, masked_mean
+from train.objectives.config import PolicyConfig
 from train.objectives.kl import kl_values
 
 
@@ -29,13 +30,25 @@ def pass_at_k(num_samples: np.ndarray | int, num_correct: np.ndarray | int, k: i
     return 1 - np.prod(np.maximum(n[..., None] - c[..., None] - i, 0) / (n[..., None] - i), axis=-1)
 
 
-def clip_fractions(log_ratio: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float) -> dict[str, jax.Array]:
-    """Per token: whether the clip took its gradient, split by the sign of the advantage. Zero until the policy has moved."""
+def clip_fractions(config: PolicyConfig, log_ratio: jax.Array, advantages: jax.Array) -> dict[str, jax.Array]:
+    """Per token: whether a bound on its ratio (`gspo`: its sequence's) took its gradient, or cut it short (`cispo`). Zero until
+    the policy has moved.
+
+    clip_low_fraction: below the lower bound, which only bites where the advantage is negative; `cispo` has none.
+    clip_high_fraction: above the upper bound, where the advantage is positive.
+    clip_high_negative_fraction: above it where the advantage is negative, if it has a bound there: `dual_clip`, or `cispo`'s.
+    """
     ratio = jnp.exp(log_ratio)
-    return {
-        "clip_low_fraction": as_float((ratio < 1 - clip_low) & (advantages < 0)),
-        "clip_high_fraction": as_float((ratio > 1 + clip_high) & (advantages > 0)),
+    cispo = config.surrogate == "cispo"
+    lowest, highest = 0.0 if cispo else 1 - config.clip_low, 1 + config.clip_high
+    fractions = {
+        "clip_low_fraction": as_float((ratio < lowest) & (advantages < 0)),
+        "clip_high_fraction": as_float((ratio > highest) & (advantages > 0)),
     }
+    if cispo or config.dual_clip:
+        above = ratio > (highest if cispo else config.dual_clip)
+        fractions["clip_high_negative_fraction"] = as_float(above & (advantages < 0))
+    return fractions
 
 
 def sampler_mismatch(trainer_logprobs: jax.Array, sampler_logprobs: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

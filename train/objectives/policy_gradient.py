@@ -243,7 +243,7 @@ def policy_sums(
     total = weighted_sum(batch.weights, losses)
     sums = {"policy_loss": total, "update_kl": weighted_sum(weights, jnp.expm1(logs) - logs)}
     if config.surrogate != "reinforce":
-        fractions = clip_fractions(clipped_logs, batch.advantages, config.clip_low, config.clip_high)
+        fractions = clip_fractions(config, clipped_logs, batch.advantages)
         sums |= {name: weighted_sum(weights, of_token) for name, of_token in fractions.items()}
     if config.kl.loss_coefficient:
         reference = _given(batch.reference_logprobs, "reference_logprobs")
