@@ -107,6 +107,11 @@ def at_ends(x: jax.Array, ends: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, ends.reshape(ends.shape[0], -1), axis=1).reshape(ends.shape)
 
 
+def at_stop_tokens(x: jax.Array, batch: Batch) -> jax.Array:
+    """[R, N, 2] of `x` [R, T] where each answer's stop token is read: after it was the target."""
+    return at_ends(x, segment_ends(batch) + 1)
+
+
 def _lengths(batch: Batch) -> jax.Array:
     return segment_sums(jnp.ones_like(batch["weights"]), batch)
 
@@ -127,7 +132,8 @@ def row_logprobs(params: Params, model: ModelConfig, batch: Batch, layout: Layou
     return token_logprobs(params, model, hidden, batch["targets"], loss.chunk_tokens, layout).logprobs
 
 
-def _pair_logprobs(logprobs: jax.Array, batch: Batch) -> PairLogprobs:
+def pair_logprobs(logprobs: jax.Array, batch: Batch) -> PairLogprobs:
+    """Of the targets' log-probabilities [R, T]; each [R, N], 0 where a row has fewer pairs."""
     sums, lengths = segment_sums(logprobs, batch), _lengths(batch)
     return PairLogprobs(sums[..., 0], sums[..., 1], lengths[..., 0], lengths[..., 1])
 
@@ -135,8 +141,8 @@ def _pair_logprobs(logprobs: jax.Array, batch: Batch) -> PairLogprobs:
 def _pair_sums(
     params: Params, model: ModelConfig, batch: Batch, layout: Layout | None, *, config: PairConfig, loss: LossConfig
 ) -> tuple[jax.Array, Metrics]:
-    policy = _pair_logprobs(row_logprobs(params, model, batch, layout, loss), batch)
-    reference = _pair_logprobs(batch["reference_logprobs"], batch) if "reference_logprobs" in batch else None
+    policy = pair_logprobs(row_logprobs(params, model, batch, layout, loss), batch)
+    reference = pair_logprobs(batch["reference_logprobs"], batch) if "reference_logprobs" in batch else None
     valid = policy.chosen_lengths * policy.rejected_lengths > 0
     return _sums(pair_losses(config, policy, reference), pair_metrics(config, policy, reference), valid)
 
@@ -174,8 +180,8 @@ def answer_scores(params: Params, model: ModelConfig, batch: Batch, layout: Layo
 def _reward_sums(
     params: Params, model: ModelConfig, batch: Batch, layout: Layout | None, *, config: RewardModelConfig
 ) -> tuple[jax.Array, Metrics]:
-    ends, lengths = segment_ends(batch), _lengths(batch)
-    scores = at_ends(answer_scores(params, model, batch, layout), ends + 1)  # where the stop token is read
+    lengths = _lengths(batch)
+    scores = at_stop_tokens(answer_scores(params, model, batch, layout), batch)
     chosen, rejected = scores[..., 0], scores[..., 1]
     metrics = {
         "accuracy": preference_accuracy(chosen, rejected),
@@ -184,7 +190,7 @@ def _reward_sums(
         "reward_margin": chosen - rejected,
         **length_preference(chosen, rejected, lengths[..., 0], lengths[..., 1]),
     }
-    losses = pairwise_losses(config, chosen, rejected, at_ends(batch["labels"], ends)[..., 0])
+    losses = pairwise_losses(config, chosen, rejected, at_ends(batch["labels"], segment_ends(batch))[..., 0])
     return _sums(losses, metrics, jnp.prod(lengths, axis=-1) > 0)
 
 
@@ -192,9 +198,8 @@ def _outcome_sums(
     params: Params, model: ModelConfig, batch: Batch, layout: Layout | None, *, config: OutcomeModelConfig
 ) -> tuple[jax.Array, Metrics]:
     """With `all_tokens`, an answer's loss is the mean over its tokens; it is always judged by the last."""
-    ends = segment_ends(batch)
     read = answer_scores(params, model, batch, layout)
-    logits, labels = at_ends(read, ends + 1)[..., 0], at_ends(batch["labels"], ends)[..., 0]
+    logits, labels = at_stop_tokens(read, batch)[..., 0], at_ends(batch["labels"], segment_ends(batch))[..., 0]
     lengths = _lengths(batch)[..., 0]
     losses = outcome_losses(logits, labels)
     if config.all_tokens:

@@ -11,7 +11,7 @@ import scipy.special
 import scipy.stats
 
 from model.config import ModelConfig
-from train import scalar_head
+from train import preferences, scalar_head
 from train.objectives import (
     aggregate,
     cispo,
@@ -95,12 +95,11 @@ kl_values = quick(kl.kl_values)
 class_balance = quick(kto.class_balance)
 kto_losses = quick(kto.kto_losses)
 kto_reference_point = quick(kto.kto_reference_point)
-mismatched_rows = kto.mismatched_rows
 effective_sample_fraction = quick(metrics.effective_sample_fraction)
 rollout_metrics = quick(metrics.rollout_metrics)
 sampler_mismatch = quick(metrics.sampler_mismatch)
 log1mexp = quick(orpo.log1mexp)
-pair_logprobs = quick(pairs.pair_logprobs)
+pair_logprobs = quick(preferences.pair_logprobs)
 preference_accuracy = quick(pairs.preference_accuracy)
 adapt_kl_coefficient = quick(ppo.adapt_kl_coefficient)
 clipped_losses = quick(ppo.clipped_losses)
@@ -114,12 +113,11 @@ pair_metrics = quick(preference.pair_metrics)
 leave_one_out_baseline = quick(reinforce.leave_one_out_baseline)
 rewards_to_go = quick(reinforce.rewards_to_go)
 update_ema = quick(reinforce.update_ema)
-last_token_scores = quick(reward_model.last_token_scores)
+at_stop_tokens = quick(preferences.at_stop_tokens)
 outcome_losses = quick(reward_model.outcome_losses)
 pairwise_losses = quick(reward_model.pairwise_losses)
 length_preference = quick(reward_model.length_preference)
 process_losses = quick(reward_model.process_losses)
-ranking_losses = quick(reward_model.ranking_losses)
 solution_scores = quick(reward_model.solution_scores)
 run_prepare, run_sums = quick(prepare), quick(policy_sums)
 
@@ -671,11 +669,21 @@ def test_dpo_begins_at_log_2_with_accuracy_one_half(config):
     assert metrics["logprob_chosen"].tolist() == [-4, -9]
 
 
+# Two pairs in the first row, one in the second; an answer's last target is its stop token, and is read one index on.
+PACKED = {
+    "segment_ids": np.asarray([[1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4], [1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0, 0]]),
+    "weights": np.asarray([[0, 1, 1, 0, 1, 1, 0, 1, 0, 1, 1, 0], [0, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0]], float),
+}
+
+
 def test_pair_sums_are_over_answers_alone():
-    pairs = pair_logprobs(LOGPROBS.reshape(2, 2, T), MASK.reshape(2, 2, T))
-    sums = np.sum(LOGPROBS * MASK, axis=1)
-    close([pairs.chosen, pairs.rejected], [sums[0::2], sums[1::2]])
-    close([pairs.chosen_lengths, pairs.rejected_lengths], [[3, 4], [1, 3]])
+    """Each of its own segment: prompts, the other answer, other pairs and padding may be anything."""
+    x = np.where(PACKED["weights"] > 0, random.normal(size=(2, 12)), np.nan)
+    found = pair_logprobs(x, PACKED)
+    close(found.chosen, [[x[0, 1] + x[0, 2], x[0, 7], 0], [x[1, 1], 0, 0]])
+    close(found.rejected, [[x[0, 4] + x[0, 5], x[0, 9] + x[0, 10], 0], [x[1, 5] + x[1, 6] + x[1, 7], 0, 0]])
+    close(found.chosen_lengths, [[2, 1, 0], [1, 0, 0]])
+    close(found.rejected_lengths, [[2, 2, 0], [3, 0, 0]])
 
 
 def test_robust_dpo_is_unbiased_under_flipped_labels():
@@ -711,10 +719,7 @@ def test_kto_begins_at_half_the_class_weight():
     close(losses, [0.7, 0.3, 0.7, 0.3])
 
 
-def test_kto_reference_point_is_of_mismatched_rows_detached_and_not_negative():
-    assert mismatched_rows(3).tolist() == [1, 2, 0]
-    with pytest.raises(ValueError, match="batch of at least 2"):
-        mismatched_rows(1)
+def test_kto_reference_point_is_a_mean_detached_and_not_negative():
     policy = np.asarray([1.0, 2.0, 30.0])
     close(kto_reference_point(policy, np.zeros(3), np.asarray([1, 1, 0])), 1.5)
     assert kto_reference_point(-policy, np.zeros(3), np.ones(3)) == 0
@@ -730,9 +735,11 @@ def test_kto_weighs_classes_by_their_numbers():
 # Reward models.
 
 
-def test_reward_is_read_at_the_last_token_wherever_padding_lies():
-    scores = random.normal(size=(B, T))
-    close(last_token_scores(np.where(MASK > 0, scores, np.nan), MASK), scores[np.arange(B), [2, 0, 4, 3]])
+def test_reward_is_read_at_the_stop_token_wherever_an_answer_lies():
+    x = random.normal(size=(2, 12))
+    found = at_stop_tokens(x, PACKED)
+    close(found[0, :2], [[x[0, 3], x[0, 6]], [x[0, 8], x[0, 11]]])
+    close(found[1, 0], [x[1, 2], x[1, 8]])
 
 
 def test_the_scalar_head_is_zero_at_first_without_bias_and_computed_in_float32():
@@ -764,17 +771,7 @@ def test_scores_that_go_with_lengths_are_told():
     close(found["longer_chosen"], [0, 1, 0.5, 1, 0, 1])
 
 
-def test_ranking_is_the_mean_over_pairs_without_ties():
-    scores, ranks = np.asarray([[0.3, 1.0, -0.5, 2.0], [1, 2, 3, 4]]), np.asarray([[0, 1, 1, 2], [0, 0, 0, 0]])
-    valid = np.asarray([[1, 1, 1, 1], [1, 1, 1, 1]])
-    config = RewardModelConfig(0.01)
-
-    def expected(row, pairs):
-        return np.mean([-np.log(scipy.special.expit(row[i] - row[j])) + 0.01 * (row[i] + row[j]) ** 2 for i, j in pairs])
-
-    close(ranking_losses(config, scores, ranks, valid), [expected(scores[0], [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]), 0])
-    valid[0, 3] = 0
-    close(ranking_losses(config, scores, ranks, valid)[0], expected(scores[0], [(0, 1), (0, 2)]))
+def test_a_tie_is_half_right():
     assert preference_accuracy(np.asarray([1.0, 2, 3]), np.asarray([1.0, 3, 2])).tolist() == [0.5, 0, 1]
 
 

@@ -34,18 +34,12 @@ from train.objectives.config import (
     dr_grpo,
 )
 from train.objectives.distillation import forward_kl_losses, reverse_kl_losses
-from train.objectives.kto import kto_losses, kto_reference_point, mismatched_rows
-from train.objectives.pairs import pair_logprobs
+from train.objectives.kto import kto_losses, kto_reference_point
+from train.objectives.pairs import PairLogprobs
 from train.objectives.policy_gradient import Rollouts, policy_sums, prepare
+from train.objectives.ppo import last_action
 from train.objectives.preference import pair_losses, pair_metrics
-from train.objectives.reward_model import (
-    IGNORE,
-    last_token_scores,
-    outcome_losses,
-    pairwise_losses,
-    process_losses,
-    ranking_losses,
-)
+from train.objectives.reward_model import IGNORE, outcome_losses, pairwise_losses, process_losses
 
 B, T, D, V, PARTS = 32, 6, 3, 5, 4
 
@@ -81,7 +75,7 @@ PAIRS = {
     "orpo": ORPOConfig(),
     "cpo": CPOConfig(),
 }
-OTHERS = ["kto", "reward_pairs", "reward_rankings", "outcome", "process", "distil_forward", "distil_reverse"]
+OTHERS = ["kto", "reward_pairs", "outcome", "process", "distil_forward", "distil_reverse"]
 
 
 def make_data() -> dict[str, np.ndarray]:
@@ -123,7 +117,7 @@ def make_data() -> dict[str, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=1)
 def prepare_all(data, names):
-    """Constants and metrics of the objectives named, of the whole batch; leading axis B, or that of pairs or rankings."""
+    """Constants and metrics of the objectives named, of the whole batch; leading axis B, or that of pairs."""
     rollouts = Rollouts(
         mask=data["mask"],
         sampler_logprobs=data["sampler"],
@@ -143,11 +137,9 @@ def prepare_all(data, names):
             rows = rollouts.replace(baseline=jnp.asarray(0.3) if config.advantage == "ema" else data["baseline"])
             constants[name], metrics[name] = prepare(config, rows, config.kl.reward_coefficient)
     reference = sequence_sums(data["reference"], data["mask"])
-    mismatched = sequence_sums(data["old"], data["mask"])[mismatched_rows(B)]
-    z0 = kto_reference_point(mismatched, reference[mismatched_rows(B)], data["valid"])
+    z0 = kto_reference_point(sequence_sums(data["old"], data["mask"])[::-1], reference[::-1], data["valid"])
     return constants | {
         "pairs": sequence_weights(jnp.arange(B // 2) != 5),
-        "rankings": sequence_weights(jnp.arange(B // 4) != 2),
         "rows": sequence_weights(data["valid"]),
         "tokens": token_weights(data["mask"], "token_mean"),
         "step_ends": token_weights(process_losses(data["step_labels"], data["step_labels"])[1], "token_mean"),
@@ -164,12 +156,15 @@ def loss(name, weights, data, constants):
 
     logprobs = visible(-jax.nn.softplus(data["features"] @ weights))
     values = visible(data["features"] @ (2 * weights))
-    scores = last_token_scores(values, mask)
+    scores = sequence_sums(values, last_action(mask))
     if name in POLICIES:
         config = POLICIES[name]
         return policy_sums(config, constants[name], logprobs, logprobs**2 if config.entropy_coefficient else None, values)
     if name in PAIRS:
-        policy, reference = (pair_logprobs(x.reshape(-1, 2, T), mask.reshape(-1, 2, T)) for x in (logprobs, reference))
+        policy, reference = (
+            PairLogprobs(*(sequence_sums(x, mask)[i::2] for x in (x, jnp.ones_like(x)) for i in range(2)))
+            for x in (logprobs, reference)
+        )
         metrics = pair_metrics(PAIRS[name], policy, reference)
         weigh = functools.partial(weighted_sum, constants["pairs"])
         return weigh(pair_losses(PAIRS[name], policy, reference)), {key: weigh(x) for key, x in metrics.items()}
@@ -179,10 +174,6 @@ def loss(name, weights, data, constants):
             which, losses = "rows", kto_losses(KTOConfig(desirable_weight=1.2), *sums, data["desirable"], constants["z0"])
         case "reward_pairs":
             which, losses = "pairs", pairwise_losses(RewardModelConfig(), scores[0::2], scores[1::2], 0.1)
-        case "reward_rankings":
-            rankings = scores.reshape(-1, 4)
-            ranks = jnp.broadcast_to(jnp.asarray([0, 1, 1, 2]), rankings.shape)
-            which, losses = "rankings", ranking_losses(RewardModelConfig(), rankings, ranks, jnp.ones_like(ranks))
         case "outcome":
             which, losses = "rows", outcome_losses(scores, data["desirable"])
         case "process":

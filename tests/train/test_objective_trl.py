@@ -23,7 +23,7 @@ from train.objectives.config import (
 )
 from train.objectives.kto import kto_losses, kto_reference_point
 from train.objectives.orpo import log_odds_ratio
-from train.objectives.pairs import PairLogprobs, pair_logprobs
+from train.objectives.pairs import PairLogprobs
 from train.objectives.policy_gradient import Rollouts, policy_sums, prepare
 from train.objectives.preference import pair_losses
 from train.objectives.reward_model import pairwise_losses
@@ -171,9 +171,7 @@ def outputs_of(logprobs):
     )
 
 
-# Rows of TRL: all chosen, then all rejected.
-PAIRED = np.arange(B).reshape(2, -1).T
-# TRL counts prompt and completion; one token of prompt.
+# TRL counts prompt and completion; one token of prompt. Rows of pairs are all chosen, then all rejected.
 FULL_MASK = np.concatenate([np.zeros((B, 1)), MASK], axis=1)
 
 
@@ -211,8 +209,11 @@ def test_dpo_loss_and_gradient(config, kind):
     loss = DPOTrainer._compute_loss(trainer, lambda **_: outputs_of(logprobs * tensor(MASK)), inputs, return_outputs=False)
     loss.backward()
 
+    def sums(x):
+        return jnp.sum(x * MASK, axis=1)
+
     def ours(x):
-        pairs = (pair_logprobs(x[PAIRED], MASK[PAIRED]) for x in (x, REFERENCE))
+        pairs = (PairLogprobs(*jnp.split(sums(x), 2), *jnp.split(sums(np.ones((B, T))), 2)) for x in (x, REFERENCE))
         return weighted_sum(sequence_weights(np.ones(B // 2)), pair_losses(config, *pairs))
 
     value, gradient = jax.jit(jax.value_and_grad(ours))(POLICY)

@@ -37,7 +37,7 @@ from train.objectives.config import (
     RewardModelConfig,
     SimPOConfig,
 )
-from train.preferences import REWARD_HEAD, answer_scores, at_ends, constants_of_update, preference_objective, segment_ends
+from train.preferences import REWARD_HEAD, answer_scores, at_stop_tokens, constants_of_update, preference_objective
 from train.rollouts import to_rows
 from train.scalar_head import scalar_head_spec
 from train.step import gradient_sums, make_trainer
@@ -530,7 +530,7 @@ def test_a_reward_model_learns_a_rule_and_scores_samples_as_it_scored_answers(be
     learned = LearnedReward(str(directory), MODEL, trainer.mesh, max_rows=3)
     batch = batch_of(config)
     read = answer_scores(learned.params, MODEL, batch)
-    scores = np.asarray(at_ends(read, segment_ends(batch) + 1))
+    scores = np.asarray(at_stop_tokens(read, batch))
     prompts, answers, expected = [], [], []
     for r in range(len(batch["tokens"])):
         for s in range(1, batch["segment_ids"][r].max() + 1):

@@ -75,7 +75,7 @@ def normalised_apart(weights: jax.Array, parts: int) -> jax.Array:
 
 
 def sequence_weights(valid: jax.Array) -> jax.Array:
-    """Weights [B] of the sequences, pairs or rankings of the whole batch that count."""
+    """Weights [B] of the sequences or pairs of the whole batch that count."""
     valid = as_float(valid)
     return divide(valid, jnp.sum(valid))
 

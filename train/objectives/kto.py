@@ -7,27 +7,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from train.objectives.aggregate import divide, masked_mean
 from train.objectives.config import KTOConfig
 
 
-def mismatched_rows(rows: int) -> np.ndarray:
-    """For each prompt, the row [B] whose answer it is paired with to estimate the distance: that of the next row.
-
-    Raises:
-      ValueError: a single row has only its own answer.
-    """
-    if rows < 2:
-        raise ValueError(
-            f"KTO pairs prompts with other rows' answers, and the batch has {rows} row: take a batch of at least 2"
-        )
-    return np.roll(np.arange(rows), -1)
-
-
 def kto_reference_point(policy: jax.Array, reference: jax.Array, valid: jax.Array) -> jax.Array:
-    """z0, a constant: mean of log policy - log reference over mismatched answers [B], at least 0.
+    """z0, a constant: mean of log policy - log reference over answers [B] to other prompts, at least 0.
 
     Once per update, over the whole batch: a z0 of each micro-batch would be another loss.
     """

@@ -1,8 +1,9 @@
-"""Reward models: pairs and rankings (Bradley-Terry), outcomes, and single steps of a solution.
+"""Reward models: pairs (Bradley-Terry), outcomes, and single steps of a solution.
 
-The score of an answer is read at its last token, the stop token; scores and losses want float32 or more.
+The score of an answer is read at its last token, the stop token (`train.preferences.at_stop_tokens`); scores and losses want
+float32 or more.
 
-Axes: N pairs or rankings, K answers of a ranking, B answers, T tokens.
+Axes: N pairs, B answers, T tokens.
 """
 
 from __future__ import annotations
@@ -11,15 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from data.config import IGNORE
-from train.objectives.aggregate import as_float, divide, masked, sequence_sums
+from train.objectives.aggregate import as_float, masked, sequence_sums
 from train.objectives.config import RewardModelConfig, StepAggregation
 from train.objectives.pairs import preference_accuracy
 from train.objectives.ppo import last_action
-
-
-def last_token_scores(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scores [B] at the last masked token of `scores` [B, T], wherever padding lies."""
-    return sequence_sums(scores, last_action(mask))
 
 
 def pairwise_losses(
@@ -43,18 +39,6 @@ def length_preference(
         "longer_scored_higher": preference_accuracy(longer * chosen, longer * rejected),
         "longer_chosen": preference_accuracy(chosen_lengths, rejected_lengths),
     }
-
-
-def ranking_losses(config: RewardModelConfig, scores: jax.Array, ranks: jax.Array, valid: jax.Array) -> jax.Array:
-    """Mean pairwise loss [N] over all pairs of different rank in each ranking; so a ranking of K weighs as much as a pair.
-
-    Args:
-      scores, ranks, valid: [N, K]; rank 0 is best, equal ranks are ties and not compared; `valid` is 0 for missing answers.
-    """
-    both = (valid != 0)[:, :, None] & (valid != 0)[:, None, :]
-    pairs = as_float(both & (ranks[:, :, None] < ranks[:, None, :]))
-    losses = pairwise_losses(config, scores[:, :, None], scores[:, None, :])
-    return divide(jnp.sum(masked(losses, pairs), axis=(1, 2)), jnp.sum(pairs, axis=(1, 2)))
 
 
 def outcome_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
