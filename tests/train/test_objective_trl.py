@@ -11,6 +11,7 @@ import pytest
 
 from train.objectives.aggregate import sequence_weights, weighted_sum
 from train.objectives.config import (
+    RLOO,
     CPOConfig,
     DPOConfig,
     ImportanceConfig,
@@ -87,6 +88,7 @@ POLICIES = {
         {"beta": 0.3, "correct_kl": True},
     ),
     "dapo": (PolicyConfig(scale="group", clip_high=0.28), {"loss_type": "dapo"}),
+    "two_sided": (PolicyConfig(scale="group", clip_high=0.28, dual_clip=1.4), {"loss_type": "dapo", "delta": 1.4}),
     "dr_grpo": (PolicyConfig(aggregation="dr_grpo", max_length=9, clip_high=0.28), {"loss_type": "dr_grpo"}),
     "gspo": (PolicyConfig(surrogate="gspo", scale="group", aggregation="seq_mean", clip_high=0.28), {"level": "sequence"}),
     "cispo": (PolicyConfig(surrogate="cispo", scale="batch", clip_low=0, clip_high=0.3), {"loss_type": "cispo", "high": 1.3}),
@@ -131,7 +133,7 @@ def test_policy_loss_and_gradient(name):
         off_policy_mask_threshold=None,
         importance_sampling_level=options["level"],
         beta=options["beta"],
-        args=types.SimpleNamespace(use_bias_correction_kl=options["correct_kl"], delta=None),
+        args=types.SimpleNamespace(use_bias_correction_kl=options["correct_kl"], delta=options["delta"]),
         loss_type=options["loss_type"],
         epsilon_low=options["low"],
         epsilon_high=options["high"],
@@ -160,6 +162,32 @@ def test_policy_loss_and_gradient(name):
     value, gradient = jax.jit(jax.value_and_grad(ours))(POLICY)
     np.testing.assert_allclose(value, loss.item(), rtol=1e-10)
     np.testing.assert_allclose(gradient, logprobs.grad, atol=1e-12)
+
+
+def test_rloo_gradient():
+    """While the policy is the one that sampled: TRL then clips the ratio of the sequence, and ours is REINFORCE."""
+    from trl.trainer.rloo_trainer import RLOOTrainer
+
+    grouped = REWARDS.reshape(2, 4)
+    advantages = grouped - (grouped.sum(axis=1, keepdims=True) - grouped) / 3
+    logprobs = tensor(OLD, gradient=True)
+    trainer = stand_in(epsilon_low=0.2, epsilon_high=0.2)
+    trainer._get_per_token_logps_and_entropies.return_value = (logprobs, tensor(ENTROPIES), None)
+    inputs = {
+        "prompt_ids": torch.zeros(B, 1),
+        "prompt_mask": torch.ones(B, 1),
+        "completion_ids": torch.zeros(B, T),
+        "completion_mask": tensor(MASK),
+        "advantages": tensor(advantages.reshape(-1)),
+        "old_logps": tensor(np.sum(OLD * MASK, axis=1)),
+    }
+    RLOOTrainer._compute_loss(trainer, None, inputs).backward()
+
+    def ours(logprobs):
+        rollouts = Rollouts(MASK, OLD, OLD, REWARDS, GROUPS, np.ones(B), np.zeros(B))
+        return policy_sums(RLOO, prepare(RLOO, jax.tree.map(jnp.asarray, rollouts), 0.0)[0], logprobs)[0]
+
+    np.testing.assert_allclose(jax.jit(jax.grad(ours))(OLD), logprobs.grad, atol=1e-12)
 
 
 def outputs_of(logprobs):
@@ -233,6 +261,18 @@ def test_cpo_and_simpo_losses():
     trainer.configure_mock(loss_type="sigmoid", beta=0.1)
     theirs = CPOTrainer.cpo_loss(trainer, tensor(SUMS.chosen), tensor(SUMS.rejected))[0]
     ours = pair_losses(CPOConfig(0.1, 1.0), SUMS, None) + SUMS.chosen_means
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
+def test_conservative_dpo_loss():
+    """TRL's DPO trainer has no such loss; its CPO trainer smooths labels alike, here of ratios to the reference."""
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
+
+    reference = SUMS.replace(chosen=SUMS.chosen[::-1] - 0.3, rejected=SUMS.rejected[::-1])
+    trainer = stand_in(alpha=0.0, beta=0.2, loss_type="sigmoid", label_smoothing=0.15)
+    ratios = tensor(SUMS.chosen - reference.chosen), tensor(SUMS.rejected - reference.rejected)
+    theirs = CPOTrainer.cpo_loss(trainer, *ratios)[0]
+    ours = pair_losses(DPOConfig("conservative", 0.2, label_smoothing=0.15), SUMS, reference)
     np.testing.assert_allclose(ours, theirs, rtol=1e-10)
 
 
