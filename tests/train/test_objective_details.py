@@ -53,6 +53,7 @@ from train.objectives.policy_gradient import (
     policy_sums,
     prepare,
 )
+from train.objectives.sapo import sapo_losses
 
 
 def quick(function):
@@ -426,6 +427,15 @@ def test_cispo_differentiates_the_logprob_only_and_drops_no_token():
     close(gradient_of(loss, logprobs), [-2.5 * 2, 0.5 * 3])
 
 
+def test_sapo_begins_as_the_plain_ratio_and_fades_by_the_sign_of_the_advantage():
+    """Against the paper's gate on the gradient: 4 p (1 - p), of p = s(t (r - 1))."""
+    ratio, advantages = np.meshgrid([0.01, 0.5, 1, 1.5, 3, 50], [-2.0, 1.0])
+    slopes = gradient_of(lambda x: jnp.sum(sapo_losses(x, advantages, 1.0, 2.0)), np.log(ratio))
+    p = scipy.special.expit(np.where(advantages > 0, 1.0, 2.0) * (ratio - 1))
+    close(slopes, -4 * p * (1 - p) * ratio * advantages, rtol=1e-9)
+    close(slopes[ratio == 1], -advantages[ratio == 1])
+
+
 def test_gspo_is_the_sequence_level_objective_in_value_and_gradient():
     advantages, mask = np.asarray([1.0, -1.0, 0.5, -2.0]), MASK
 
@@ -608,6 +618,25 @@ def test_gae_with_lambda_1_is_monte_carlo_and_with_0_one_step():
     close(returns, rewards_to_go(rewards, MASK), atol=1e-12)
     advantages, _ = generalised_advantages(rewards, values, MASK, 1.0, 0.0)
     close(advantages[0, :3], rewards[0, :3] + np.asarray([values[0, 1], values[0, 2], 0]) - values[0, :3])
+
+
+def test_lambda_adapts_to_the_length_of_an_answer_in_advantages_alone():
+    """Of 3, 1, 4 and 3 tokens; where 1 / (a x length) is above 1, lambda is 0."""
+    value = ValueConfig(discount=0.9, gae_lambda=1.0, adaptive_lambda=0.3)
+    batch, _ = run_prepare(PolicyConfig(advantage="gae", value=value), make_rollouts(values=REFERENCE), 0.0)
+    rewards = token_rewards(np.asarray([1.0, 0.5, 0.0, 0.25]), MASK)
+    for row, of_row in enumerate([0.0, 0.0, 1 - 1 / 1.2, 0.0]):
+        close(batch.advantages[row], generalised_advantages(rewards, REFERENCE, MASK, 0.9, of_row)[0][row], atol=1e-12)
+    close(batch.returns, generalised_advantages(rewards, REFERENCE, MASK, 0.9, 1.0)[1])
+
+
+def test_whitened_rewards_keep_their_mean_and_are_what_returns_are_of():
+    value = ValueConfig(gae_lambda=1.0, whiten_rewards=True)
+    batch, _ = run_prepare(PolicyConfig(advantage="gae", value=value), make_rollouts(), 0.0)
+    rewards = token_rewards(np.asarray([1.0, 0.5, 0.0, 0.25]), MASK)
+    acts = rewards[MASK > 0]
+    rewards = np.where(MASK > 0, (rewards - acts.mean()) / acts.std(ddof=1) + acts.mean(), 0)
+    close(batch.returns, rewards_to_go(rewards, MASK), rtol=1e-6, atol=1e-6)
 
 
 def test_returns_are_made_before_advantages_are_whitened():

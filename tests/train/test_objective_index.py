@@ -135,8 +135,10 @@ A1 = [
         "test_objective_config::test_refuses",
     ),
     shown(
-        "SAPO, GMPO, DPPO-TV",
-        left_out="three more surrogates for the ratio of a policy that has moved, on which no run here depends",
+        "SAPO",
+        "test_sapo_begins_as_the_plain_ratio_and_fades_by_the_sign_of_the_advantage",
+        "test_objective_trl::test_policy_loss_and_gradient",
+        left_out="GMPO and DPPO-TV: two more bounds for a policy that has moved, on which no run here depends",
     ),
     shown("four aggregations", "test_objective_golden::test_golden_value"),
     shown(
@@ -237,6 +239,7 @@ A2 = [
         "returns before whitening; whitened rewards",
         "test_returns_are_made_before_advantages_are_whitened",
         "test_whitening_is_over_the_mask_and_may_keep_the_mean",
+        "test_whitened_rewards_keep_their_mean_and_are_what_returns_are_of",
     ),
     shown("the clipped value loss", "test_value_loss_is_the_larger_of_both"),
     shown(
@@ -252,7 +255,11 @@ A2 = [
         "test_rl_updates::test_each_pass_goes_over_all_rows_in_an_order_of_its_own",
         "test_rl_updates::test_the_first_minibatch_has_ratio_1_and_later_ones_do_not",
     ),
-    shown("lambda", "test_gae_with_lambda_1_is_monte_carlo_and_with_0_one_step"),
+    shown(
+        "lambda",
+        "test_gae_with_lambda_1_is_monte_carlo_and_with_0_one_step",
+        "test_lambda_adapts_to_the_length_of_an_answer_in_advantages_alone",
+    ),
     shown(
         "updates end at a limit of the KL; what is watched",
         "test_rl_updates::test_a_large_kl_ends_the_updates_of_a_batch",

@@ -28,8 +28,10 @@ from train.objectives.config import (
     KLConfig,
     KTOConfig,
     ORPOConfig,
+    PolicyConfig,
     RewardModelConfig,
     SimPOConfig,
+    ValueConfig,
     dapo,
     dr_grpo,
 )
@@ -64,6 +66,8 @@ POLICIES = {
         CISPO, scale="batch", kl=KLConfig(loss_coefficient=0.1, ratio="detached"), zero_variance="drop"
     ),
     "maxrl": MAXRL,
+    "sapo": PolicyConfig(surrogate="sapo", clip_low=0, clip_high=0),
+    "vapo": dataclasses.replace(PPO, value=ValueConfig(gae_lambda=1.0, adaptive_lambda=0.5, whiten_rewards=True)),
 }
 PAIRS = {
     "dpo": DPOConfig(nll_coefficient=0.2),

@@ -92,6 +92,10 @@ POLICIES = {
     "dr_grpo": (PolicyConfig(aggregation="dr_grpo", max_length=9, clip_high=0.28), {"loss_type": "dr_grpo"}),
     "gspo": (PolicyConfig(surrogate="gspo", scale="group", aggregation="seq_mean", clip_high=0.28), {"level": "sequence"}),
     "cispo": (PolicyConfig(surrogate="cispo", scale="batch", clip_low=0, clip_high=0.3), {"loss_type": "cispo", "high": 1.3}),
+    "sapo": (
+        PolicyConfig(surrogate="sapo", scale="group", aggregation="seq_mean", clip_low=0, clip_high=0),
+        {"loss_type": "sapo"},
+    ),
     "entropy": (PolicyConfig(scale="group", clip_high=0.28, entropy_coefficient=0.2), {"loss_type": "dapo", "entropy": 0.2}),
     "truncated_importance": (
         PolicyConfig(scale="group", clip_high=0.28, importance=ImportanceConfig("token", cap=1.3)),
@@ -133,7 +137,12 @@ def test_policy_loss_and_gradient(name):
         off_policy_mask_threshold=None,
         importance_sampling_level=options["level"],
         beta=options["beta"],
-        args=types.SimpleNamespace(use_bias_correction_kl=options["correct_kl"], delta=options["delta"]),
+        args=types.SimpleNamespace(
+            use_bias_correction_kl=options["correct_kl"],
+            delta=options["delta"],
+            sapo_temperature_pos=config.sapo_positive,
+            sapo_temperature_neg=config.sapo_negative,
+        ),
         loss_type=options["loss_type"],
         epsilon_low=options["low"],
         epsilon_high=options["high"],

@@ -187,6 +187,15 @@ def test_the_entropy_bonus_rises_below_its_target_and_continues_with_a_run(warm_
 
 
 @pytest.mark.slow
+def test_at_first_the_policy_is_its_reference_at_any_temperature(warm_start, tmp_path):
+    policy = PolicyConfig(group_size=4, kl=KLConfig(0.1))
+    rollouts = RolloutConfig(prompts=4, max_prompt_tokens=6, max_tokens=6, max_batch=8, verifiers=1, temperature=0.7)
+    first, *_ = run(job(warm_start, tmp_path / "run", policy=policy, rollouts=rollouts, steps=1))
+    assert abs(first["reference_kl"]) < 1e-6
+    assert first["mismatch_max"] < 1e-5
+
+
+@pytest.mark.slow
 def test_the_penalty_in_the_reward_follows_its_target_and_stays_positive(warm_start, tmp_path):
     """What is reported is the coefficient of the step itself: at first the given one, while the policy is its reference."""
     policy = PolicyConfig(group_size=4, kl=KLConfig(0.1, target=100.0, horizon=3.3))

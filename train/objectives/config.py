@@ -15,7 +15,7 @@ KLEstimator = Literal["k1", "k2", "k3"]
 RatioUse = Literal["none", "detached", "differentiated"]
 Level = Literal["none", "token", "sequence"]
 RejectLevel = Literal["none", "token", "sequence", "geometric"]
-Surrogate = Literal["reinforce", "clipped", "gspo", "cispo"]
+Surrogate = Literal["reinforce", "clipped", "gspo", "cispo", "sapo"]
 Advantage = Literal["none", "ema", "batch", "rloo", "greedy", "group", "maxrl", "gae"]
 Scale = Literal["none", "group", "batch"]
 Truncation = Literal["keep", "mask", "zero_reward", "penalty", "soft_penalty"]
@@ -98,16 +98,22 @@ class ValueConfig:
       coefficient: of the value loss.
       clip: largest step of a value away from that at the time of the rollout; 0 is off.
       discount, gae_lambda: of generalised advantage estimation (arXiv:1506.02438).
+      adaptive_lambda: a in 1 - 1 / (a x length), at least 0, which is then lambda in the advantages of an answer of so many
+        tokens (arXiv:2504.05118), and `gae_lambda` that of the returns alone; 0 is off.
+      whiten_rewards: rewards per token to variance 1 over the batch, the mean kept, before anything is made of them.
     """
 
     coefficient: float = 0.5
     clip: float = 0.2
     discount: float = 1.0
     gae_lambda: float = 0.95
+    adaptive_lambda: float = 0.0
+    whiten_rewards: bool = False
 
     def __post_init__(self) -> None:
         check(self.coefficient > 0, f"value.coefficient={self.coefficient} must be positive")
         check(self.clip >= 0, f"value.clip={self.clip} must be >= 0 (0 is off)")
+        check(self.adaptive_lambda >= 0, f"value.adaptive_lambda={self.adaptive_lambda} must be >= 0 (0 is off)")
         for field in ("discount", "gae_lambda"):
             check(0 <= getattr(self, field) <= 1, f"value.{field}={getattr(self, field)} must lie in [0, 1]")
 
@@ -118,7 +124,7 @@ class PolicyConfig:
 
     Attributes:
       surrogate: `reinforce`: -A log p. `clipped`: PPO's. `gspo`: PPO's with the sequence's ratio. `cispo`: -A log p times the
-        detached, truncated ratio.
+        detached, truncated ratio. `sapo`: a soft gate on the ratio.
       advantage: return minus a baseline: `none`, `ema` of earlier returns, mean of the `batch`, of the rest of the group
         (`rloo`), return of the `greedy` answer, mean of the `group`; `maxrl`: (r - group mean) / group mean; `gae`: by a value
         function.
@@ -128,6 +134,7 @@ class PolicyConfig:
       aggregation: see `train.objectives.aggregate.token_weights`.
       clip_low, clip_high: the ratio stays in [1 - clip_low, 1 + clip_high]; cispo knows only the upper bound.
       dual_clip: bound on the ratio where the advantage is negative; 0 is off.
+      sapo_positive, sapo_negative: how fast `sapo` fades away from a ratio of 1, by the sign of the advantage.
       group_size: samples of each prompt.
       max_length: limit on generated tokens; denominator of `dr_grpo`, end of the ramp of `soft_penalty`.
       truncation: of samples that reached the limit: `keep` them as they are; `mask` them out of loss and denominators, though
@@ -156,6 +163,8 @@ class PolicyConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 0.0
+    sapo_positive: float = 1.0
+    sapo_negative: float = 1.05
     group_size: int = 8
     max_length: int = 0
     truncation: Truncation = "keep"
@@ -188,7 +197,11 @@ class PolicyConfig:
         elif self.surrogate == "cispo":
             check(self.clip_low == 0 and self.clip_high > 0, f"{clips}: cispo takes clip_low=0 and a positive clip_high")
         else:
-            check(self.clip_low == self.clip_high == 0, f"{clips}: reinforce has no ratio to clip: set both to 0")
+            check(self.clip_low == self.clip_high == 0, f"{clips}: {self.surrogate} has no ratio to clip: set both to 0")
+        check(
+            self.sapo_positive > 0 and self.sapo_negative > 0,
+            f"policy.sapo_positive={self.sapo_positive}, policy.sapo_negative={self.sapo_negative} must be positive",
+        )
         check(
             self.dual_clip == 0 or (self.dual_clip > 1 + self.clip_high and self.surrogate == "clipped"),
             f"policy.dual_clip={self.dual_clip} must be 0 (off), or with surrogate='clipped' above 1 + clip_high",

@@ -27,8 +27,17 @@ from train.objectives.gspo import gspo_losses, sequence_log_ratio
 from train.objectives.importance import importance_weights, log_ratio
 from train.objectives.kl import kl_losses, kl_values
 from train.objectives.metrics import clip_fractions, effective_sample_fraction, sampler_mismatch
-from train.objectives.ppo import clipped_losses, explained_variance, generalised_advantages, token_rewards, value_losses, whiten
+from train.objectives.ppo import (
+    adaptive_lambda,
+    clipped_losses,
+    explained_variance,
+    generalised_advantages,
+    token_rewards,
+    value_losses,
+    whiten,
+)
 from train.objectives.reinforce import leave_one_out_baseline, reinforce_losses, rewards_to_go
+from train.objectives.sapo import sapo_losses
 
 Metrics = dict[str, jax.Array]
 
@@ -120,8 +129,13 @@ def prepare(
     per_token = token_rewards(scores, mask, kl if config.kl.reward_coefficient else None, kl_coefficient)
     returns = None
     if config.value is not None:
+        if config.value.whiten_rewards:
+            per_token = whiten(per_token, mask, shift_mean=False)
         values = _given(rollouts.values, "values")
         advantages, returns = generalised_advantages(per_token, values, mask, config.value.discount, config.value.gae_lambda)
+        if config.value.adaptive_lambda:
+            of_lengths = adaptive_lambda(mask, config.value.adaptive_lambda)
+            advantages, _ = generalised_advantages(per_token, values, mask, config.value.discount, of_lengths)
         metrics["explained_variance"] = explained_variance(values, returns, mask)
     else:
         advantages = _advantages(config, rollouts, per_token, mask, counts)
@@ -240,9 +254,11 @@ def policy_sums(
             clipped_logs = sequence_log_ratio(logs, mask)
         case "cispo":
             losses = cispo_losses(logprobs, logs, batch.advantages, config.clip_high)
+        case "sapo":
+            losses = sapo_losses(logs, batch.advantages, config.sapo_positive, config.sapo_negative)
     total = weighted_sum(batch.weights, losses)
     sums = {"policy_loss": total, "update_kl": weighted_sum(weights, jnp.expm1(logs) - logs)}
-    if config.surrogate != "reinforce":
+    if config.surrogate in ("clipped", "gspo", "cispo"):
         fractions = clip_fractions(config, clipped_logs, batch.advantages)
         sums |= {name: weighted_sum(weights, of_token) for name, of_token in fractions.items()}
     if config.kl.loss_coefficient:

@@ -31,12 +31,12 @@ def token_rewards(scores: jax.Array, mask: jax.Array, kl: jax.Array | None = Non
 
 
 def generalised_advantages(
-    rewards: jax.Array, values: jax.Array, mask: jax.Array, discount: float, gae_lambda: float
+    rewards: jax.Array, values: jax.Array, mask: jax.Array, discount: float, gae_lambda: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
     """Advantages and returns (advantage + value), both [B, T] constants, 0 outside of the mask (arXiv:1506.02438).
 
     The state after the last action is terminal, of value 0, also for a sample that was cut off: what that costs is for the
-    reward to say.
+    reward to say. `gae_lambda` is one for all rows, or [B].
     """
     mask = as_float(mask)
     rewards, values = masked(rewards, mask), masked(values, mask)
@@ -54,6 +54,11 @@ def generalised_advantages(
     _, advantages = jax.lax.scan(step, (zeros, zeros), (rewards.T, values.T, mask.T), reverse=True)
     advantages = jax.lax.stop_gradient(advantages.T)
     return advantages, jax.lax.stop_gradient(masked(advantages + values, mask))
+
+
+def adaptive_lambda(mask: jax.Array, a: float) -> jax.Array:
+    """Lambda [B] of answers by their lengths: 1 - 1 / (a x length), at least 0 (VAPO, arXiv:2504.05118)."""
+    return jnp.maximum(1 - divide(jnp.ones(()), a * jnp.sum(as_float(mask), axis=-1)), 0)
 
 
 def whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:
