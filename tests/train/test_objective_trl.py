@@ -93,7 +93,8 @@ POLICIES = {
     "gspo": (PolicyConfig(surrogate="gspo", scale="group", aggregation="seq_mean", clip_high=0.28), {"level": "sequence"}),
     "cispo": (PolicyConfig(surrogate="cispo", scale="batch", clip_low=0, clip_high=0.3), {"loss_type": "cispo", "high": 1.3}),
     "sapo": (
-        PolicyConfig(surrogate="sapo", scale="group", aggregation="seq_mean", clip_low=0, clip_high=0),
+        # 1.25, since TRL takes its temperatures in float32.
+        PolicyConfig(surrogate="sapo", scale="group", aggregation="seq_mean", clip_low=0, clip_high=0, sapo_negative=1.25),
         {"loss_type": "sapo"},
     ),
     "entropy": (PolicyConfig(scale="group", clip_high=0.28, entropy_coefficient=0.2), {"loss_type": "dapo", "entropy": 0.2}),
