@@ -1,7 +1,9 @@
 """The tokenizer in the metadata of a GGUF file, as the tokenizer.json that it was made from, and back.
 
 A file has the vocabulary, the merges or scores, and a name for how text is split before. Byte-level BPE (`gpt2`) and
-SentencePiece's BPE (`llama`) are read; both as llama.cpp encodes, which normalises nothing.
+SentencePiece's BPE (`llama`) are read; both as llama.cpp encodes, which normalises nothing. One split differs: for `tekken`
+llama.cpp has an approximation (combining marks are no letters, and only ASCII has upper and lower case), and here it is that of
+the published tokenizer, which the models were trained with.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ def _byte_level(use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
-def _split(pattern: str) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
+def _split(*patterns: str) -> dict[str, Any]:
+    """Each pattern splits the pieces that those before it left."""
+    splits = [{"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False} for each in patterns]
+    return {"type": "Sequence", "pretokenizers": [*splits, _byte_level(use_regex=False)]}
 
 
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Also of a file that names none.
+_DEFAULT = _split(r"[\p{P}$+<=>^~|]+", _GPT2_SPLIT, r"\p{N}+", "[0-9]{3}")
 _GPT2 = _byte_level(use_regex=True)
 _DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2]}
 _LLAMA3 = _split(GPT4_SPLIT)
@@ -51,25 +57,18 @@ class Split(NamedTuple):
     adds_bos: bool = False
 
 
-_LIKE_LLAMA3 = Split(_LLAMA3, whole_words=True, adds_bos=True)
+# The first of several names is the one that is written.
 SPLITS = {
-    "default": Split(_GPT2),
-    "gpt-2": Split(_GPT2),
-    "phi-2": Split(_GPT2),
-    "olmo": Split(_GPT2),
-    "smollm": Split(_DIGITS),
-    "starcoder": Split(_DIGITS),
-    "refact": Split(_DIGITS),
-    "llama-bpe": _LIKE_LLAMA3,
-    "llama3": _LIKE_LLAMA3,
-    "llama-v3": _LIKE_LLAMA3,
-    "falcon3": _LIKE_LLAMA3,
-    "midm-2.0": _LIKE_LLAMA3,
-    "pixtral": _LIKE_LLAMA3,
-    "smaug-bpe": Split(_LLAMA3),
-    "dbrx": Split(_LLAMA3),
-    "qwen2": Split(_QWEN2),
-    "deepseek-r1-qwen": Split(_QWEN2),
+    "default": Split(_DEFAULT),
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "jais", "gigachat", "a.x-4.0", "mellum", "exaone4"), Split(_GPT2)),
+    **dict.fromkeys(("trillion", "granite-docling"), Split(_GPT2)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), Split(_DIGITS)),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "midm-2.0", "pixtral", "lfm2"),
+        Split(_LLAMA3, whole_words=True, adds_bos=True),
+    ),
+    **dict.fromkeys(("smaug-bpe", "dbrx", "glm4", "chatglm-bpe"), Split(_LLAMA3)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open", "grok-2"), Split(_QWEN2)),
     "tekken": Split(_TEKKEN, whole_words=True, adds_bos=True),
 }
 # Ids of a SentencePiece file that does not say.

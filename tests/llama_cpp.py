@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,13 @@ class Answer:
 class LlamaCpp:
     def __init__(self, server) -> None:
         self._server = server
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text in which special tokens are none, without <bos>."""
+        asked = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
+        request = urllib.request.Request(f"{self._server.listening_address}/tokenize", asked, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)["tokens"]
 
     def greedy(self, prompt: str | Sequence[int], max_tokens: int, top: int = 1) -> Answer:
         """Up to `max_tokens` tokens after a text, in which special tokens may stand, or after token ids."""

@@ -1,11 +1,16 @@
 """Random networks that we write run in llama.cpp, which finds the same distributions (SmolLM2: tests/inference)."""
 
 import dataclasses
+import json
+from contextlib import contextmanager
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
+from data.gguf_tokenizer import SPLITS, tokenizer_of
 from model.config import ModelConfig, RopeConfig
 from model.convert.gguf import load, save
 from model.transformer import forward, unembed
@@ -75,3 +80,62 @@ def test_llama_cpp_finds_our_distributions(name, kind, tmp_path):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE[kind])
     if kind == "F32":
         np.testing.assert_array_equal(np.argmax(ours, axis=-1), answer.tokens)
+
+
+# --- Tokenizers ---------------------------------------------------------------------------------------------------------------
+
+WORDS = [
+    "x 1234 12345678 a1b22c333",
+    "a !! b?! (c), \"d\" -- e_f $5+3=8 <y> ^z ~w|v `u` a@b.c #h %k &l *m",
+    "it's don't I'LL you'Re we'D they've 'tis 'S",
+    "  two\n\n\ttab   three \r\n \n end  ",
+    "ünïcödé Straße ΑΘΗΝΑ привет 你好世界 こんにちは 🎉🎉 “quoted” — ¿qué? €5 ½ ² Ⅷ ٣٤٥",
+    "camelCase HTTPServer fooBar/baz path/to/file.py:12 //comment/\n/* x */",
+    "\u00a0no-break\u3000wide\u2028line",
+    "word " * 5 + "a" * 40 + "-" * 20 + "9" * 17,
+]
+MARKED = ["cafe\u0301 nai\u0308ve हिन्दी", "приветМир ΑβΓδ"]
+
+
+def merged_across_borders(pre: str) -> dict:
+    """Byte-level BPE whose merges know no split, so that only the split by its name keeps them within words."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
+    # Windows of a few characters, each often enough to be merged.
+    texts = [text[i : i + 6] for text in [*WORDS, *MARKED] for i in range(len(text))]
+    tokenizer.train_from_iterator(texts, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * len(tokens),
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+
+
+@contextmanager
+def llama_cpp_with(metadata, directory):
+    """A network of that vocabulary, in llama.cpp."""
+    config = dataclasses.replace(LLAMA, vocab_size=len(metadata["tokenizer.ggml.tokens"]), num_layers=1)
+    save(directory / "model.gguf", random_params(config), config, "F32", metadata)
+    with open_llama_cpp(directory / "model.gguf") as theirs:
+        yield theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SPLITS, None])
+def test_llama_cpp_finds_our_tokens(name, tmp_path):
+    metadata = merged_across_borders(name or "")
+    if name is None:
+        del metadata["tokenizer.ggml.pre"]
+    ours = tokenizer_of(metadata, "test")
+    with llama_cpp_with(metadata, tmp_path) as theirs:
+        for text in WORDS:
+            assert ours.encode(text) == theirs.tokenize(text), text
+        for text in MARKED:  # of which llama.cpp's tekken is an approximation, and ours is as published
+            assert (ours.encode(text) == theirs.tokenize(text)) == (name != "tekken"), text
