@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
-from data.tokenizer import GPT4_SPLIT, HuggingFaceTokenizer, SubwordTokenizer, Tokenizer
+from data.tokenizer import GPT4_SPLIT, HuggingFaceTokenizer, Tokenizer, as_huggingface
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPM_SPACE = "\u2581"
 _KEYS = "tokenizer.ggml."
+# Special tokens that end a turn, whatever a file names as its one <eos>; llama.cpp knows them by their text, too.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:
@@ -105,12 +108,18 @@ def tokenizer_of(metadata: Mapping[str, Any], where: str) -> HuggingFaceTokenize
     added = [_added(i, tokens[i], kind == _CONTROL) for i, kind in enumerate(types) if kind in (_CONTROL, _USER_DEFINED)]
     bos = special["bos"] if adds_bos else None
     described |= {"version": "1.0", "added_tokens": added, "post_processor": _puts_before(tokens, bos)}
-    described["model"] |= {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}}
+    # llama.cpp wants a token for each row of the embedding, and files are padded with these.
+    vocab = {token: i for i, token in enumerate(tokens) if types[i] != _UNUSED or token != _padding(i)}
+    described["model"] |= {"type": "BPE", "vocab": vocab}
     try:
         model = json.dumps(described, ensure_ascii=False).encode()
         return HuggingFaceTokenizer(model, special | {"adds_bos": adds_bos})
     except ValueError as error:
         raise ValueError(f"the tokenizer in {where} cannot be used: {error}") from error
+
+
+def _padding(token_id: int) -> str:
+    return f"[PAD{token_id}]"
 
 
 def _special(metadata: Mapping[str, Any], name: str, usual: int | None, size: int, where: str) -> int | None:
@@ -197,57 +206,128 @@ def _merges_of(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(found)]
 
 
-def metadata_of(tokenizer: Tokenizer, chat_template: str | None = None) -> dict[str, Any]:
-    """The keys of a GGUF file for a byte-level BPE tokenizer.
+def metadata_of(
+    tokenizer: Tokenizer, vocab_size: int, chat_template: str | None = None, stop_ids: Set[int] = frozenset()
+) -> dict[str, Any]:
+    """The keys of a GGUF file for a tokenizer: byte-level BPE, or BPE of SentencePiece with byte fallback.
+
+    llama.cpp normalises nothing, so NFC, which Qwen's tokenizers make of a text first, is not kept. For SentencePiece it always
+    puts a space before a text, as that does; tokenizers with `Metaspace` put none before a text that begins with one.
+
+    Args:
+      vocab_size: of the model, which may have more rows than the tokenizer has tokens.
+      stop_ids: tokens that end an answer.
 
     Raises:
-      ValueError: it is of another kind, or splits text in a way that llama.cpp has no name for.
+      ValueError: it is of another kind, splits text in a way that llama.cpp has no name for, or has more tokens than the model.
     """
-    if not isinstance(tokenizer, HuggingFaceTokenizer | SubwordTokenizer) or tokenizer.kind == "wordpiece":
-        raise ValueError(f"a {tokenizer.kind} tokenizer has no form in GGUF: byte-level BPE ones have (kind='byte_bpe')")
+    tokenizer = as_huggingface(tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}: they are not of one model")
     described = json.loads(tokenizer.model)
     model = described["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback") or described.get("normalizer"):
-        raise ValueError("only byte-level BPE tokenizers without a normaliser are written as GGUF")
-    name = _name_of(described["pre_tokenizer"], bool(model.get("ignore_merges")))
+    if model.get("type") != "BPE":
+        raise ValueError(f"a {model.get('type')} tokenizer has no form in GGUF: BPE ones have (kind='byte_bpe')")
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     texts = {token: text for text, token in model["vocab"].items()}
     types = dict.fromkeys(texts, _NORMAL)
     for token in described.get("added_tokens") or ():
         texts[token["id"]] = token["content"]
         types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
-    for text, token in (("<bos>", tokenizer.bos_id), ("<eos>", tokenizer.eos_id)):
-        if token is not None and token not in texts:  # those of our own tokenizers come after the model's
-            texts[token], types[token] = text, _CONTROL
-    size = tokenizer.vocab_size
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    adds_bos = tokenizer.adds_bos if isinstance(tokenizer, HuggingFaceTokenizer) else tokenizer.bos_id is not None
-    said = {
-        "model": "gpt2",
-        "pre": name,
-        "tokens": [texts.get(i, f"[UNUSED{i}]") for i in range(size)],
-        "token_type": [types.get(i, _CONTROL) for i in range(size)],
-        "merges": merges,
+    if model.get("byte_fallback"):
+        types |= {i: _BYTE for i, text in texts.items() if re.fullmatch("<0x[0-9A-F]{2}>", text)}
+        types |= {i: _UNKNOWN for i, text in texts.items() if text == model.get("unk_token")}
+        scores = _scores(merges, {text: i for i, text in texts.items() if types[i] == _NORMAL})
+        kind = {
+            "model": "llama",
+            "scores": [scores.get(texts.get(i, ""), 0.0) for i in range(vocab_size)],
+            "add_space_prefix": _adds_space(described),
+        }
+    else:
+        kind = {
+            "model": "gpt2",
+            "pre": _name_of(described, bool(model.get("ignore_merges"))),
+            "merges": [" ".join(merge) for merge in merges],
+        }
+    said = kind | {
+        "tokens": [texts.get(i, _padding(i)) for i in range(vocab_size)],
+        "token_type": [types.get(i, _UNUSED) for i in range(vocab_size)],
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
-        "add_bos_token": adds_bos,
+        "add_bos_token": tokenizer.adds_bos,
+        **_other_ends(tokenizer, stop_ids),
     }
     keys = {_KEYS + key: value for key, value in said.items() if value is not None}
     return keys | ({"tokenizer.chat_template": chat_template} if chat_template else {})
 
 
-def _name_of(pre_tokenizer: dict[str, Any], ignore_merges: bool) -> str:
+def _other_ends(tokenizer: HuggingFaceTokenizer, stop_ids: Set[int]) -> dict[str, int]:
+    """The keys of the tokens beside <eos> that end an answer. A file has two; those of TURN_ENDS need none."""
+    by_text = {tokenizer.special_tokens.get(text) for text in TURN_ENDS}
+    others = sorted(stop_ids - {tokenizer.eos_id}, key=lambda token: (token in by_text, token))
+    if len([token for token in others if token not in by_text]) > 2:
+        raise ValueError(f"a GGUF file names <eos> and two more tokens that end an answer, and here are {sorted(stop_ids)}")
+    return dict(zip(("eot_token_id", "eom_token_id"), others, strict=False))
+
+
+def _steps(part: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
+    """What a normaliser or pre-tokenizer does, one after the other."""
+    if part is None:
+        return []
+    return [step for inner in part[name] for step in _steps(inner, name)] if part["type"] == "Sequence" else [part]
+
+
+def _name_of(described: Mapping[str, Any], whole_words: bool) -> str:
     """The first name of a split; where there are two, that which treats whole words alike."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    fits = [
-        (split.whole_words != ignore_merges, name)
-        for name, split in SPLITS.items()
-        if _essence(split.pre_tokenizer.get("pretokenizers", [split.pre_tokenizer])) == _essence(steps)
-    ]
+    if any(step["type"] != "NFC" for step in _steps(described.get("normalizer"), "normalizers")):
+        raise ValueError(
+            "this tokenizer has a normaliser, which GGUF has no form for: it would see other text than it was made for"
+        )
+    split = _essence(described.get("pre_tokenizer"))
+    fits = [(each.whole_words != whole_words, name) for name, each in SPLITS.items() if _essence(each.pre_tokenizer) == split]
     if not fits:
         raise ValueError("this tokenizer splits text in a way that has no name in GGUF: take the tokenizer of a known model")
     return min(fits, key=lambda fit: fit[0])[1]
 
 
-def _essence(steps: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """What of pre-tokenizers decides where text is split."""
-    return [(step["type"], step.get("pattern"), step.get("use_regex"), step.get("individual_digits")) for step in steps]
+def _essence(pre_tokenizer: Mapping[str, Any] | None) -> list[tuple[Any, ...]]:
+    """What of a pre-tokenizer decides where text is split, whichever way published files spell it."""
+    found = []
+    for step in _steps(pre_tokenizer, "pretokenizers"):
+        if step["type"] == "ByteLevel":
+            found.append(("ByteLevel", step["add_prefix_space"], step.get("use_regex", True)))
+        elif step["type"] == "Split" and "Regex" in step["pattern"]:
+            pattern = step["pattern"]["Regex"].replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)")
+            found.append(("Split", pattern, step["behavior"], step["invert"]))
+        else:
+            found.append((step["type"], json.dumps(step, sort_keys=True)))
+    return found
+
+
+def _scores(merges: Sequence[tuple[str, ...]], normal: Mapping[str, int]) -> dict[str, float]:
+    """Of each token that merges make; SentencePiece merges what has the highest."""
+    made = [left + right for left, right in merges]
+    scores = {token: -float(i) for i, token in reversed([*enumerate(made)])}
+    again = _merges_of({token: scores.get(token, -float(len(made))) for token in sorted(normal, key=normal.__getitem__)})
+    if set(again) != set(merges) or [left + right for left, right in again] != made:
+        raise ValueError(
+            "the merges of this tokenizer are not in the order of its tokens, so they are none of SentencePiece, and GGUF has "
+            "no form for byte fallback with others"
+        )
+    return scores
+
+
+def _adds_space(described: Mapping[str, Any]) -> bool:
+    """Whether a space is put before a text."""
+    normalizers, steps = (
+        _steps(described.get("normalizer"), "normalizers"),
+        _steps(described.get("pre_tokenizer"), "pretokenizers"),
+    )
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPM_SPACE}
+    if not steps and normalizers in ([replace], [{"type": "Prepend", "prepend": _SPM_SPACE}, replace]):
+        return len(normalizers) == 2
+    if not normalizers and len(steps) == 1 and steps[0]["type"] == "Metaspace":
+        metaspace = steps[0]
+        if (metaspace["replacement"], metaspace.get("split", True)) == (_SPM_SPACE, False):
+            return metaspace["prepend_scheme"] != "never"
+    raise ValueError("this tokenizer prepares text in another way than SentencePiece does, which GGUF has no form for")

@@ -299,6 +299,34 @@ class HuggingFaceTokenizer(Tokenizer):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"special": self.special}, indent=2) + "\n")
 
 
+def as_huggingface(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
+    """The same tokens as a tokenizer.json. Other programs take text that spells <bos> or <eos> for these.
+
+    Raises:
+      ValueError: its kind has no such form.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer
+    if isinstance(tokenizer, SubwordTokenizer):
+        described = tokenizers.Tokenizer.from_str(tokenizer.model.decode())
+    elif isinstance(tokenizer, ByteTokenizer):
+        described = tokenizers.Tokenizer(models.BPE(vocab=byte_of_character(), merges=[]))
+        described.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    else:
+        raise ValueError(
+            f"a {tokenizer.kind} tokenizer has no form that other programs read: byte-level ones have (kind='byte_bpe')"
+        )
+    described.decoder = decoders.ByteLevel()
+    described.add_special_tokens(sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.__getitem__))
+    if tokenizer.bos_id is not None:
+        described.post_processor = processors.TemplateProcessing("<bos> $A", "<bos> $A $B", [("<bos>", tokenizer.bos_id)])
+    special = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "adds_bos": tokenizer.bos_id is not None}
+    return HuggingFaceTokenizer(described.to_str().encode(), special)
+
+
 def _alphabet(description: Mapping[str, Any]) -> Callable[[str], bytes]:
     """The bytes of a token of this tokenizer.json."""
     decoder = description.get("decoder") or {}

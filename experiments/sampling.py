@@ -15,7 +15,7 @@ import jax
 from data.chat_encoder import ChatEncoder
 from data.gguf_tokenizer import metadata_of
 from data.prepare import load_chat_template
-from data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, as_huggingface, load_tokenizer
 from experiments.config import build
 from inference.generate import generate
 from inference.models import LoadedModel, locate, open_model
@@ -168,42 +168,46 @@ def convert(arguments: argparse.Namespace) -> None:
     check(to_gguf or not arguments.type, f"--type is for GGUF, and {target} is none: let its name end in .gguf")
     check(not (to_gguf and arguments.family), "--family is for Hugging Face checkpoints: a GGUF file finds its own")
     loaded = open_any(arguments.source, arguments.step)
-    tokenizer = loaded.tokenizer
     if to_gguf:
         gguf.save(
             target, loaded.params, loaded.config, arguments.type or "F16", _gguf_keys(arguments.source, loaded), loaded.name
         )
         return
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     with tempfile.TemporaryDirectory() as scratch:
-        beside = Path(scratch)
         if not is_run(arguments.source) and (path := locate(arguments.source)).is_dir():
-            beside, special = path, {}
-        elif isinstance(tokenizer, HuggingFaceTokenizer):
-            _write_tokenizer(beside, tokenizer, loaded.chat_template)
+            huggingface.save(target, loaded.params, loaded.config, arguments.family, path)
         else:
-            beside = None
-        huggingface.save(target, loaded.params, loaded.config, arguments.family, beside, special)
+            special = _write_tokenizer(Path(scratch), loaded)
+            huggingface.save(target, loaded.params, loaded.config, arguments.family, scratch, special)
 
 
 def _gguf_keys(source: str, loaded: LoadedModel) -> dict[str, Any]:
     """The tokenizer's keys: just those of the source if it is a GGUF file."""
     if not is_run(source) and (path := locate(source)).is_file():
         return {key: value for key, value in read_gguf(path).metadata.items() if key.startswith("tokenizer.")}
-    return metadata_of(loaded.tokenizer, loaded.chat_template)
+    return metadata_of(loaded.tokenizer, loaded.config.vocab_size, loaded.chat_template, loaded.stop_ids)
 
 
-def _write_tokenizer(directory: Path, tokenizer: HuggingFaceTokenizer, chat_template: str | None) -> None:
-    """What transformers reads of a tokenizer beside a checkpoint."""
+def _write_tokenizer(directory: Path, loaded: LoadedModel) -> dict[str, Any]:
+    """What transformers reads of a tokenizer beside a checkpoint; returns the keys for its config.json."""
+    ends = sorted(loaded.stop_ids, key=lambda token: (token != loaded.tokenizer.eos_id, token))
+    special = {"bos_token_id": loaded.tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    (directory / "config.json").write_text("{}")
+    (directory / "generation_config.json").write_text(json.dumps(special, indent=2))
+    if loaded.chat_template:
+        (directory / "chat_template.jinja").write_text(loaded.chat_template)
+    try:
+        tokenizer = as_huggingface(loaded.tokenizer)
+    except ValueError as error:
+        print(f"written without a tokenizer: {error}")
+        return special
     texts = {i: text for text, i in tokenizer.special_tokens.items()}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": tokenizer.adds_bos}
-    ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    config |= {name: texts[i] for name, i in ends.items() if i is not None and i in texts}
+    named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    config |= {name: texts[i] for name, i in named.items() if i is not None and i in texts}
     (directory / "tokenizer.json").write_bytes(tokenizer.model)
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-    (directory / "config.json").write_text("{}")
-    if chat_template:
-        (directory / "chat_template.jinja").write_text(chat_template)
+    return special
 
 
 def sample(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:

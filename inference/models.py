@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data.gguf_tokenizer import tokenizer_of
+from data.gguf_tokenizer import TURN_ENDS, tokenizer_of
 from data.tokenizer import HuggingFaceTokenizer, Tokenizer, open_huggingface_tokenizer
 from inference import store
 from model.config import DType, ModelConfig
@@ -16,9 +16,6 @@ from model.convert import gguf, huggingface
 from model.convert.families import read_config
 from model.convert.gguf_file import GgufFile, read_gguf
 from model.params import Params
-
-# Special tokens that end a turn, whatever a GGUF file names as its one <eos>.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +117,7 @@ def open_model(
 
 def _gguf_stop_ids(file: GgufFile, tokenizer: HuggingFaceTokenizer) -> frozenset[int]:
     named = {file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
-    ends = named | {tokenizer.special_tokens.get(text) for text in _TURN_ENDS}
+    ends = named | {tokenizer.special_tokens.get(text) for text in TURN_ENDS}
     return frozenset(token for token in ends if token is not None)
 
 

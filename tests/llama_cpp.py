@@ -33,7 +33,9 @@ class LlamaCpp:
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text in which special tokens are none, without <bos>."""
         asked = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
-        request = urllib.request.Request(f"{self._server.listening_address}/tokenize", asked, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{self._server.listening_address}/tokenize", asked, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)["tokens"]
 

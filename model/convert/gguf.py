@@ -326,10 +326,16 @@ def save(
       metadata: more keys, above all those of the tokenizer (`data.gguf_tokenizer.metadata_of`).
 
     Raises:
-      ValueError: no architecture that is written expresses the network.
+      ValueError: no architecture that is written expresses the network, or there are more or fewer tokens than it has.
     """
     path = Path(path)
     architecture, values = _architecture_of(config)
+    tokens = (metadata or {}).get("tokenizer.ggml.tokens")
+    if tokens is not None and len(tokens) != config.vocab_size:
+        raise ValueError(
+            f"there are {len(tokens)} tokens for a model of {config.vocab_size}, which llama.cpp refuses: give metadata_of its "
+            "vocab_size"
+        )
     family = FAMILIES[ARCHITECTURES[architecture].family]
     leaves = {path_name(place): leaf for place, leaf in jax.tree_util.tree_leaves_with_path(params)}
     tensors, names = file_tensors(config, family), _names(architecture, config, family)

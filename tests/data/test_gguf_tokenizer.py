@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data.config import TokenizerConfig
 from data.gguf_tokenizer import SPLITS, metadata_of, tokenizer_of
-from data.tokenizer import HuggingFaceTokenizer, load_tokenizer, open_huggingface_tokenizer, train_tokenizer
+from data.tokenizer import HuggingFaceTokenizer, as_huggingface, load_tokenizer, open_huggingface_tokenizer, train_tokenizer
 from tests.data.gguf_metadata import CONTROL, TEXT, byte_bpe_metadata, sentencepiece_metadata
 
 PLAIN = byte_bpe_metadata()
@@ -84,7 +84,7 @@ def test_every_split_is_read_and_gives_text_back(name):
 
 
 # Of llama-vocab.cpp, those that set `add_bos` when a file does not say.
-BEGIN_WITH_BOS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0", "pixtral", "tekken"}
+BEGIN_WITH_BOS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "midm-2.0", "pixtral", "lfm2", "tekken"}
 
 
 def without(metadata, *names):
@@ -140,26 +140,147 @@ def test_saved_and_loaded_it_is_the_same(plain, tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_metadata_written_of_a_tokenizer_is_what_it_was_read_from(plain):
-    assert metadata_of(plain, "{{ x }}") == {key: value for key, value in PLAIN.items() if key.startswith("tokenizer.")} | {
-        "tokenizer.chat_template": "{{ x }}"
-    }
+@pytest.mark.parametrize("metadata", [PLAIN | {"tokenizer.ggml.pre": name} for name in ("smollm", "default", "qwen2")])
+def test_metadata_written_of_a_tokenizer_is_what_it_was_read_from(metadata):
+    written = metadata_of(tokenizer_of(metadata, "test"), len(metadata["tokenizer.ggml.tokens"]), "{{ x }}")
+    read = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    assert written == read | {"tokenizer.chat_template": "{{ x }}"}
+
+
+def test_gpt2s_split_is_written_under_its_own_name_and_not_as_default():
+    """llama.cpp's `default` takes digits in threes, and punctuation off its space."""
+    tokenizer = tokenizer_of(PLAIN | {"tokenizer.ggml.pre": "gpt-2"}, "test")
+    assert metadata_of(tokenizer, 500)["tokenizer.ggml.pre"] == "gpt-2"
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "wordpiece", "bytes"])
+def test_a_tokenizer_of_our_own_is_the_same_as_a_tokenizer_json(kind):
+    own = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=300), TEXT)
+    again = as_huggingface(own)
+    assert (again.vocab_size, again.bos_id, again.eos_id) == (own.vocab_size, own.bos_id, own.eos_id)
+    assert (again.token_bytes, again.special_tokens) == (own.token_bytes, own.special_tokens)
+    library = tokenizers.Tokenizer.from_str(again.model.decode())
+    for text in TEXTS:
+        assert again.encode_prompt(text) == own.encode_prompt(text) == library.encode(text).ids
+        assert library.decode(own.encode(text)) == text
 
 
 def test_a_tokenizer_of_our_own_goes_through_gguf():
     own = train_tokenizer(TokenizerConfig(kind="byte_bpe", vocab_size=300), TEXT)
-    again = tokenizer_of(metadata_of(own), "test")
+    again = tokenizer_of(metadata_of(own, own.vocab_size), "test")
     assert (again.vocab_size, again.bos_id, again.eos_id) == (own.vocab_size, own.bos_id, own.eos_id)
     for text in TEXTS:
         assert again.encode_prompt(text) == own.encode_prompt(text)
     assert again.token_bytes == own.token_bytes
 
 
-def test_kinds_that_gguf_has_no_form_for_are_refused(pieces):
-    with pytest.raises(ValueError, match="no form in GGUF"):
-        metadata_of(train_tokenizer(TokenizerConfig(kind="bytes"), TEXT))
-    with pytest.raises(ValueError, match="only byte-level"):
-        metadata_of(pieces)
+@pytest.mark.parametrize("name", ["plain", "pieces"])
+def test_rows_that_are_no_tokens_are_padded_and_read_as_none(name, request):
+    """Of a model that is wider than its tokenizer, and of ids that a tokenizer leaves out."""
+    tokenizer = request.getfixturevalue(name)
+    size = tokenizer.vocab_size
+    described = json.loads(tokenizer.model)
+    described["added_tokens"].append(described["added_tokens"][0] | {"id": size + 2, "content": "<|late|>", "special": True})
+    described["model"]["vocab"]["<|late|>"] = size + 2
+    holed = HuggingFaceTokenizer(json.dumps(described).encode(), tokenizer.special)
+    written = metadata_of(holed, size + 5)
+    tokens, types = written["tokenizer.ggml.tokens"], written["tokenizer.ggml.token_type"]
+    assert tokens[size:] == [f"[PAD{size}]", f"[PAD{size + 1}]", "<|late|>", f"[PAD{size + 3}]", f"[PAD{size + 4}]"]
+    assert types[size:] == [5, 5, 3, 5, 5]  # unused, control
+    again = tokenizer_of(written, "test")
+    assert (again.vocab_size, again.token_bytes) == (size + 3, holed.token_bytes)
+    assert again.special_tokens == holed.special_tokens
+    with pytest.raises(ValueError, match=f"{size + 3} tokens, the model {size + 2}"):
+        metadata_of(holed, size + 2)
+
+
+def test_tokens_that_end_an_answer_are_named(plain):
+    """Those beside <eos> that llama.cpp does not know by their text go first into the two places that there are."""
+    known, unknown = plain.special_tokens["<|endoftext|>"], plain.special_tokens["<|im_start|>"]
+    written = metadata_of(plain, 500, stop_ids={plain.eos_id, known, unknown})
+    named = {name: written[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")}
+    assert named == {"eos": plain.eos_id, "eot": unknown, "eom": known}
+    assert "tokenizer.ggml.eot_token_id" not in metadata_of(plain, 500, stop_ids={plain.eos_id})
+    with pytest.raises(ValueError, match="two more tokens"):
+        metadata_of(plain, 500, stop_ids={2, 50, 51, 52})
+
+
+def of_library(tokenizer):
+    return HuggingFaceTokenizer(tokenizer.to_str().encode(), {"bos": None, "eos": None})
+
+
+def assert_goes_through_gguf(tokenizer, name):
+    written = metadata_of(tokenizer, 500)
+    assert written["tokenizer.ggml.pre"] == name
+    again = tokenizer_of(written, "test")
+    for text in TEXTS:
+        assert again.encode(text) == tokenizer.encode(text)
+
+
+def test_the_tokenizer_of_published_qwens_goes_through_gguf(plain):
+    transformers = pytest.importorskip("transformers", reason="the extra `bench` has it")
+    model = json.loads(plain.model)["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    theirs = of_library(transformers.Qwen2Tokenizer(vocab=model["vocab"], merges=merges).backend_tokenizer)
+    assert theirs.encode("e\u0301") == theirs.encode("\u00e9")  # NFC, which GGUF does not keep
+    assert_goes_through_gguf(theirs, "qwen2")
+
+
+def test_the_tokenizer_of_published_llama_3s_goes_through_gguf(plain, monkeypatch):
+    convert_slow_tokenizer = pytest.importorskip("transformers.convert_slow_tokenizer", reason="the extra `bench` has it")
+    ranks = {token: rank for rank, token in enumerate(token for token in plain.token_bytes if token and token != b"<think>")}
+    monkeypatch.setattr(convert_slow_tokenizer.TikTokenConverter, "load_tiktoken_bpe", staticmethod(lambda path: ranks))
+    assert_goes_through_gguf(of_library(convert_slow_tokenizer.TikTokenConverter("file").converted()), "llama-bpe")
+
+
+def test_the_tokenizer_of_published_llama_2s_goes_through_gguf(pieces):
+    """As files of the first versions have it, and as transformers builds it today."""
+    transformers = pytest.importorskip("transformers", reason="the extra `bench` has it")
+    model = json.loads(pieces.model)["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    today = of_library(transformers.LlamaTokenizer(vocab=model["vocab"], merges=merges).backend_tokenizer)
+    for tokenizer in (pieces, today):
+        written = metadata_of(tokenizer, 500)
+        assert (written["tokenizer.ggml.model"], written["tokenizer.ggml.add_space_prefix"]) == ("llama", True)
+        assert written["tokenizer.ggml.token_type"][1:340] == PIECES["tokenizer.ggml.token_type"][1:]
+        again = tokenizer_of(written, "test")
+        for text in TEXTS:
+            if tokenizer is pieces or not text.startswith(" "):
+                assert again.encode(text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("add_space_prefix", [True, False])
+def test_sentencepiece_is_written_as_it_was_read(add_space_prefix):
+    tokenizer = tokenizer_of(sentencepiece_metadata(add_space_prefix), "test")
+    again = tokenizer_of(metadata_of(tokenizer, tokenizer.vocab_size), "test")
+    assert json.loads(again.model) == json.loads(tokenizer.model)
+
+
+def changed(tokenizer, **parts):
+    return HuggingFaceTokenizer(json.dumps(json.loads(tokenizer.model) | parts).encode(), tokenizer.special)
+
+
+def test_tokenizers_that_gguf_has_no_form_for_are_refused(plain, pieces):
+    config = TokenizerConfig(kind="chars")
+    with pytest.raises(ValueError, match="a chars tokenizer has no form"):
+        metadata_of(train_tokenizer(config, TEXT), 500)
+    with pytest.raises(ValueError, match="WordPiece tokenizer has no form in GGUF"):
+        metadata_of(train_tokenizer(TokenizerConfig(kind="wordpiece", vocab_size=300), TEXT), 500)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    with pytest.raises(ValueError, match="no name in GGUF"):
+        metadata_of(changed(plain, pre_tokenizer=byte_level), 500)
+    removed = json.loads(tokenizer_of(PLAIN | {"tokenizer.ggml.pre": "qwen2"}, "test").model)["pre_tokenizer"]
+    removed["pretokenizers"][0]["behavior"] = "Removed"
+    with pytest.raises(ValueError, match="no name in GGUF"):
+        metadata_of(changed(plain, pre_tokenizer=removed), 500)
+    with pytest.raises(ValueError, match="normaliser"):
+        metadata_of(changed(plain, normalizer={"type": "Lowercase"}), 500)
+    metadata_of(changed(plain, normalizer={"type": "Sequence", "normalizers": []}), 500)
+    with pytest.raises(ValueError, match="prepares text in another way"):
+        metadata_of(changed(pieces, pre_tokenizer={"type": "Digits", "individual_digits": True}), 500)
+    model = json.loads(pieces.model)["model"]
+    with pytest.raises(ValueError, match="not in the order of its tokens"):
+        metadata_of(changed(pieces, model=model | {"merges": model["merges"][:-1]}), 500)
 
 
 @pytest.mark.parametrize(

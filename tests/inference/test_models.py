@@ -114,10 +114,14 @@ def test_stop_ids_and_templates_are_read_where_they_stand(directory):
 def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
     params, config = tiny
     params = params | {"embedding": params["embedding"][:300], "head": params["head"][:, :300]}
-    metadata = {key: value for key, value in byte_bpe_metadata().items() if key.startswith("tokenizer.")}
-    gguf.save(tmp_path / "small.gguf", params, dataclasses.replace(config, vocab_size=300), "F32", metadata)
+    config = dataclasses.replace(config, vocab_size=300)
+    huggingface.save(tmp_path / "small", params, config)
+    (tmp_path / "small/tokenizer.json").write_bytes(tokenizer_of(byte_bpe_metadata(), "test").model)
     with pytest.raises(ValueError, match="its tokenizer has .* tokens, the model 300"):
-        open_model(tmp_path / "small.gguf")
+        open_model(tmp_path / "small")
+    metadata = {key: value for key, value in byte_bpe_metadata().items() if key.startswith("tokenizer.")}
+    with pytest.raises(ValueError, match="tokens for a model of 300, which llama.cpp refuses"):
+        gguf.save(tmp_path / "small.gguf", params, config, "F32", metadata)
 
 
 def test_names_that_are_not_there_are_answered_with_near_ones(gguf_file):

@@ -1,6 +1,7 @@
 """Random networks that we write run in llama.cpp, which finds the same distributions (SmolLM2: tests/inference)."""
 
 import dataclasses
+import functools
 import json
 from contextlib import contextmanager
 
@@ -10,10 +11,11 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from data.gguf_tokenizer import SPLITS, tokenizer_of
+from data.gguf_tokenizer import SPLITS, metadata_of, tokenizer_of
 from model.config import ModelConfig, RopeConfig
 from model.convert.gguf import load, save
 from model.transformer import forward, unembed
+from tests.data.gguf_metadata import TEXT, byte_bpe_metadata, sentencepiece_metadata
 from tests.llama_cpp import open_llama_cpp
 from tests.networks import random_params
 
@@ -86,7 +88,7 @@ def test_llama_cpp_finds_our_distributions(name, kind, tmp_path):
 
 WORDS = [
     "x 1234 12345678 a1b22c333",
-    "a !! b?! (c), \"d\" -- e_f $5+3=8 <y> ^z ~w|v `u` a@b.c #h %k &l *m",
+    'a !! b?! (c), "d" -- e_f $5+3=8 <y> ^z ~w|v `u` a@b.c #h %k &l *m',
     "it's don't I'LL you'Re we'D they've 'tis 'S",
     "  two\n\n\ttab   three \r\n \n end  ",
     "ünïcödé Straße ΑΘΗΝΑ привет 你好世界 こんにちは 🎉🎉 “quoted” — ¿qué? €5 ½ ² Ⅷ ٣٤٥",
@@ -97,7 +99,8 @@ WORDS = [
 MARKED = ["cafe\u0301 nai\u0308ve हिन्दी", "приветМир ΑβΓδ"]
 
 
-def merged_across_borders(pre: str) -> dict:
+@functools.cache
+def merged_across_borders() -> dict:
     """Byte-level BPE whose merges know no split, so that only the split by its name keeps them within words."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -110,7 +113,6 @@ def merged_across_borders(pre: str) -> dict:
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [1] * len(tokens),
         "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
@@ -120,7 +122,7 @@ def merged_across_borders(pre: str) -> dict:
 
 @contextmanager
 def llama_cpp_with(metadata, directory):
-    """A network of that vocabulary, in llama.cpp."""
+    """A network of this vocabulary, in llama.cpp."""
     config = dataclasses.replace(LLAMA, vocab_size=len(metadata["tokenizer.ggml.tokens"]), num_layers=1)
     save(directory / "model.gguf", random_params(config), config, "F32", metadata)
     with open_llama_cpp(directory / "model.gguf") as theirs:
@@ -130,12 +132,23 @@ def llama_cpp_with(metadata, directory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SPLITS, None])
 def test_llama_cpp_finds_our_tokens(name, tmp_path):
-    metadata = merged_across_borders(name or "")
-    if name is None:
-        del metadata["tokenizer.ggml.pre"]
+    metadata = merged_across_borders() | ({"tokenizer.ggml.pre": name} if name else {})
     ours = tokenizer_of(metadata, "test")
     with llama_cpp_with(metadata, tmp_path) as theirs:
         for text in WORDS:
             assert ours.encode(text) == theirs.tokenize(text), text
         for text in MARKED:  # of which llama.cpp's tekken is an approximation, and ours is as published
             assert (ours.encode(text) == theirs.tokenize(text)) == (name != "tekken"), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece", "sentencepiece without a space before"])
+def test_llama_cpp_opens_what_is_written_of_a_tokenizer_that_is_narrower_than_the_model(kind, tmp_path):
+    """And finds the same tokens, also in the words that a split leaves alone."""
+    read = byte_bpe_metadata("qwen2") if kind == "byte_bpe" else sentencepiece_metadata(kind == "sentencepiece")
+    ours = tokenizer_of(read, "test")
+    metadata = metadata_of(ours, ours.vocab_size + 7)
+    assert len(metadata["tokenizer.ggml.tokens"]) == ours.vocab_size + 7
+    with llama_cpp_with(metadata, tmp_path) as theirs:
+        for text in [*WORDS, *TEXT, " the fox"]:
+            assert ours.encode(text) == theirs.tokenize(text), text
