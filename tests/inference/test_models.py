@@ -20,7 +20,7 @@ from data.chat_template import encode_chat
 from data.gguf_tokenizer import tokenizer_of
 from inference import store
 from inference.generate import generate
-from inference.models import open_model
+from inference.models import locate, open_model
 from inference.sampling import Sampling
 from model.convert import gguf, huggingface
 from model.convert.gguf_file import read_gguf
@@ -225,22 +225,80 @@ def test_names_are_taken_once_and_stay_in_the_store(gguf_file):
             store.find(name)
 
 
+def pulling(code, *arguments):
+    """A process that prints when it is in the middle of a pull, and stays there."""
+    program = f"import sys, time, types\nfrom inference import store\n{code}\nstore.pull(*sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"copying\n"
+    return process
+
+
+SLOW_COPY = (
+    "def slow(source, target):\n"
+    "    open(target, 'wb').write(open(source, 'rb').read()[:100]); print('copying', flush=True); time.sleep(60)\n"
+    "store.shutil.copyfile = slow"
+)
+
+
 def test_a_pull_that_is_killed_leaves_no_model(gguf_file, home):
-    """Killed while it copies; the next one of the same name works."""
-    code = (
-        "import shutil, sys, time\nfrom inference import store\n"
-        "def slow(source, target):\n"
-        "    open(target, 'wb').write(open(source, 'rb').read()[:100]); print('copying', flush=True); time.sleep(60)\n"
-        "shutil.copyfile = slow\nstore.pull(sys.argv[1])"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, str(gguf_file)], cwd=ROOT, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"copying\n"
+    """Killed while it copies; meanwhile the name is taken, and the next pull works and leaves nothing else."""
+    with pulling(SLOW_COPY, gguf_file) as process:
+        with pytest.raises(ValueError, match="'tiny' is being pulled by another process"):
+            store.pull(str(gguf_file))
         process.kill()
     assert store.entries() == []
     with pytest.raises(ValueError, match="neither a path nor a model"):
         store.find("tiny")
     assert store.pull(str(gguf_file)).name == "tiny"
+    assert [path.name for path in (home / "models").iterdir()] == ["tiny"]
+
+
+SLOW_HUB = (
+    "def slow(repository, revision, allow_patterns, local_dir):\n"
+    "    (local_dir / 'half').write_text(repository); print('copying', flush=True); time.sleep(60)\n"
+    "sys.modules['huggingface_hub'] = types.SimpleNamespace(snapshot_download=slow)"
+)
+
+
+@pytest.mark.parametrize("source", ["owner/tiny:tiny.gguf", "other/tiny:tiny.gguf"])
+def test_a_pull_from_the_hub_goes_on_where_it_was_killed(source, gguf_file, home, monkeypatch):
+    """Which its client does in a directory that it has begun; what is of another repository is cleared."""
+    with pulling(SLOW_HUB, "owner/tiny:tiny.gguf") as process:
+        process.kill()
+    found = []
+
+    def snapshot_download(repository, revision, allow_patterns, local_dir):
+        found.append({path.name: path.read_text() for path in local_dir.iterdir()})
+        if len(found) == 1:
+            (local_dir / "half").write_text(repository)
+            raise OSError("no route to host")
+        (local_dir / "half").unlink()
+        shutil.copyfile(gguf_file, local_dir / "tiny.gguf")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    with pytest.raises(OSError, match="no route to host"):
+        store.pull(source)
+    assert store.pull(source).name == "tiny"
+    half = {"half": source.partition(":")[0]}
+    assert found == [half if source.startswith("owner") else {}, half]
+    assert [path.name for path in (home / "models").iterdir()] == ["tiny"]
+
+
+def test_of_a_checkpoint_and_a_gguf_file_beside_it_one_is_opened_pulled_and_described(directory, gguf_file, home, tmp_path):
+    """The checkpoint; without its weights the file, though there is a config.json."""
+    shutil.copyfile(gguf_file, directory / "model.gguf")
+    assert locate(directory) == directory
+    assert store.pull(str(directory), "both").format == "safetensors F32"
+    assert not (home / "models/both/model.gguf").exists()
+    (directory / "model.safetensors").unlink()
+    assert locate(directory) == directory / "model.gguf"
+    assert store.pull(str(directory), "file").format == "gguf F32"
+    assert sorted(path.name for path in (home / "models/file").iterdir()) == ["loam_model.json", "model.gguf"]
+    shutil.copyfile(gguf_file, directory / "other.gguf")
+    for open_it in (locate, store.pull):
+        with pytest.raises(ValueError, match="there are 2 GGUF files"):
+            open_it(str(directory))
 
 
 @pytest.fixture
