@@ -309,7 +309,7 @@ def _scores(merges: Sequence[tuple[str, ...]], normal: Mapping[str, int]) -> dic
     made = [left + right for left, right in merges]
     scores = {token: -float(i) for i, token in reversed([*enumerate(made)])}
     again = _merges_of({token: scores.get(token, -float(len(made))) for token in sorted(normal, key=normal.__getitem__)})
-    if set(again) != set(merges) or [left + right for left, right in again] != made:
+    if [left + right for left, right in again] != made:
         raise ValueError(
             "the merges of this tokenizer are not in the order of its tokens, so they are none of SentencePiece, and GGUF has "
             "no form for byte fallback with others"

@@ -28,7 +28,7 @@ from pathlib import Path
 
 _DESCRIPTION = "loam_model.json"
 _WEIGHTS = "model*.safetensors"
-_WANTED = (_WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "merges.txt")
+_WANTED: tuple[str, ...] = (_WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 _NAME = r"[A-Za-z0-9][\w.-]*"
 
 
