@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import famous_bugs, over_optimisation, reward_frontier, rl_curves
+from experiments import famous_bugs, over_optimisation, reward_frontier, rl_curves, smollm2_curve
 from experiments.cli import load_run_config, parse
 from experiments.study import Run, Study, by_name, execute, figure, finished, main, mean_and_error, with_inputs
 
 ROOT = Path(__file__).parents[2]
 START = Run("start", "configs/pretrain_reverse.py")
-STUDIES = {study.name: study for study in (rl_curves.STUDY, famous_bugs.STUDY, reward_frontier.STUDY, over_optimisation.STUDY)}
+STUDIES = {
+    study.name: study
+    for study in (rl_curves.STUDY, famous_bugs.STUDY, reward_frontier.STUDY, over_optimisation.STUDY, smollm2_curve.STUDY)
+}
 every_study = pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
 
 
