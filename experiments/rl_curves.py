@@ -13,8 +13,12 @@ prompts:
   {0, 1}, and no baseline. One update is made of each batch, by the policy that drew it, so the gradient is exactly that of
   fine-tuning on the right answers, times their share of the tokens, which Adam divides out again but for its memory.
 - `sft`: pretraining goes on with solutions to prompts of the same kind, about as many tokens as GRPO trains on (prompts and
-  answers). It sees the right answer to every prompt, which the others do not. Evaluated at its end only (`sft_evaluated`: the
-  evaluation before the first step of a run of one step).
+  answers). It is matched on tokens: it draws nothing, so takes less time than GRPO. It sees the right answer to every prompt,
+  which the others do not, and ends saturated on `reverse` (0.998), where more of it could not show. Evaluated at its end only
+  (`sft_evaluated`: the evaluation before the first step of a run of one step).
+
+`minutes` are those of the steps alone, each as long as their median; `wall minutes` those of the whole run, from its start to
+its last evaluation, with all that is compiled, saved and evaluated in between.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from train.metrics import read_jsonl
 from train.objectives.config import PolicyConfig
 
 PASS = "eval/pass@1"
+MISMATCH = "mismatch_max"  # between sampler and trainer, nats of a token
 REJECTION = PolicyConfig(surrogate="reinforce", advantage="none", clip_low=0, clip_high=0)
 TOY_MODEL = ("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.d_ff=16", "--config.model.num_layers=1")
 TOY_START = (*TOY_MODEL, "--config.steps=4", "--config.batch_size=4", "--config.data.sources.0.num_examples=200",
@@ -82,16 +87,22 @@ def summarise(done: list[Run], root: pathlib.Path) -> dict[str, Any]:
     for name, group in by_name(done).items():
         if name.endswith("_start"):
             continue
-        summary[name] = {"minutes": mean_and_error([minutes(run, root) for run in group])}
+        results = [outcome(run, root) for run in group]
+        summary[name] = {
+            "minutes": mean_and_error([minutes(run, root) for run in group]),
+            "wall minutes": mean_and_error([result["train_seconds"] / 60 for result in results]),
+        }
         if name.endswith("_sft"):
             continue
-        results = [outcome(run, root) for run in group]
         if name.endswith("_sft_evaluated"):
             summary[name] = {"pass@1": mean_and_error([result[f"initial_{PASS}"] for result in results])}
             continue
         summary[name]["pass@1"] = mean_and_error([result[PASS] for result in results])
         summary[name]["pass@1 before"] = mean_and_error([result[f"initial_{PASS}"] for result in results])
         summary[name]["drawn_tokens"] = mean_and_error([result["drawn_tokens"] for result in results])
+        mismatches = [curve(run, root, [MISMATCH])[MISMATCH] for run in group]
+        if all(mismatches):
+            summary[name][f"{MISMATCH}, the largest of all steps"] = mean_and_error([max(steps) for steps in mismatches])
         curves[name] = [{"seed": run.seed, **curve(run, root, [PASS])} for run in group]
     return {"summary": summary, "curves": curves}
 

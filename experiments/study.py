@@ -211,9 +211,9 @@ def outcome(run: Run, root: pathlib.Path) -> dict[str, Any]:
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, its standard error over the values (0 of one alone), and the values."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "standard_error": error, "values": list(values)}
+    """Mean, its standard error over the n values (None of one alone, which says nothing of it), and the values."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "standard_error": error, "n": len(values), "values": list(values)}
 
 
 def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:

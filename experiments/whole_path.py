@@ -101,7 +101,7 @@ def plot(content: dict[str, Any], directory: pathlib.Path) -> None:
         for number, what in enumerate(("help", "refusal")):
             of_stages = [content["summary"][stage][what] for stage in found]
             places = [place + 0.4 * number - 0.2 for place in range(len(found))]
-            errors = [x["standard_error"] for x in of_stages]
+            errors = [x["standard_error"] or 0.0 for x in of_stages]  # None of one seed: no bar
             bars.bar(places, [x["mean"] for x in of_stages], width=0.38, yerr=errors, label=what)
         bars.set_xticks(range(len(found)), found)
         bars.set(ylabel="share of unseen prompts", ylim=(0, 1))

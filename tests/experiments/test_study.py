@@ -54,7 +54,7 @@ class FakeLoam:
         both = dict.fromkeys(("reward/total", "reward/right", "reward/learned"), 0.5 + 0.1 * config.seed) | {
             "reference_kl": 2.0
         }
-        steps = [{"step": step, "loss": 1.0, **both} for step in (1, 2)]
+        steps = [{"step": step, "loss": 1.0, "mismatch_max": 1e-5 / (step + config.seed), **both} for step in (1, 2)]
         evaluations = [{"step": step, "eval/pass@1": at["eval/pass@1"](step)} for step in (0, 2)]
         write_lines(directory / "metrics.jsonl", [*steps, *evaluations])
         write_lines(
@@ -174,7 +174,8 @@ def test_mean_and_error():
     assert found["mean"] == 3
     assert found["standard_error"] == pytest.approx(math.sqrt(14 / 2 / 3))
     assert found["values"] == [1.0, 2.0, 6.0]
-    assert mean_and_error([2.0])["standard_error"] == 0
+    assert found["n"] == 3
+    assert mean_and_error([2.0]) == {"mean": 2, "standard_error": None, "n": 1, "values": [2.0]}  # one says nothing of it
 
 
 @every_study
@@ -214,6 +215,8 @@ def test_the_learning_curves_are_those_of_the_runs(tmp_path, monkeypatch):
     assert grpo["pass@1 before"]["values"] == pytest.approx([0.3, 0.4, 0.5])
     assert grpo["pass@1"]["standard_error"] == pytest.approx(statistics.stdev([0.4, 0.5, 0.6]) / math.sqrt(3))
     assert grpo["minutes"]["mean"] == pytest.approx(2 * 4.5 / 60)
+    assert grpo["wall minutes"]["values"] == content["summary"]["reverse_sft"]["wall minutes"]["values"] == [9 / 60] * 3
+    assert grpo["mismatch_max, the largest of all steps"]["values"] == pytest.approx([1e-5, 1e-5 / 2, 1e-5 / 3])
     assert content["curves"]["reverse_grpo"][1] == {"seed": 1, "step": [0, 2], "eval/pass@1": [0.4, 0.5]}
     # Of the run of one step, what it begins with.
     assert content["summary"]["reverse_sft_evaluated"]["pass@1"]["values"] == pytest.approx([0.3, 0.4, 0.5])
