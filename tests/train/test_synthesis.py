@@ -496,10 +496,31 @@ def test_files_of_prompts_are_read_and_what_is_none_is_left_out(tmp_path):
     rows = [{"prompt": "a"}, {"nothing": 1}, {"messages": [{"role": "user", "content": "b"}]}, {"prompt": "c"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = config_of("x", tmp_path, prompts=PromptConfig(path=str(path), number=2))
-    assert [asked.messages[0]["content"] for asked in job.read_prompts(config)] == ["a", "b"]
+    prompts, refused = job.read_prompts(config)
+    assert [asked.messages[0]["content"] for asked in prompts] == ["a", "b"]
+    assert refused == {"unknown layout": 1}
     path.write_text('{"nothing": 1}\n')
     with pytest.raises(ValueError, match="no prompt that can be used; left out: {'unknown layout': 1}"):
-        list(job.read_prompts(config))
+        job.read_prompts(config)
+
+
+def test_rows_that_are_no_prompts_are_told_and_counted_in_the_result(tmp_path, monkeypatch):
+    """The data are made by nobody here: each prompt is its own answer."""
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "a"}, {"nothing": 1}, {"prompt": ""}, {"nothing": 2}, {"prompt": "b"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    @contextlib.contextmanager
+    def method(config, prompts):
+        yield lambda number, _: ([{"prompt": prompts[number].messages}], collections.Counter(answers=1)), len(prompts)
+
+    monkeypatch.setattr(job, "_method", method)
+    told = []
+    assert job.synthesize(config_of("x", tmp_path / "run", prompts=PromptConfig(path=str(path))), log=told.append) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["prompts"], result["rows"], result["answers"]) == (2, 2, 2)
+    assert result["refused"] == {"empty": 1, "unknown layout": 2}
+    assert f"{path}: 3 rows are no prompts and are left out: empty 1, unknown layout 2" in told
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
   rounds.jsonl    what each round made, and what it left out; a round that is in it is not done again.
   dataset.jsonl   all rows, written at the end: what `data.sources` reads.
-  result.json     counts.
+  result.json     counts; `refused`, of rows that are no prompts, by reason.
 
 What a round makes is a function of (weights, config, its number, and of instructions the rounds before it), so a job that is
 stopped at any moment and started again ends with the same data set.
@@ -67,8 +67,11 @@ def synthesize(config: SynthesisConfig, log: Log = print) -> int:
       ValueError, OSError: bad input, told before anything expensive; see the message. Or nothing was kept: the counts say why.
     """
     run_dir = pathlib.Path(config.run_dir)
-    prompts = list(read_prompts(config))
+    prompts, refused = read_prompts(config)
     check(bool(prompts), "there is no prompt: see config.prompts")
+    if refused:
+        told = ", ".join(f"{why} {n}" for why, n in sorted(refused.items()))
+        log(f"{config.prompts.path}: {sum(refused.values())} rows are no prompts and are left out: {told}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_process_in(run_dir))
         _compare_config(run_dir, config)
@@ -96,29 +99,27 @@ def synthesize(config: SynthesisConfig, log: Log = print) -> int:
         f"Change what leaves them out, and take another --config.run_dir than {run_dir}",
     )
     write_atomic(run_dir / "dataset.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    write_json_atomic(run_dir / "result.json", {"rows": len(rows), "rounds": len(done), "prompts": len(prompts), **totals})
+    result = {"rows": len(rows), "rounds": len(done), "prompts": len(prompts), "refused": dict(sorted(refused.items()))}
+    write_json_atomic(run_dir / "result.json", {**result, **totals})
     log(f"{len(rows)} rows in {run_dir / 'dataset.jsonl'}; {', '.join(f'{name} {n}' for name, n in sorted(totals.items()))}")
     return 0
 
 
-def read_prompts(config: SynthesisConfig) -> Iterator[Asked]:
-    """
+def read_prompts(config: SynthesisConfig) -> tuple[list[Asked], collections.Counter[str]]:
+    """Prompts, and how many rows of their file are none for what reason.
+
     Raises:
       FileNotFoundError, ValueError: there is no such file, or it holds no prompts.
     """
     prompts = config.prompts
+    number = prompts.number or None
+    refused: collections.Counter[str] = collections.Counter()
     if prompts.task is not None:
         task = prompts.task.make()
-        for index in range(prompts.number):
-            example = task.example(index, config.seed, "train")
-            yield Asked([{"role": "user", "content": example.prompt}], example.prompt, example)
-        return
-    number = prompts.number or None
+        examples = [task.example(index, config.seed, "train") for index in range(prompts.number)]
+        return [Asked([{"role": "user", "content": one.prompt}], one.prompt, one) for one in examples], refused
     if prompts.texts:
-        for text in prompts.texts[:number]:
-            yield Asked([{"role": "user", "content": text}], text)
-        return
-    refused: collections.Counter[str] = collections.Counter()
+        return [Asked([{"role": "user", "content": text}], text) for text in prompts.texts[:number]], refused
 
     def as_prompt(row: Any, _: str) -> str:
         try:
@@ -128,13 +129,10 @@ def read_prompts(config: SynthesisConfig) -> Iterator[Asked]:
             return ""
 
     source = SourceConfig("prompts", "files", path=prompts.path)
-    found = 0
-    for document in read_documents(source, row_text=as_prompt, content="prompts"):
-        if document.text and (number is None or found < number):
-            messages = from_json(document.text, "prompts").prompt
-            found += 1
-            yield Asked(messages, messages)
-    check(bool(found), f"{prompts.path} holds no prompt that can be used; left out: {dict(refused)}")
+    texts = [document.text for document in read_documents(source, row_text=as_prompt, content="prompts") if document.text]
+    check(bool(texts), f"{prompts.path} holds no prompt that can be used; left out: {dict(refused)}")
+    found = [from_json(text, "prompts").prompt for text in texts[:number]]
+    return [Asked(messages, messages) for messages in found], refused
 
 
 def _compare_config(run_dir: pathlib.Path, config: SynthesisConfig) -> None:
