@@ -163,6 +163,14 @@ class RLConfig:
             f"minibatches={self.minibatches}: policy.surrogate='reinforce' has no ratio for a policy that has moved; set 1",
         )
         check(
+            not self.policy.kl.loss_coefficient
+            or self.policy.kl.ratio != "none"
+            or self.minibatches * self.policy.updates_per_batch == 1,
+            "policy.kl.ratio='none' is for samples of the policy that is updated: in the second update of a batch the gradient "
+            "of the penalty is that of no KL. Set it to 'detached', or make one update (minibatches=1, "
+            "policy.updates_per_batch=1)",
+        )
+        check(
             not self.policy.max_update_kl or self.minibatches * self.policy.updates_per_batch > 1,
             f"policy.max_update_kl={self.policy.max_update_kl} leaves out later updates of a batch, and there is one: raise "
             "policy.updates_per_batch or minibatches, or set it to 0",

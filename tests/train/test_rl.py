@@ -170,6 +170,11 @@ def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_pa
             {"policy": PolicyConfig(group_size=4, kl=KLConfig(0.1, target=1.0, horizon=3.2))},
             r"kl\.horizon=3\.2 is at most a fifth of rollouts\.prompts=4 x policy\.group_size=4 .*policy\.kl\.target=1\.0 0 or",
         ),
+        (
+            {"policy": PolicyConfig(kl=KLConfig(loss_coefficient=0.1)), "minibatches": 2},
+            r"policy\.kl\.ratio='none'.*'detached'",
+        ),
+        ({"policy": PolicyConfig(kl=KLConfig(loss_coefficient=0.1), updates_per_batch=2)}, r"policy\.kl\.ratio='none'"),
         ({"policy": PolicyConfig(group_size=4, max_update_kl=0.1)}, "leaves out later updates of a batch, and there is one"),
         ({"task_weight": 0.0}, "task_weight=0.0 must be >= 0, and above 0 unless a reward_model judges"),
         ({"reward_model": "x", "policy": dataclasses.replace(MAXRL, group_size=4)}, "leave reward_model out"),

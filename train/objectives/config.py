@@ -35,7 +35,8 @@ class KLConfig:
 
     Attributes:
       loss_estimator: see `train.objectives.kl` for the gradients of each.
-      ratio: how a loss of samples from an older policy is corrected; see `train.objectives.kl.kl_losses`.
+      ratio: how a loss of samples from an older policy is corrected; see `train.objectives.kl.kl_losses`. `none` is for one
+        update of a batch (answers drawn ahead are corrected by `importance`, as the rest of the loss is).
       target, horizon: of the adaptive coefficient in the reward (arXiv:1909.08593), in nats per sequence and in sequences;
         target 0 keeps it fixed.
     """
