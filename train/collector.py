@@ -76,15 +76,14 @@ class Collector:
             bool(self.stop_ids),
             f"the tokenizer of {config.initial_weights} has no token that ends an answer: train one with document_boundaries",
         )
-        by_task = (Part("right", self.task.score, config.task_weight),) if config.task_weight else ()
-        by_model = (Part("learned", weight=config.reward_model_weight),) if config.reward_model else ()
-        self.parts = (*by_task, *by_model)
+        self.parts = config.reward_parts(self.task.score)
         self.learned = self._open_reward_model(mesh) if config.reward_model else None
         # Prompts that are too long, or a task without any, are told before the work. A later one of training is left out.
         for example in self.examples("train", 0, 8) + self.examples("eval", 0, config.eval.prompts):
             self.prompt(example)
         self._engine: Engine | None = None
-        judges = (Part("right", self.task.score),)
+        # Without weight, too, the task's verdict is told.
+        judges = self.parts if config.task_weight else (Part("right", self.task.score), *self.parts)
         self._verifiers = Verifiers(judges, config.rollouts.verifiers, config.rollouts.verifier_seconds)
 
     def _open_reward_model(self, mesh: Mesh) -> LearnedReward:

@@ -4,8 +4,11 @@ expensive."""
 from __future__ import annotations
 
 import dataclasses
+import re
+from typing import Any
 
 from data.config import TaskConfig
+from data.tasks.registry import make_form
 from model.config import LoraConfig, ModelConfig, check
 from train.config import (
     CheckpointConfig,
@@ -18,6 +21,7 @@ from train.config import (
     check_row_tokens,
 )
 from train.objectives.config import PolicyConfig, StepAggregation
+from train.rewards import Part, Verifier, check_parts, counts_failures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +69,40 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FormRewardConfig:
+    """A part of the reward for the form of an answer, beside the task's verdict (`right`) and a learned score (`learned`).
+
+    Attributes:
+      name: in metrics: `reward/<name>`.
+      form, options: a verifier of `data/tasks/forms.py` (`length`, `pattern`, `answer_format`), and (field, value) pairs of it.
+      weight: what the form adds to the reward where `only_if` holds; below 0 it costs.
+      gate: the reward is 0 without the form.
+      only_if: name of another part that this one counts times: `right`, `learned`. Either it or `gate` is needed.
+    """
+
+    name: str
+    form: str
+    options: tuple[tuple[str, Any], ...] = ()
+    weight: float = 1.0
+    gate: bool = False
+    only_if: str = ""
+
+    def __post_init__(self) -> None:
+        metric, reserved = f"reward/{self.name}", ("right", "learned", "total", "total_std", "valid_fraction", "greedy")
+        check(
+            re.fullmatch(r"[A-Za-z]\w*", self.name) is not None and self.name not in reserved and not counts_failures(metric),
+            f"rewards: name={self.name!r} must be a word, none of {', '.join(reserved)}, and must not end in _failed: the "
+            f"metric is called {metric}",
+        )
+        self.make()
+
+    def make(self) -> Part:
+        """Raises ValueError where there is no such form or option."""
+        verifier = make_form(self.form, **dict(self.options)).score
+        return Part(self.name, verifier, self.weight, "form", self.gate, self.only_if)
+
+
+@dataclasses.dataclass(frozen=True)
 class RLEvalConfig:
     """Attributes:
     every: steps between evaluations on held-out prompts; before the first step and after the last there is always one.
@@ -92,6 +130,8 @@ class RLConfig:
       reward_model_steps: of a process model, what an answer's score is of the chances that its steps are right.
       task_weight, reward_model_weight: of the task's own verdict in the reward, and of the learned score. Without weight the
         verdict is still reported (`reward/right`): the true reward beside the learned one.
+      rewards: further parts, of form: each a gate, or conditional on one of the two. The reward is the sum of the parts times
+        the gates (`train/rewards.py`); each part is reported by its name.
       policy: the objective (`train/objectives/config.py` has the well-known ones).
       minibatches: equal parts of a step's rows, each of which makes an update; `policy.updates_per_batch` passes over all rows.
       accumulation: micro-batches of an update; nothing but memory depends on it.
@@ -114,6 +154,7 @@ class RLConfig:
     task_weight: float = 1.0
     reward_model_weight: float = 1.0
     reward_model_steps: StepAggregation = "min"
+    rewards: tuple[FormRewardConfig, ...] = ()
     policy: PolicyConfig = PolicyConfig()
     rollouts: RolloutConfig = RolloutConfig()
     minibatches: int = 1
@@ -210,6 +251,15 @@ class RLConfig:
             not self.reward_model or self.policy.advantage != "maxrl",
             "policy.advantage='maxrl' divides by the mean reward, and learned scores may be negative: leave reward_model out",
         )
+        check_parts(self.reward_parts())
+        check(
+            self.policy.advantage != "maxrl" or all(part.weight > 0 for part in self.rewards),
+            "policy.advantage='maxrl' divides by the mean reward, which rewards of negative weight may turn: leave them out",
+        )
+        check(
+            not self.policy.normalise_parts or not self.rewards,
+            "policy.normalise_parts weighs parts apart, and rewards are gates or conditional on others: leave one of them out",
+        )
         check(self.mesh.context == 1, "mesh.context: reinforcement learning does not split rows; set it to 1")
         if self.lora is not None:
             check_lora(self.lora, self.model, self.mesh)
@@ -271,6 +321,12 @@ class RLConfig:
         check_row_tokens(theirs, self.row_tokens, "rollouts.max_prompt_tokens + rollouts.max_tokens - 1")
         sizes = (self.mesh.tensor, self.mesh.expert)
         check(sizes == (1, 1), "distillation goes with the mesh axes data and fsdp alone: set the others to 1")
+
+    def reward_parts(self, verdict: Verifier | None = None) -> tuple[Part, ...]:
+        """What the reward is made of; `verdict` is the task's."""
+        by_task = (Part("right", verdict, self.task_weight),) if self.task_weight else ()
+        by_model = (Part("learned", weight=self.reward_model_weight),) if self.reward_model else ()
+        return (*by_task, *by_model, *(part.make() for part in self.rewards))
 
     @property
     def num_rows(self) -> int:

@@ -1,15 +1,17 @@
-"""Tasks by name, as a config gives them: make_task("addition", max_digits=2)."""
+"""Tasks and verifiers of form by name, as a config gives them: make_task("addition", max_digits=2)."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from data.tasks.addition import Addition
 from data.tasks.brackets import Brackets
 from data.tasks.constraints import Constraints
 from data.tasks.countdown import Countdown
+from data.tasks.forms import FORMS, Form
 from data.tasks.gcd import Gcd
 from data.tasks.gsm8k import Gsm8k
 from data.tasks.guarded_reverse import GuardedReverse
@@ -21,6 +23,8 @@ from data.tasks.reverse import Reverse
 from data.tasks.sort import Sort
 from data.tasks.task import Task
 from data.tasks.worth import Worth
+
+T = TypeVar("T")
 
 TASKS: dict[str, type[Task]] = {
     "reverse": Reverse,
@@ -47,13 +51,29 @@ def make_task(name: str, **options: Any) -> Task:
       ValueError: no such task or field, with the nearest that there is; or a value that the task refuses.
       FileNotFoundError, ModuleNotFoundError: what the task reads is not there.
     """
-    if name not in TASKS:
-        raise ValueError(f"no task is called {name!r}{_nearest(name, list(TASKS))}")
-    fields = [field.name for field in dataclasses.fields(TASKS[name])]
+    return _make("task", TASKS, name, options)
+
+
+def make_form(name: str, **options: Any) -> Form:
+    """The verifier of `data/tasks/forms.py` called `name` with these fields.
+
+    Raises:
+      ValueError: as of `make_task`; or a field without a default is missing.
+    """
+    return _make("form", FORMS, name, options)
+
+
+def _make(what: str, kinds: Mapping[str, type[T]], name: str, options: Mapping[str, Any]) -> T:
+    if name not in kinds:
+        raise ValueError(f"no {what} is called {name!r}{_nearest(name, list(kinds))}")
+    fields = {field.name: field for field in dataclasses.fields(kinds[name])}  # pyright: ignore[reportArgumentType]
     for option in options:
         if option not in fields:
-            raise ValueError(f"task {name!r} has no field {option!r}{_nearest(option, fields)}")
-    return TASKS[name](**options)
+            raise ValueError(f"{what} {name!r} has no field {option!r}{_nearest(option, list(fields))}")
+    missing = [field for field in fields if fields[field].default is dataclasses.MISSING and field not in options]
+    if missing:
+        raise ValueError(f"{what} {name!r} needs a value of {', '.join(missing)}")
+    return kinds[name](**options)
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -29,7 +29,7 @@ from train.initial import open_initial
 from train.loop import train
 from train.metrics import read_jsonl
 from train.objectives.config import CISPO, GRPO, GSPO, MAXRL, PPO, REINFORCE, ImportanceConfig, KLConfig, PolicyConfig
-from train.rl_config import RLConfig, RolloutConfig
+from train.rl_config import FormRewardConfig, RLConfig, RolloutConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -152,6 +152,15 @@ def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_pa
         rl.train_with_rewards(config, log=lambda _: None)
 
 
+SHORT = FormRewardConfig("short", "length", (("max_characters", 1),))
+
+
+@pytest.mark.parametrize("name", ["right", "total", "a/failed", "half_failed", ""])
+def test_names_of_rewards_are_not_those_of_other_metrics(name):
+    with pytest.raises(ValueError, match=f"name='{name}' must be a word"):
+        dataclasses.replace(SHORT, name=name)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -179,6 +188,27 @@ def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_pa
         ({"task_weight": 0.0}, "task_weight=0.0 must be >= 0, and above 0 unless a reward_model judges"),
         ({"reward_model": "x", "policy": dataclasses.replace(MAXRL, group_size=4)}, "leave reward_model out"),
         ({"reward_model": "x", "reward_model_weight": 0.0}, "reward_model_weight=0.0 must be positive"),
+        ({"rewards": (SHORT,)}, "reward 'short' pays for form whatever the answer; make it a gate"),
+        (
+            {"rewards": (dataclasses.replace(SHORT, only_if="learned"),)},
+            r"only_if='learned' is not one of \['right', 'short'\]",
+        ),
+        ({"rewards": (dataclasses.replace(SHORT, gate=True),) * 2}, "parts with different names"),
+        (
+            {
+                "rewards": (dataclasses.replace(SHORT, only_if="right", weight=-0.1),),
+                "policy": dataclasses.replace(MAXRL, group_size=4),
+            },
+            "maxrl.*rewards of negative weight",
+        ),
+        (
+            {
+                "rewards": (dataclasses.replace(SHORT, gate=True),),
+                "reward_model": "x",
+                "policy": PolicyConfig(scale="group", normalise_parts=True),
+            },
+            r"policy\.normalise_parts weighs parts apart, and rewards are gates",
+        ),
         (
             {"rollouts": RolloutConfig(4, 6, 6, score=False, max_mismatch=0), "policy": PolicyConfig(kl=KLConfig(0.1))},
             r"rollouts\.score=False leaves out what policy\.kl needs",

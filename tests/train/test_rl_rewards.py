@@ -9,12 +9,13 @@ import pytest
 
 from data.tasks.task import Score
 from model.transformer import forward, unembed
-from tests.train.rl_runs import BARE, MODEL, TASK, StopAfter, job, run, verifiers_instead, watch_constants
-from train import rl
+from tests.train.rl_runs import BARE, MODEL, TASK, StopAfter, job, odd_is_right, run, verifiers_instead, watch_constants
+from train import collector, rl
 from train.initial import open_initial
 from train.objectives.config import REMAX, ImportanceConfig, ObjectiveConfig, PolicyConfig, ProcessModelConfig
 from train.preferences import answer_scores
-from train.rl_config import RolloutConfig
+from train.rewards import Verifiers
+from train.rl_config import FormRewardConfig, RolloutConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -60,6 +61,35 @@ def whole_rows(samples):
     return (
         {"tokens": tokens, "positions": places, "segment_ids": (places <= samples.segment_ids.sum(1)[:, None]).astype(int)},
     )
+
+
+def test_gates_and_conditional_parts_make_the_reward_and_each_is_told(warm_start, tmp_path, monkeypatch):
+    class OddIsRight(Verifiers):
+        def __init__(self, parts, *options):
+            instead = [dataclasses.replace(part, verifier=odd_is_right) if part.name == "right" else part for part in parts]
+            super().__init__(instead, *options)
+
+    monkeypatch.setattr(collector, "Verifiers", OddIsRight)
+    seen = watch_constants(monkeypatch)
+    gate = FormRewardConfig("no_sign", "pattern", (("pattern", "[^=]*"),), gate=True)
+    bonus = FormRewardConfig("short", "length", (("max_characters", 2),), weight=0.25, only_if="right")
+    (record,) = run(job(warm_start, tmp_path / "run", rewards=(gate, bonus), task_weight=2.0, steps=1))
+    ((judged, constants, loop),) = seen
+    texts = [loop.collector.text(answer) for answer in judged.samples.answers()]
+    right, passed, short = (
+        np.array([float(holds(text)) for text in texts])
+        for holds in (lambda text: len(text) % 2, lambda text: "=" not in text, lambda text: 1 <= len(text.strip()) <= 2)
+    )
+    np.testing.assert_allclose(judged.rewards, (2 * right + 0.25 * short * right) * passed)
+    assert np.any(right * (1 - passed))  # the gate took it all
+    assert np.any(short * (1 - right))  # form that paid nothing
+    assert np.any(short * right * passed)
+    of_parts = {"right": right, "no_sign": passed, "short": short}
+    assert {name: record[f"reward/{name}"] for name in of_parts} == pytest.approx({k: v.mean() for k, v in of_parts.items()})
+    assert record["reward/total"] == pytest.approx(judged.rewards.mean())
+    assert record["reward/no_sign/reason/no match"] == pytest.approx(1 - passed.mean())
+    advantages = judged.rewards.reshape(-1, 4) - judged.rewards.reshape(-1, 4).mean(1, keepdims=True)
+    np.testing.assert_allclose(constants.advantages, advantages.reshape(-1, 1) * judged.samples.mask, atol=1e-6)
 
 
 @pytest.mark.slow
