@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.steps = 60
     config.policy = {"scale": "none", "aggregation": "token_mean", "group_size": 8}
     # One update on policy, by which sampler and trainer agree: scoring the answers once more would take a third of the step.
-    config.rollouts = {"prompts": 4, "max_prompt_tokens": 48, "max_tokens": 16, "score": False, "max_mismatch": 0.0}
+    config.rollouts = {"prompts": 4, "max_prompt_tokens": 48, "max_tokens": 16, "score": False}
     config.share_prompts = True  # 46 tokens that eight answers of at most 16 have in common
     config.lora = LoraConfig(rank=16, alpha=32.0)
     config.optimizer = {

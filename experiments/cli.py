@@ -278,10 +278,15 @@ def summary(run_dir: str, report_path: Any) -> str:
     """What a finished run learned, where its report is, and what to type next."""
     with open(f"{run_dir}/result.json") as file:
         result = json.load(file)
-    if "eval/pass@1" in result:
+    if "drawn_tokens" in result:
+        after, before = (
+            f"{result[name]:.3f}" if name in result else "unknown" for name in ("eval/pass@1", "initial_eval/pass@1")
+        )
+        failed = result.get("eval/failed", 0)
         lines = [
             f"Drew {result['drawn_tokens']:,} tokens in {result['steps']:,} steps, {result['train_seconds'] / 60:.1f} minutes.",
-            f"On held-out prompts: pass@1 {result['eval/pass@1']:.3f}, {result['initial_eval/pass@1']:.3f} before.",
+            f"On held-out prompts: pass@1 {after}, {before} before."
+            + (f" {failed} answers were not judged." if failed else ""),
             f"Report: {report_path}",
         ]
         return "\n".join(lines)

@@ -292,7 +292,7 @@ def reward_charts(run: Run) -> str:
 
 
 def charts(run: Run) -> str:
-    if any("eval/pass@1" in record for record in run.metrics.values()):
+    if any("eval/length" in record for record in run.metrics.values()):
         return reward_charts(run)
     last = next(reversed(run.metrics.values()), {})
     tokens_per_step = last.get("tokens", 0) / last["step"] if last.get("step") else 0
@@ -407,7 +407,7 @@ def header(run: Run) -> str:
     finished = bool(run.result)
     state = "finished" if finished else "not finished"
     seconds = max((record["seconds"] for record in [*run.timing.values(), *run.events]), default=None)
-    evaluations = [record for record in run.metrics.values() if "val_loss" in record or "eval/pass@1" in record]
+    evaluations = [record for record in run.metrics.values() if "val_loss" in record or "eval/length" in record]
     numbers = {**(evaluations[-1] if evaluations else {}), **run.result}
     rates = [record["tokens_per_second"] for record in run.timing.values()]
     tiles: list[tuple[str, str, str]] = []
@@ -423,8 +423,10 @@ def header(run: Run) -> str:
     if "eval/pass@1" in numbers:
         before = numbers.get("initial_eval/pass@1")
         tiles.append(("pass@1", f"{numbers['eval/pass@1']:.3f}", "held out" if before is None else f"{before:.3f} before"))
-    elif "loss" in last:
+    elif "loss" in last and "eval/length" not in numbers:
         tiles.append(("training loss", f"{last['loss']:.4f}", "last step"))
+    if numbers.get("eval/failed"):
+        tiles.append(("not judged", short(numbers["eval/failed"]), "held-out answers"))
     if "tokens" in last:
         tiles.append(("tokens", short(last["tokens"]), f"{done:,} of {wanted:,} steps" if wanted else f"{done:,} steps"))
     if "parameters" in numbers:

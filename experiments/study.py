@@ -205,9 +205,23 @@ def curve(run: Run, root: pathlib.Path, names: Sequence[str]) -> dict[str, list[
     return {name: [record[name] for record in records] for name in ("step", *names)}
 
 
-def outcome(run: Run, root: pathlib.Path) -> dict[str, Any]:
+class Outcome(dict[str, Any]):
+    """The numbers of one finished run; asked for one that it does not have it says so."""
+
+    def __init__(self, path: pathlib.Path):
+        super().__init__(json.loads(path.read_text()))
+        self.path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(
+            f"{self.path} has no {name!r}. A mean over nothing is left out: of {self.get('eval/failed', 0)} answers "
+            "nobody could say whether they are right"
+        )
+
+
+def outcome(run: Run, root: pathlib.Path) -> Outcome:
     """The numbers of a finished run's `result.json`."""
-    return json.loads((run.directory(root) / "result.json").read_text())
+    return Outcome(run.directory(root) / "result.json")
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from train.initial import InitialModel
 from train.learned_reward import LearnedReward
 from train.objectives.config import GROUP_ADVANTAGES
 from train.objectives.grpo import group_statistics, select_groups
+from train.objectives.policy_gradient import shaped_rewards
 from train.rewards import Part, Rewards, Verifiers, compose, counts_failures
 from train.rl_config import RLConfig
 from train.rollouts import Array, Samples, draw, engine_config, fitting, shuffled_rows
@@ -29,8 +30,9 @@ from train.timing import Phases
 
 @flax.struct.dataclass
 class Judged:
-    """Samples and what they deserve, [B] each: reward; whether it was judged; whether the answer is right; the reward of the
-    greedy answer to the prompt (for `advantage="greedy"`); and [B, K] what the reward is made of (for `normalise_parts`)."""
+    """Samples and what they deserve, [B] each: reward; whether it was judged; whether the answer is right (1 or 0, NaN where
+    nobody could tell); the reward of the greedy answer to the prompt (for `advantage="greedy"`); and [B, K] what the reward is
+    made of (for `normalise_parts`)."""
 
     samples: Samples
     rewards: Array
@@ -119,7 +121,7 @@ class Collector:
         samples = Samples(ints, ints, ints, ints, floats, floats, flags, jnp.zeros(rows, jnp.int32))
         rewards, policy = jnp.zeros(rows, jnp.float32), self.config.policy
         parts = jnp.zeros((rows, len(self.parts)), jnp.float32) if policy.normalise_parts else None
-        return Judged(samples, rewards, flags, flags, rewards if policy.advantage == "greedy" else None, parts)
+        return Judged(samples, rewards, flags, rewards, rewards if policy.advantage == "greedy" else None, parts)
 
     def examples(self, split: Split, first: int, count: int) -> list[Example]:
         return [
@@ -158,7 +160,7 @@ class Collector:
         return examples, prompts, len(left_out)
 
     def judge(self, samples: Samples, examples: list[Example]) -> tuple[Rewards, np.ndarray, dict[str, float]]:
-        """Rewards; whether each answer is right, by the task's own verdict; what is reported."""
+        """Rewards; whether each answer is right, by the task's own verdict (1 or 0, NaN without one); what is reported."""
         texts = [self.text(answer) for answer in samples.answers()]
         asked = [examples[i] for i in samples.group]
         verdicts = self._verifiers(texts, asked)
@@ -167,9 +169,12 @@ class Collector:
         values = dict(verdicts.values)
         if self.learned:
             values["learned"] = self.learned(samples)
-        right = np.nan_to_num(values["right"])
+        verdict = values["right"]
+        told = np.isfinite(verdict)
+        right = np.where(told, verdict == 1, np.nan).astype(np.float32)
         rewards = compose(self.parts, {part.name: values[part.name] for part in self.parts})
-        return rewards, right == 1, {"reward/right": float(right.mean()), **rewards.metrics, **verdicts.metrics}
+        mean = {"reward/right": float(verdict[told].mean())} if told.any() else {}
+        return rewards, right, {**mean, **rewards.metrics, **verdicts.metrics}
 
     def text(self, answer: list[int]) -> str:
         """What the verifiers read. Tokens that the tokenizer does not know are drawn like any others, or the trainer would
@@ -197,7 +202,8 @@ class Collector:
 
     def collect(self, step: int) -> tuple[Judged, dict[str, float]]:
         """Those of step number `step` (from 0), by the weights the engine has. With `resample`, groups whose rewards are all
-        equal, or of which no two were judged, are replaced while there are rounds left."""
+        equal as the update sees them, or of which no two were judged, are replaced while there are rounds left; how many of
+        them are among the last is told (`groups_filled_up`)."""
         config = self.config
         wanted, size = config.rollouts.prompts, config.policy.group_size
         resample = config.policy.zero_variance == "resample"
@@ -232,7 +238,9 @@ class Collector:
             together = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
             if not resample:
                 break
-            groups = group_statistics(together.rewards, together.samples.group, together.valid)
+            drawn = together.samples
+            shaped = shaped_rewards(config.policy, together.rewards, drawn.truncated, drawn.mask.sum(1))
+            groups = group_statistics(shaped, drawn.group, together.valid)
             compared = ~groups.all_equal & (groups.size > 1)
             informative = np.asarray(compared).reshape(-1, size)[:, 0]
             chosen, missing = select_groups(jnp.asarray(informative), wanted)
@@ -241,7 +249,7 @@ class Collector:
         if resample:
             rows = (np.asarray(chosen)[:, None] * size + np.arange(size)).reshape(-1)
             together = jax.tree.map(lambda x: x[rows], together)
-            metrics["rounds"] = number + 1
+            metrics |= {"rounds": number + 1, "groups_filled_up": int(missing)}
         metrics["prompts_left_out"] = left_out
         # Groups are numbered within the batch.
         group = np.unique(together.samples.group, return_inverse=True)[1].astype(np.int32)

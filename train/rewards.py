@@ -176,6 +176,8 @@ def compose(parts: Sequence[Part], values: Mapping[str, np.ndarray]) -> Rewards:
 class Verifiers:
     """Runs the parts' verifiers in processes of their own, which are killed when they hang and replaced when they die.
 
+    A signal to stop (SIGINT, SIGTERM) is none to them: they end with `close`, or when whoever opened this is gone.
+
     Close it, or use it in a `with` statement. The same completions and examples get the same verdicts, whatever the number of
     workers, but for time: a verifier that comes close to `timeout_seconds` may hang on one machine and not on another.
     """
@@ -284,6 +286,8 @@ class _Worker:
             [sys.executable, "-c", start, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            # Ctrl-C, or a signal to the process group, is for who asked, who finishes the step, and needs verdicts for it.
+            start_new_session=True,
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -337,6 +341,9 @@ def _read_message(stream: Any) -> Any:
 
 def _serve() -> None:
     """The worker's side: judges until its input ends. What a verifier prints goes to standard error."""
+    # A manager of jobs may signal every process, not the group alone. Not SIG_IGN, which a verifier's programs would inherit.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     requests = sys.stdin.buffer
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

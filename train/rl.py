@@ -39,11 +39,11 @@ from train.loop import Log, differences, stop_on_signal
 from train.metrics import JsonlWriter, check_writers, make_writers, read_jsonl, truncate_jsonl
 from train.objectives.aggregate import normalised_apart
 from train.objectives.entropy import adapt_coefficient
-from train.objectives.metrics import pass_at_k, rollout_metrics
+from train.objectives.metrics import held_out_scores, rollout_metrics
 from train.objectives.policy_gradient import PolicyBatch
 from train.objectives.policy_gradient import Rollouts as ScoredRollouts
 from train.objectives.ppo import adapt_kl_coefficient
-from train.objectives.reinforce import update_ema
+from train.objectives.reinforce import ema_baseline, update_ema
 from train.peak import peak_flops
 from train.policy import Policy
 from train.progress import Progress, rate
@@ -62,7 +62,8 @@ EVAL_STEP = 2**31  # Its prompts have random numbers of their own.
 
 @flax.struct.dataclass
 class RLState:
-    """All that changes from step to step. `ahead` are the samples of the next step, where those are drawn early."""
+    """All that changes from step to step. `baseline` is what `update_ema` makes, and 0 where nothing does; `ahead` are the
+    samples of the next step, where those are drawn early."""
 
     train: TrainState
     baseline: jax.Array
@@ -182,7 +183,7 @@ class RLLoop:
         if config.policy.kl.needs_reference:
             reference = jax.tree.map(jnp.copy, self.policy.whole(fresh))
         more = (
-            jnp.zeros(()),
+            jnp.zeros(2 if config.policy.advantage == "ema" else ()),
             jnp.float32(config.policy.kl.reward_coefficient),
             self.collector.nothing() if config.rollouts.ahead else None,
             jnp.float32(config.policy.entropy_coefficient) if config.policy.entropy_target else None,
@@ -284,15 +285,15 @@ class RLLoop:
         with self.phases.timed("score"):
             constants, metrics = self._constants(judged)
             constants, metrics = jax.device_get((constants, metrics))
-        if config.rollouts.max_mismatch and metrics["mismatch_kl"] > config.rollouts.max_mismatch and not config.rollouts.ahead:
-            raise RuntimeError(
-                f"step {step + 1}: KL(sampler, trainer) is {metrics['mismatch_kl']:.3g} nats a token, more than "
-                f"rollouts.max_mismatch={config.rollouts.max_mismatch}: what was sampled is not what is trained"
-            )
+        if config.rollouts.score:
+            self._check_mismatch(metrics["mismatch_kl"])
         with self.phases.timed("update"):
             sums = jax.device_get(self._update(judged.samples, constants, step))
+        if not config.rollouts.score:  # The first update begins with the weights that drew: its ratio is trainer to sampler.
+            metrics["mismatch_kl"] = sums[0]["update_kl"]
+            self._check_mismatch(metrics["mismatch_kl"])
         updated = {name: float(np.mean([update[name] for update in sums])) for name in sums[0]} | {"updates": len(sums)}
-        self._adapt(judged, metrics, updated["entropy"])
+        self._adapt(metrics, updated["entropy"])
         if coming is not None:
             with self.phases.timed("wait"):
                 following, self.ahead_metrics = coming.result()
@@ -300,6 +301,15 @@ class RLLoop:
         lengths = judged.samples.mask.sum(1)
         metrics |= rollout_metrics(judged.rewards, judged.correct, lengths, judged.samples.truncated, judged.valid)
         return {**drawn_metrics, **{name: float(value) for name, value in metrics.items()}, **updated}, int(lengths.sum())
+
+    def _check_mismatch(self, kl: float) -> None:
+        """Raises RuntimeError where what was sampled is not what is trained, and should be."""
+        limit = self.config.rollouts.max_mismatch
+        if limit and kl > limit and not self.config.rollouts.ahead:
+            raise RuntimeError(
+                f"step {self.step + 1}: KL(sampler, trainer) is {kl:.3g} nats a token, more than "
+                f"rollouts.max_mismatch={limit}: what was sampled is not what is trained"
+            )
 
     def _load_engine(self) -> None:
         """The weights of the trainer, in the layout of decoding."""
@@ -329,14 +339,14 @@ class RLLoop:
             reference_logprobs=reference,
             values=now.values,
             entropies=now.entropies,
-            baseline=self.state.baseline if config.policy.advantage == "ema" else judged.baseline,
+            baseline=ema_baseline(self.state.baseline) if config.policy.advantage == "ema" else judged.baseline,
             parts=judged.parts,
             part_weights=None
             if judged.parts is None
             else jnp.asarray([part.weight for part in self.collector.parts], jnp.float32),
         )
         constants, metrics = self.policy.prepare(scored, self.state.kl_coefficient, self.state.entropy_coefficient)
-        if not config.rollouts.score:  # Nothing was compared.
+        if not config.rollouts.score:  # Nothing was compared yet.
             metrics = {name: value for name, value in metrics.items() if not name.startswith("mismatch")}
         return constants, metrics
 
@@ -370,11 +380,11 @@ class RLLoop:
                     return sums
         return sums
 
-    def _adapt(self, judged: Judged, metrics: dict[str, Any], entropy: float) -> None:
+    def _adapt(self, metrics: dict[str, Any], entropy: float) -> None:
         """The baseline and the coefficients of the next step."""
         policy = self.config.policy
-        if policy.advantage == "ema":
-            baseline = update_ema(self.state.baseline, judged.rewards, judged.valid, policy.ema_decay)
+        if policy.advantage == "ema" and metrics["bad_reward_fraction"] < 1:
+            baseline = update_ema(self.state.baseline, jnp.asarray(metrics["return_mean"]), policy.ema_decay)
             self.state = dataclasses.replace(self.state, baseline=baseline)
         if policy.kl.target:
             adapted = adapt_kl_coefficient(
@@ -405,18 +415,18 @@ class RLLoop:
     # --- Held-out prompts -----------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """The same prompts every time, which no step of training sees."""
+        """The same prompts every time, which no step of training sees. What nobody could judge is counted, and is in no mean; a
+        mean over nothing is left out."""
         with self.timing.timed("eval", self.step, at_step=self.step):
             config = self.config.eval
             self._load_engine()
             examples = self.collector.examples("eval", 0, config.prompts)
             samples = self.collector.draw([self.collector.prompt(example) for example in examples], config.samples, EVAL_STEP)
             rewards, right, _ = self.collector.judge(samples, examples)
-            counts = right.reshape(config.prompts, config.samples).sum(1)
-            scores = {
-                "eval/pass@1": float(pass_at_k(config.samples, counts, 1).mean()),
-                f"eval/pass@{config.samples}": float(pass_at_k(config.samples, counts, config.samples).mean()),
-                "eval/reward": float(rewards.total[rewards.valid].mean()) if rewards.valid.any() else 0.0,
+            scores = held_out_scores(right.reshape(config.prompts, config.samples))
+            if rewards.valid.any():
+                scores["eval/reward"] = float(rewards.total[rewards.valid].mean())
+            scores |= {
                 "eval/length": float(samples.mask.sum(1).mean()),
                 "eval/truncated_fraction": float(samples.truncated.mean()),
             }
@@ -424,14 +434,14 @@ class RLLoop:
             for i in range(min(8, config.prompts)):
                 row = i * config.samples
                 text = self.collector.text(samples.answers()[row])
-                sample = {"step": self.step, "prompt": examples[i].prompt, "text": text, "reward": float(rewards.total[row])}
-                self.samples.write(sample)
-            self.progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+                reward = float(rewards.total[row]) if rewards.valid[row] else None
+                self.samples.write({"step": self.step, "prompt": examples[i].prompt, "text": text, "reward": reward})
+            self.progress.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
     def _write_result(self) -> None:
         """`result.json`, from the files of the run."""
         self.metrics.flush()
-        scores = [record for record in read_jsonl(self.run_dir / "metrics.jsonl") if "eval/pass@1" in record]
+        scores = [record for record in read_jsonl(self.run_dir / "metrics.jsonl") if "eval/length" in record]
         steps = {record["step"]: record for record in read_jsonl(self.run_dir / "timing.jsonl") if "step" in record}
         result = {
             **{name: value for name, value in scores[-1].items() if name != "step"},

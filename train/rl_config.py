@@ -38,7 +38,8 @@ class RolloutConfig:
     verifiers: processes that judge.
     verifier_seconds: of one judgement.
     score: the trainer goes over the answers before it is updated, for their log-probabilities. False spares that pass: those of
-      the sampler stand for them, and `update_kl` of a first update is all that is told of how far the two are apart.
+      the sampler stand for them, so the ratio of an update is that of its weights to the sampler's, and how far the two are
+      apart is known after the first update (`mismatch_kl`; of several minibatches, of the first).
     max_mismatch: KL(sampler, trainer), in nats a token, above which the run ends: the two should agree; 0 does not look.
     """
 
@@ -60,10 +61,6 @@ class RolloutConfig:
             check(getattr(self, field) > 0, f"rollouts.{field}={getattr(self, field)} must be positive")
         check(
             0 < self.temperature < float("inf"), f"rollouts.temperature={self.temperature} must be positive: answers are drawn"
-        )
-        check(
-            self.score or not self.max_mismatch,
-            f"rollouts.max_mismatch={self.max_mismatch} needs answers that are scored: set rollouts.score=True, or it to 0",
         )
         check(self.verifier_seconds > 0, f"rollouts.verifier_seconds={self.verifier_seconds} must be positive")
 

@@ -14,7 +14,7 @@ import pytest
 
 from experiments import famous_bugs, over_optimisation, reward_frontier, rl_curves, smollm2_curve
 from experiments.cli import load_run_config, parse
-from experiments.study import Run, Study, by_name, execute, figure, finished, main, mean_and_error, with_inputs
+from experiments.study import Outcome, Run, Study, by_name, execute, figure, finished, main, mean_and_error, with_inputs
 
 ROOT = Path(__file__).parents[2]
 START = Run("start", "configs/pretrain_reverse.py")
@@ -305,3 +305,11 @@ def test_a_study_runs_at_toy_size(study, tmp_path):
     content = json.loads((tmp_path / "results" / study.name / "result.json").read_text())
     assert {*names.split(",")} <= {run["name"] for run in content["runs"]}
     assert isinstance(study, Study)
+
+
+def test_a_number_that_a_run_could_not_measure_is_named(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps({"eval/failed": 3, "eval/length": 7.0}))
+    found = Outcome(tmp_path / "result.json")
+    assert found["eval/length"] == 7.0
+    with pytest.raises(ValueError, match=r"result\.json has no 'eval/pass@1'.* of 3 answers nobody could say"):
+        _ = found["eval/pass@1"]

@@ -53,6 +53,10 @@ REFUSED = {
     "sapo_that_never_fades": ("policy.sapo_positive", {**NO_CLIP, "surrogate": "sapo", "sapo_positive": 0.0}),
     "no_clip": ("clip_low=0", {"clip_low": 0}),
     "dropping_without_groups": ("zero_variance='drop'", {"advantage": "batch", "zero_variance": "drop"}),
+    "dropping_with_kl_in_reward": (
+        "leaves out groups that kl.reward_coefficient still has something to tell",
+        {"zero_variance": "drop", "kl": KLConfig(reward_coefficient=0.1)},
+    ),
     "reward_to_go_of_groups": ("reward_to_go", {"reward_to_go": True}),
     "penalty_of_zero": ("truncation_penalty", {"truncation": "penalty"}),
     "penalty_unused": ("truncation_penalty", {"truncation_penalty": 1.0}),

@@ -114,6 +114,7 @@ pair_metrics = quick(preference.pair_metrics)
 leave_one_out_baseline = quick(reinforce.leave_one_out_baseline)
 rewards_to_go = quick(reinforce.rewards_to_go)
 update_ema = quick(reinforce.update_ema)
+ema_baseline = quick(reinforce.ema_baseline)
 at_stop_tokens = quick(preferences.at_stop_tokens)
 outcome_losses = quick(reward_model.outcome_losses)
 pairwise_losses = quick(reward_model.pairwise_losses)
@@ -233,6 +234,23 @@ def test_a_group_of_one_is_not_compared_and_not_scaled():
     """Mean 0 and standard deviation 1 by convention, so that its advantage is its reward; whatever the other groups are."""
     rewards, groups = np.asarray([0.25, 1.0, 0.0]), np.asarray([0, 1, 1])
     close(group_advantages(rewards, groups, np.ones(3), "group", eps=0.0), [0.25, 0.5**0.5, -(0.5**0.5)])
+
+
+@pytest.mark.parametrize(("advantage", "zero_variance"), [("group", "keep"), ("rloo", "drop"), ("maxrl", "keep")])
+def test_the_only_judged_row_of_a_group_is_compared_with_nothing_and_teaches_nothing(advantage, zero_variance):
+    """Nor does it count in the normaliser; it is a sample still to the penalty, and to the other advantages."""
+    rollouts = make_rollouts(rewards=np.asarray([1.0, 0.5, 0.0, 0.75]), valid=np.asarray([1, 0, 1, 1]))
+    config = PolicyConfig(advantage=advantage, zero_variance=zero_variance, kl=KLConfig(loss_coefficient=0.1))
+    batch, metrics = run_prepare(config, rollouts, 0.0)
+    compared = MASK * np.asarray([1, 0, 1, 0])[:, None]
+    close(batch.weights, compared / compared.sum())
+    assert not batch.advantages[3].any()
+    assert batch.advantages[0, 0] > 0
+    assert (metrics["lone_fraction"], metrics["bad_reward_fraction"]) == (0.25, 0.25)
+    judged = MASK * np.asarray([1, 0, 1, 1])[:, None]
+    close(batch.kl_weights, judged / judged.sum())
+    _, metrics = run_prepare(PolicyConfig(advantage="none"), rollouts, 0.0)
+    assert metrics["lone_fraction"] == 0
 
 
 def test_maxrl_is_zero_where_no_answer_is_rewarded():
@@ -357,12 +375,27 @@ def test_bad_rewards_are_left_out_and_counted():
     assert metrics["bad_reward_fraction"] == 1
 
 
-def test_ema_baseline_does_not_see_its_own_batch():
+def test_ema_baseline_is_of_earlier_returns_and_not_of_its_own_batch():
     config = PolicyConfig(surrogate="reinforce", advantage="ema", clip_low=0, clip_high=0)
     batch, _ = run_prepare(config, make_rollouts(baseline=np.asarray(0.4)), 0.0)
     close(batch.advantages, MASK * (np.asarray([1, 0.5, 0, 0.25])[:, None] - 0.4))
-    close(update_ema(0.4, np.asarray([1.0, 2, 9]), np.asarray([1, 1, 0]), 0.9), 0.36 + 0.15)
-    assert update_ema(0.4, np.asarray([1.0]), np.zeros(1), 0.9) == 0.4
+    ema = np.zeros(2)
+    assert ema_baseline(ema) == 0
+    for seen in ([3.0], [3.0, 5.0], [3.0, 5.0, -1.0]):
+        ema = update_ema(ema, np.asarray(seen[-1]), 0.9)
+        # At first the mean itself; then weighed by age.
+        close(ema_baseline(ema), np.average(seen, weights=0.9 ** np.arange(len(seen))[::-1]))
+
+
+def test_ema_baseline_is_of_returns_and_not_of_bare_rewards():
+    """What is added to rewards, KL and the penalty of truncation, is in what the baseline is subtracted from."""
+    kl = KLConfig(reward_coefficient=0.1)
+    config = PolicyConfig(advantage="ema", kl=kl, truncation="penalty", truncation_penalty=0.2)
+    rollouts = make_rollouts(baseline=np.asarray(0.0), valid=np.asarray([1, 0, 1, 1]))
+    batch, metrics = run_prepare(config, rollouts, 0.3)
+    returns = np.asarray([1.0, 0.5, -0.2, 0.25]) - 0.3 * np.sum(MASK * (OLD - REFERENCE), axis=1)
+    close(metrics["return_mean"], returns[[0, 2, 3]].mean())
+    close(batch.advantages[2, 1], returns[2])
 
 
 # Ratio and clip.
@@ -849,6 +882,22 @@ def test_lengths_of_right_and_wrong_answers_are_apart():
     expected |= {"length_mean": 11, "length_correct": 3, "length_wrong": 15}
     for name, value in expected.items():
         close(metrics[name], value, err_msg=name)
+
+
+def test_an_answer_that_nobody_could_judge_is_not_wrong():
+    unknown = rollout_metrics(np.ones(3), np.asarray([1, 0, np.nan]), np.asarray([3, 10, 50]), np.zeros(3), np.ones(3))
+    assert {name: unknown[name] for name in ("correct_fraction", "length_correct", "length_wrong", "length_mean")} == {
+        "correct_fraction": 0.5, "length_correct": 3, "length_wrong": 10, "length_mean": 21,
+    }  # fmt: skip
+    right = np.asarray([[1, 0, 0, 1], [1, np.nan, 0, np.nan], [np.nan] * 4, [0, 1, np.nan, 0]])
+    assert metrics.held_out_scores(right) == {
+        "eval/failed": 7, "eval/pass@1": pytest.approx((2 / 4 + 1 / 2 + 1 / 3) / 3), "eval/prompts_left_out@1": 1,
+        "eval/pass@4": 1.0, "eval/prompts_left_out@4": 3,
+    }  # fmt: skip
+    assert metrics.held_out_scores(right[2:3]) == {
+        "eval/failed": 4, "eval/prompts_left_out@1": 1, "eval/prompts_left_out@4": 1
+    }  # fmt: skip
+    assert metrics.held_out_scores(right[:1, :1]) == {"eval/failed": 0, "eval/pass@1": 1.0, "eval/prompts_left_out@1": 0}
 
 
 def test_losses_stay_float32_and_finite_for_wild_ratios():

@@ -143,20 +143,63 @@ def test_a_verifier_whose_module_is_not_there_is_an_error(monkeypatch, tmp_path)
         Verifiers([Part("gone", gone.verify)])
 
 
-def test_workers_end_with_who_asked():
-    """A caller killed while its verifier hangs leaves nothing behind: an idle worker reads the end of its input."""
-    program = (
-        "from train.rewards import Part, Verifiers\nfrom data.tasks.reverse import Reverse\n"
-        "verify = Verifiers([Part('reverse', Reverse().score)])\nprint(verify._workers[0]._process.pid, flush=True)\n"
-        "import time; time.sleep(1000)"
-    )
-    caller = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    watched = os.pidfd_open(int(caller.stdout.readline()))
-    caller.kill()
+def signals_all(completion, example):
+    """Ctrl-C and SIGTERM for the group of whoever asked, then for the process itself, in the midst of its judgement."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.killpg(os.getpgid(os.getppid()), number)
+        os.kill(os.getpid(), number)
+    return Score(1.0, "right")
+
+
+CALLER = """
+import os, signal, sys
+from tests.train import test_rewards as here
+from train.rewards import Part, Verifiers
+verifier, hangs = sys.argv[1:]
+received = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: received.append(number))
+verify = Verifiers([Part("right", getattr(here, verifier))], workers=2, timeout_seconds=60.0 if not hangs else 0.1)
+print(*(worker._process.pid for worker in verify._workers), flush=True)
+if hangs:
+    for worker in verify._workers:
+        worker.ask(0, 0, hangs, here.EXAMPLE, 0.0)
+    print("asked", flush=True)
+    signal.pause()
+print(verify(["x"] * 6, [here.EXAMPLE] * 6).values["right"].tolist(), len(received) > 0, flush=True)
+signal.pause()
+"""
+
+
+def caller_of(verifier, hangs=""):
+    """A process in a group of its own, and descriptors of its workers that can be read when they have ended."""
+    command = [sys.executable, "-c", CALLER, verifier, hangs]
+    caller = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return caller, [os.pidfd_open(int(pid)) for pid in caller.stdout.readline().split()]
+
+
+def ends_with(caller, workers):
+    os.killpg(caller.pid, signal.SIGKILL)
     caller.wait()
     caller.stdout.close()
-    assert select.select([watched], [], [], 30)[0], "a worker outlived who asked"
-    os.close(watched)
+    for worker in workers:
+        assert select.select([worker], [], [], 30)[0], "a worker outlived who asked"
+        os.close(worker)
+
+
+def test_a_signal_to_stop_costs_no_verdict():
+    """And workers that wait end when the group of who asked is killed, though it is not theirs."""
+    caller, workers = caller_of("signals_all")
+    assert caller.stdout.readline() == f"{[1.0] * 6} True\n"
+    ends_with(caller, workers)
+
+
+@pytest.mark.slow
+def test_workers_that_hang_end_with_who_asked():
+    """The kernel ends them, some five seconds later."""
+    caller, workers = caller_of("hostile", "hang")
+    assert caller.stdout.readline() == "asked\n"
+    ends_with(caller, workers)
 
 
 # Composition

@@ -375,7 +375,9 @@ def test_weights_are_handed_over_layer_by_layer(lora):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(handed))
 
 
-def test_a_sampler_that_disagrees_ends_the_run(warm_start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("score", [True, False])
+def test_a_sampler_that_disagrees_ends_the_run(warm_start, tmp_path, monkeypatch, score):
+    """Told by the pass over what was drawn, or by the first update."""
     real = collector.draw
 
     def wrong(*args, **kwargs):
@@ -383,8 +385,9 @@ def test_a_sampler_that_disagrees_ends_the_run(warm_start, tmp_path, monkeypatch
         return dataclasses.replace(samples, behavior_logprobs=samples.behavior_logprobs - 0.5 * samples.mask)
 
     monkeypatch.setattr(collector, "draw", wrong)
+    rollouts = RolloutConfig(4, 6, 6, max_batch=8, verifiers=1, score=score)
     with pytest.raises(RuntimeError, match=r"KL\(sampler, trainer\) is .* more than rollouts\.max_mismatch=0\.01"):
-        rl.train_with_rewards(job(warm_start, tmp_path / "run"), log=lambda _: None)
+        rl.train_with_rewards(job(warm_start, tmp_path / "run", rollouts=rollouts), log=lambda _: None)
 
 
 def test_tokens_beyond_the_tokenizer_spoil_an_answer(warm_start, tmp_path):
@@ -409,14 +412,14 @@ def test_tokens_beyond_the_tokenizer_spoil_an_answer(warm_start, tmp_path):
 
 
 def test_without_scoring_the_sampler_speaks_for_the_trainer(warm_start, tmp_path):
-    """On policy they agree, so the updates are the same; and nothing is told of a comparison that was not made."""
-    spared = RolloutConfig(4, 6, 6, max_batch=8, verifiers=1, score=False, max_mismatch=0)
+    """On policy they agree, so the updates are the same; how far they are apart is what the first update says."""
+    spared = RolloutConfig(4, 6, 6, max_batch=8, verifiers=1, score=False)
     with_scores, without = run(job(warm_start, tmp_path / "a")), run(job(warm_start, tmp_path / "b", rollouts=spared))
     for one, other in zip(with_scores, without, strict=True):
         for name in ("reward_mean", "grad_norm", "param_norm", "entropy", "update_kl"):
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-8), name
     assert any(record["grad_norm"] > 0 for record in without)
-    assert not any(name.startswith("mismatch") for record in without for name in record)
+    assert all(abs(record["mismatch_kl"]) < 1e-9 and "mismatch_max" not in record for record in without)
 
 
 @pytest.mark.slow

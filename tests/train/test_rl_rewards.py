@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from data.tasks.task import Score
+from experiments.cli import summary
+from experiments.report import write_report
 from model.transformer import forward, unembed
 from tests.train.rl_runs import BARE, MODEL, TASK, StopAfter, job, odd_is_right, run, verifiers_instead, watch_constants
 from train import collector, rl
@@ -15,7 +17,7 @@ from train.initial import open_initial
 from train.objectives.config import REMAX, ImportanceConfig, ObjectiveConfig, PolicyConfig, ProcessModelConfig
 from train.preferences import answer_scores
 from train.rewards import Verifiers
-from train.rl_config import FormRewardConfig, RolloutConfig
+from train.rl_config import FormRewardConfig, RLEvalConfig, RolloutConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -146,6 +148,10 @@ def raises(completion, example):
     raise RuntimeError("nothing can be said of this")
 
 
+def so_so(completion, example):
+    return Score(0.5, "so-so")
+
+
 def raises_on_some(completion, example):
     if example.problem.startswith("a"):
         raise RuntimeError("nothing can be said of this")
@@ -170,6 +176,70 @@ def test_prompts_whose_greedy_answer_cannot_be_judged_are_left_out_and_counted(w
     assert not np.any(constants.weights[lost] * constants.advantages[lost])
     assert np.all(np.any(constants.weights[~lost] * constants.advantages[~lost], axis=1))
     assert record["effective_batch_fraction"] == pytest.approx(1 - lost.mean())
+
+
+def raises_on_some_answers(completion, example):
+    if len(completion) > 2:
+        raise RuntimeError("too long for me")
+    return Score(float(completion == example.answer), "right or wrong")
+
+
+@pytest.mark.parametrize("verifier", [raises, raises_on_some_answers])
+def test_an_evaluation_is_of_what_was_judged(warm_start, tmp_path, monkeypatch, verifier):
+    verifiers_instead(monkeypatch, verifier, 12)
+    seen, told, real = [], [], rl.Collector.judge
+
+    def judge(self, samples, examples):
+        seen.append((real(self, samples, examples), [self.text(answer) for answer in samples.answers()]))
+        return seen[-1][0]
+
+    monkeypatch.setattr(rl.Collector, "judge", judge)
+    config = job(warm_start, tmp_path / "run", eval=RLEvalConfig(every=100, prompts=4, samples=3))
+    with rl.open_loop(config, told.append, None, 0.0) as loop:
+        loop._evaluate()
+        loop._write_result()
+    (((rewards, _, metrics), texts),) = seen
+    judged = np.asarray([verifier is not raises and len(text) <= 2 for text in texts])
+    np.testing.assert_array_equal(rewards.valid, judged)
+    (record,) = (json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run/metrics.jsonl").open())
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert record["eval/failed"] == result["eval/failed"] == result["initial_eval/failed"] == (~judged).sum() > 0
+    of_prompt = judged.reshape(4, 3).sum(1)
+    assert record["eval/prompts_left_out@1"] == (of_prompt == 0).sum()
+    assert record["eval/prompts_left_out@3"] == (of_prompt < 3).sum()
+    means = {"eval/pass@1", "eval/pass@3", "eval/reward"}
+    if verifier is raises:
+        assert not means & record.keys()
+        assert not means & result.keys()
+        assert "reward/right" not in metrics
+    else:
+        assert 0 < judged.sum() < 12
+        shares = rewards.total.reshape(4, 3).sum(1)[of_prompt > 0] / of_prompt[of_prompt > 0]
+        assert record["eval/pass@1"] == result["eval/pass@1"] == pytest.approx(shares.mean())
+        assert record["eval/reward"] == metrics["reward/right"] == pytest.approx(rewards.total[judged].mean())
+    samples = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run/samples.jsonl").open()]
+    assert [sample["reward"] is None for sample in samples] == (~judged[::3]).tolist()
+    assert any(f"eval/failed {(~judged).sum()}" in line for line in told)
+    assert "not judged" in write_report(tmp_path / "run").read_text()
+    assert f"{(~judged).sum()} answers were not judged" in summary(str(tmp_path / "run"), "report.html")
+
+
+def test_groups_are_chosen_by_the_rewards_that_the_update_sees(warm_start, tmp_path, monkeypatch):
+    """Where every answer gets the same, those of different cost for truncation can be compared, and those without are told."""
+    verifiers_instead(monkeypatch, so_so, 16)
+    options = {"group_size": 4, "zero_variance": "resample"}
+    policy = PolicyConfig(**options, truncation="penalty", truncation_penalty=0.2)
+    with rl.open_loop(job(warm_start, tmp_path / "run", policy=policy), print, None, 0.0) as loop:
+        loop._load_engine()
+        judged, metrics = loop.collector.collect(0)
+        cut = judged.samples.truncated.reshape(4, 4)
+        informative = cut.any(1) & ~cut.all(1)
+        assert informative.any()
+        assert metrics["groups_filled_up"] == (~informative).sum()
+        assert metrics["rounds"] < 3 or not informative.all()
+        # Nothing is added to the rewards: all groups are filled up.
+        loop.collector.config = dataclasses.replace(loop.config, policy=PolicyConfig(**options))
+        assert loop.collector.collect(0)[1]["groups_filled_up"] == 4
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.rl_runs import EXPERTS, StopAfter, job, odd_is_right, run, verifiers_instead
+from tests.train.rl_runs import EXPERTS, StopAfter, job, odd_is_right, run, verifiers_instead, watch_constants
 from train import rl
 from train.config import MeshConfig
 from train.objectives.config import (
@@ -234,3 +234,24 @@ def test_experts_on_eight_devices_learn_what_they_do_on_one(expert_start, tmp_pa
         assert record["mismatch_max"] < 1e-5
         for name in ("reward_mean", "length_mean", "policy_loss", "balance_loss", "grad_norm", "entropy", "param_norm"):
             assert record[name] == pytest.approx(alone[name], rel=2e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_the_average_of_earlier_returns_holds_all_that_is_added_to_rewards(warm_start, tmp_path, monkeypatch):
+    seen = watch_constants(monkeypatch)
+    kl = KLConfig(reward_coefficient=5.0)
+    policy = dataclasses.replace(
+        REINFORCE, group_size=4, advantage="ema", ema_decay=0.5, kl=kl, truncation="penalty", truncation_penalty=0.5
+    )
+    metrics = run(job(warm_start, tmp_path / "run", policy=policy))
+    means = []
+    for (judged, constants, _), baseline in zip(seen, (0, 1, 2), strict=True):
+        samples, mask = judged.samples, judged.samples.mask
+        kl_of = np.sum(mask * (constants.old_logprobs - constants.reference_logprobs), axis=1)
+        returns = judged.rewards - 0.5 * samples.truncated - 5.0 * kl_of
+        weights = 0.5 ** np.arange(baseline)[::-1]
+        expected = returns - (np.average(means, weights=weights) if means else 0.0)
+        np.testing.assert_allclose(constants.advantages, expected[:, None] * mask, rtol=1e-4, atol=1e-5)
+        means.append(returns.mean())
+    assert metrics[-1]["return_mean"] == pytest.approx(means[-1], rel=1e-4, abs=1e-5)
+    assert abs(metrics[-1]["reward_mean"] - means[-1]) > 0.01

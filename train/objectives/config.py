@@ -249,6 +249,11 @@ class PolicyConfig:
             f"policy.zero_variance={self.zero_variance!r} needs groups: take advantage rloo, group or maxrl, or 'keep'",
         )
         check(
+            self.zero_variance == "keep" or not self.kl.reward_coefficient,
+            f"policy.zero_variance={self.zero_variance!r} leaves out groups that kl.reward_coefficient still has something to "
+            "tell: take 'keep', or kl.loss_coefficient",
+        )
+        check(
             (self.advantage == "gae") == (self.value is not None),
             "policy.advantage='gae' needs policy.value, and no other advantage uses one",
         )

@@ -22,7 +22,8 @@ from train.objectives.config import Scale
 class GroupStatistics(NamedTuple):
     """Each [B], of the row's group: mean, standard deviation (1 / (n - 1)), rows, whether all rewards are equal.
 
-    By convention a row alone in its group has mean 0 and standard deviation 1: its advantage is its reward.
+    By convention a row alone in its group has mean 0 and standard deviation 1: its advantage is its reward. An update leaves it
+    out (`train.objectives.policy_gradient.prepare`).
     """
 
     mean: jax.Array

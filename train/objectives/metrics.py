@@ -30,6 +30,23 @@ def pass_at_k(num_samples: np.ndarray | int, num_correct: np.ndarray | int, k: i
     return 1 - np.prod(np.maximum(n[..., None] - c[..., None] - i, 0) / (n[..., None] - i), axis=-1)
 
 
+def held_out_scores(right: np.ndarray) -> dict[str, float]:
+    """Mean pass@1 and pass@n of the prompts of which so many answers were judged (without any, none), how many prompts are
+    left out of each, and how many answers were not judged.
+
+    Args:
+      right: [prompts, n], whether each answer is right; NaN where nobody could tell, which is no wrong answer.
+    """
+    judged = np.isfinite(right).sum(axis=1)
+    scores: dict[str, float] = {"eval/failed": int(right.size - judged.sum())}
+    for k in sorted({1, right.shape[1]}):
+        enough = judged >= k
+        scores[f"eval/prompts_left_out@{k}"] = int((~enough).sum())
+        if enough.any():
+            scores[f"eval/pass@{k}"] = float(pass_at_k(judged[enough], (right[enough] == 1).sum(axis=1), k).mean())
+    return scores
+
+
 def clip_fractions(config: PolicyConfig, log_ratio: jax.Array, advantages: jax.Array) -> dict[str, jax.Array]:
     """Per token: whether a bound on its ratio (`gspo`: its sequence's) took its gradient, or cut it short (`cispo`). Zero until
     the policy has moved.
@@ -70,16 +87,20 @@ def effective_sample_fraction(weights: jax.Array, mask: jax.Array) -> jax.Array:
 def rollout_metrics(
     rewards: jax.Array, correct: jax.Array, lengths: jax.Array, truncated: jax.Array, valid: jax.Array
 ) -> dict[str, jax.Array]:
-    """Of the whole batch, all [B]. Lengths of right and of wrong answers apart: wrong ones that grow are a biased loss."""
-    valid = as_float(valid)
-    right = valid * as_float(correct)
+    """Of the whole batch, all [B]. Lengths of right and of wrong answers apart: wrong ones that grow are a biased loss.
+
+    `correct` is 1 or 0, or NaN where nobody could tell: a reward need not be made of it.
+    """
+    valid, correct = as_float(valid), as_float(correct)
+    told = valid * jnp.isfinite(correct)
+    right = masked(correct, told)
     mean = masked_mean(rewards, valid)
     return {
         "reward_mean": mean,
         "reward_std": jnp.sqrt(masked_mean(jnp.square(rewards - mean), valid)),
-        "correct_fraction": masked_mean(as_float(correct), valid),
+        "correct_fraction": masked_mean(correct, told),
         "truncated_fraction": masked_mean(as_float(truncated), valid),
         "length_mean": masked_mean(lengths, valid),
         "length_correct": masked_mean(lengths, right),
-        "length_wrong": masked_mean(lengths, valid - right),
+        "length_wrong": masked_mean(lengths, told - right),
     }

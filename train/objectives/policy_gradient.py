@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from train.objectives.aggregate import as_float, masked, masked_mean, sequence_sums, token_weights, weighted_sum
 from train.objectives.cispo import cispo_losses
-from train.objectives.config import PolicyConfig
+from train.objectives.config import GROUP_ADVANTAGES, PolicyConfig
 from train.objectives.entropy import high_entropy_mask
 from train.objectives.grpo import (
     group_advantages,
@@ -109,7 +109,9 @@ def prepare(
 
     `effective_batch_fraction` is of all rows those that the policy loss pushes anywhere, whatever the advantages are made of;
     `zero_variance_fraction` only knows of rewards that are equal within a group. `bad_reward_fraction` is of all rows those
-    that are left out, for want of a reward or of a baseline.
+    that are left out, for want of a reward or of a baseline; `lone_fraction` those that are compared with their group, of which
+    no other row is left: the policy loss leaves them out, or they would be pushed by what their prompt pays. `return_mean` is
+    that of the returns from which a baseline is taken, with all that is added to rewards.
 
     Args:
       kl_coefficient: of k1 in the reward; `config.kl.reward_coefficient`, or what has become of it.
@@ -119,8 +121,10 @@ def prepare(
     if config.advantage == "maxrl":
         counts *= rollouts.rewards >= 0
     mask = as_float(rollouts.mask) * counts[:, None]
-    scores = _shaped_rewards(config, rollouts, mask)
-    equal = group_statistics(scores, rollouts.groups, counts).all_equal
+    scores = shaped_rewards(config, rollouts.rewards, rollouts.truncated, jnp.sum(mask, axis=-1))
+    group = group_statistics(scores, rollouts.groups, counts)
+    equal = group.all_equal
+    compared = counts * (group.size > 1) if config.advantage in GROUP_ADVANTAGES else counts
     kl, metrics = None, {}
     if config.kl.needs_reference:
         reference = _given(rollouts.reference_logprobs, "reference_logprobs")
@@ -138,9 +142,10 @@ def prepare(
             advantages, _ = generalised_advantages(per_token, values, mask, config.value.discount, of_lengths)
         metrics["explained_variance"] = explained_variance(values, returns, mask)
     else:
-        advantages = _advantages(config, rollouts, per_token, mask, counts)
+        advantages = masked(_advantages(config, rollouts, per_token, mask, counts), compared[:, None])
+        metrics["return_mean"] = masked_mean(sequence_sums(per_token, mask), counts)
     actions = _without_stop_tokens(mask, rollouts.truncated) if "stop_token_untrained" in config.bugs else mask
-    trained = actions
+    trained = actions * compared[:, None]
     if config.truncation == "mask":
         trained = trained * (1 - as_float(rollouts.truncated))[:, None]
     if config.zero_variance != "keep":
@@ -169,6 +174,7 @@ def prepare(
         "zero_variance_fraction": masked_mean(as_float(equal), counts),
         "effective_batch_fraction": jnp.mean(as_float(pushed)),
         "bad_reward_fraction": jnp.mean(1 - counts),
+        "lone_fraction": jnp.mean(counts - compared),
         "effective_sample_fraction": effective_sample_fraction(importance, mask),
         "advantage_std": jnp.sqrt(masked_mean(jnp.square(advantages - masked_mean(advantages, trained)), trained)),
         **sampler_mismatch(rollouts.trainer_logprobs, rollouts.sampler_logprobs, mask),
@@ -187,16 +193,17 @@ def _without_stop_tokens(mask: jax.Array, truncated: jax.Array) -> jax.Array:
     return mask * ~(last & (as_float(truncated) == 0)[:, None])
 
 
-def _shaped_rewards(config: PolicyConfig, rollouts: Rollouts, mask: jax.Array) -> jax.Array:
+def shaped_rewards(config: PolicyConfig, rewards: jax.Array, truncated: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Rewards [B] with what truncation costs, of answers of so many tokens: those that groups are judged by."""
     match config.truncation:
         case "zero_reward":
-            return masked(rollouts.rewards, 1 - as_float(rollouts.truncated))
+            return masked(rewards, 1 - as_float(truncated))
         case "penalty":
-            return rollouts.rewards - config.truncation_penalty * as_float(rollouts.truncated)
+            return rewards - config.truncation_penalty * as_float(truncated)
         case "soft_penalty":
-            return rollouts.rewards + overlong_penalty(jnp.sum(mask, axis=-1), config.max_length, config.overlong_cache)
+            return rewards + overlong_penalty(lengths, config.max_length, config.overlong_cache)
         case _:
-            return rollouts.rewards
+            return rewards
 
 
 def _advantages(

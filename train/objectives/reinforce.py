@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from train.objectives.aggregate import as_float, divide, masked, masked_mean
+from train.objectives.aggregate import as_float, divide, masked
 from train.objectives.grpo import group_statistics
 
 
@@ -41,6 +41,15 @@ def leave_one_out_baseline(rewards: jax.Array, groups: jax.Array, valid: jax.Arr
     return jnp.where(group_statistics(rewards, groups, valid).all_equal, rewards, mean)
 
 
-def update_ema(ema: jax.Array, returns: jax.Array, valid: jax.Array, decay: float) -> jax.Array:
-    """Baseline of the next batch; this batch's own returns [B] would bias its gradient."""
-    return jnp.where(jnp.any(valid != 0), decay * ema + (1 - decay) * masked_mean(returns, valid), ema)
+def update_ema(ema: jax.Array, mean: jax.Array, decay: float) -> jax.Array:
+    """Of the next batch, after one whose returns had this mean; this batch's own would bias its gradient.
+
+    Args:
+      ema: [2], decaying sums of the means and of ones, at first 0.
+    """
+    return decay * ema + (1 - decay) * jnp.stack([mean, jnp.ones_like(mean)])
+
+
+def ema_baseline(ema: jax.Array) -> jax.Array:
+    """The average that `ema` holds, not drawn to 0 by how it began; 0 before there is one."""
+    return divide(ema[0], ema[1])
