@@ -41,8 +41,8 @@ class Grammars:
     Args:
       token_bytes: what each id decodes to, empty for special tokens.
       stop_id: the token that ends an answer, to be among the request's `stop_ids`.
-      vocab_size: of the model, if larger.
       encode: text to ids.
+      vocab_size: of the model, whose tokens beyond those are never allowed.
     """
 
     def __init__(
@@ -50,11 +50,18 @@ class Grammars:
         token_bytes: Sequence[bytes],
         stop_id: int,
         encode: Callable[[str], list[int]],
-        vocab_size: int | None = None,
+        vocab_size: int,
     ):
-        self._size, self._stop_id = vocab_size or len(token_bytes), stop_id
-        wrapper = llguidance.TokenizerWrapper(_Vocabulary(token_bytes, stop_id, encode))
-        self._tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=self._size)
+        """
+        Raises:
+          ValueError: the model has fewer tokens than the tokenizer.
+        """
+        unused = vocab_size - len(token_bytes)
+        check(unused >= 0, f"{len(token_bytes)} tokens do not fit a model of {vocab_size}: take its own tokenizer")
+        self._size, self._stop_id = vocab_size, stop_id
+        # llguidance counts what it is given, whatever size it is told.
+        wrapper = llguidance.TokenizerWrapper(_Vocabulary([*token_bytes, *[b""] * unused], stop_id, encode))
+        self._tokenizer = llguidance.LLTokenizer(wrapper)
 
     def constraint(self, kind: Kind, source: str | dict[str, Any]) -> Callable[[], LlguidanceConstraint]:
         """For `Request.constraint`.
