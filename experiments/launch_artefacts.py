@@ -105,10 +105,10 @@ def jobset(job: Job) -> str:
         "name": "loam",
         "image": launch.image,
         # exec: SIGTERM must reach Python, which saves.
-        "command": ["bash", "-c", f"exec {command}"],
+        "command": ["bash", "-c", unexpanded(f"exec {command}")],
         "env": [
             {"name": "SLICE", "valueFrom": slice_index},
-            *({"name": name, "value": value} for name, value in environment(job).items()),
+            *({"name": name, "value": unexpanded(value)} for name, value in environment(job).items()),
             *({"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}} for key, secret in secrets),
         ],
         "securityContext": {"privileged": True},
@@ -320,6 +320,11 @@ def environment(job: Job) -> dict[str, str]:
     jax to read where it finds the other processes by itself."""
     flags = {name: job.facts[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in job.facts}
     return {"JAX_COORDINATOR_PORT": str(COORDINATOR_PORT), **flags}
+
+
+def unexpanded(text: str) -> str:
+    """What Kubernetes, which puts in variables for `$(NAME)` and `$` for `$$`, makes `text` of in a command or a value."""
+    return text.replace("$", "$$")
 
 
 def comments(job: Job) -> str:
