@@ -177,7 +177,7 @@ def jobset(job: Job) -> str:
 
 
 def xpk(job: Job) -> str:
-    """A command line of xpk, which writes a JobSet itself, with the same meaning of exit codes."""
+    """A command line of xpk, which writes a JobSet itself, with the same meaning of exit codes, and escapes nothing in it."""
     launch, topology = job.launch, job.launch.slice
     platform = "v5litepod" if topology.chip.name == "v5e" else topology.chip.name
     flags = options(
@@ -193,9 +193,9 @@ def xpk(job: Job) -> str:
         spot=launch.spot,
         max_restarts=launch.max_restarts,
         termination_grace_period_seconds=launch.grace_seconds,
-        command=f"exec {shlex.join(job.command)}",
+        command=unexpanded(f"exec {shlex.join(job.command)}"),
     )
-    flags += [f"--env={name}={value}" for name, value in environment(job).items()]
+    flags += [f"--env={name}={unexpanded(value)}" for name, value in environment(job).items()]
     # One process per virtual machine on tpu7x too.
     return comments(job) + shlex.join(["xpk", "workload", "create", "--no-use-parallel-containers", *flags]) + "\n"
 

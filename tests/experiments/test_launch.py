@@ -349,16 +349,18 @@ def test_a_mistake_in_a_manifest_is_refused_by_the_real_schema(mistake):
 
 def test_the_xpk_command_line():
     flags = {**XPK, "topology": "v5e:16x16", "slices": 2, "spot": True, "priority": "high"}
-    (job,) = jobs(flags, facts={"LIBTPU_INIT_ARGS": "--a=1 --b=2"})
+    awkward = "--config.eval.sample_prompts=('$$x$$ for $(SLICE)',)"
+    (job,) = jobs(flags, overrides=(*FITS, awkward), facts={"LIBTPU_INIT_ARGS": "--a=1 --b=$$"})
+    assert awkward in job.command
     (line,) = [line for line in artefact(job).splitlines() if not line.startswith("#")]
     words = shlex.split(line)
     assert words[:3] == ["xpk", "workload", "create"]
     expected = """--tpu-type=v5litepod-16x16 --num-slices=2 --workload=quickstart --cluster=pods --storage=runs --spot
         --zone=us-east5-a --priority=high --max-restarts=50 --docker-image=us-docker.pkg.dev/project/loam:1"""
-    assert {*expected.split(), "--env=LIBTPU_INIT_ARGS=--a=1 --b=2"} < set(words)
+    assert {*expected.split(), "--env=LIBTPU_INIT_ARGS=--a=1 --b=$$$$"} < set(words)
     assert not [word for word in words if word.startswith("--project")]
     (command,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
-    assert shlex.split(command) == ["exec", *job.command]
+    assert shlex.split(expanded(command, {"SLICE": "0"})) == ["exec", *job.command]
 
 
 def test_the_skypilot_task():
