@@ -105,10 +105,10 @@ def jobset(job: Job) -> str:
         "name": "loam",
         "image": launch.image,
         # exec: SIGTERM must reach Python, which saves.
-        "command": ["bash", "-c", f"exec {command}"],
+        "command": ["bash", "-c", unexpanded(f"exec {command}")],
         "env": [
             {"name": "SLICE", "valueFrom": slice_index},
-            *({"name": name, "value": value} for name, value in environment(job).items()),
+            *({"name": name, "value": unexpanded(value)} for name, value in environment(job).items()),
             *({"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}} for key, secret in secrets),
         ],
         "securityContext": {"privileged": True},
@@ -177,7 +177,7 @@ def jobset(job: Job) -> str:
 
 
 def xpk(job: Job) -> str:
-    """A command line of xpk, which writes a JobSet itself, with the same meaning of exit codes."""
+    """A command line of xpk, which writes a JobSet itself, with the same meaning of exit codes, and escapes nothing in it."""
     launch, topology = job.launch, job.launch.slice
     platform = "v5litepod" if topology.chip.name == "v5e" else topology.chip.name
     flags = options(
@@ -193,9 +193,9 @@ def xpk(job: Job) -> str:
         spot=launch.spot,
         max_restarts=launch.max_restarts,
         termination_grace_period_seconds=launch.grace_seconds,
-        command=f"exec {shlex.join(job.command)}",
+        command=unexpanded(f"exec {shlex.join(job.command)}"),
     )
-    flags += [f"--env={name}={value}" for name, value in environment(job).items()]
+    flags += [f"--env={name}={unexpanded(value)}" for name, value in environment(job).items()]
     # One process per virtual machine on tpu7x too.
     return comments(job) + shlex.join(["xpk", "workload", "create", "--no-use-parallel-containers", *flags]) + "\n"
 
@@ -320,6 +320,11 @@ def environment(job: Job) -> dict[str, str]:
     jax to read where it finds the other processes by itself."""
     flags = {name: job.facts[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in job.facts}
     return {"JAX_COORDINATOR_PORT": str(COORDINATOR_PORT), **flags}
+
+
+def unexpanded(text: str) -> str:
+    """What Kubernetes, which puts in variables for `$(NAME)` and `$` for `$$`, makes `text` of in a command or a value."""
+    return text.replace("$", "$$")
 
 
 def comments(job: Job) -> str:

@@ -26,11 +26,13 @@ class Placement:
 
     Attributes:
       heads, kv_heads: the mesh axes over which these lie. Queries go with their keys, or alone where all have the same keys.
+      experts: the mesh axes over which those among the weights lie.
     """
 
     mesh: Mesh | None
     heads: tuple[str, ...] = ()
     kv_heads: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
     @classmethod
     def beside(cls, params: Params, model: ModelConfig) -> Placement:
@@ -43,11 +45,13 @@ class Placement:
         of_heads, of_kv_heads = (
             ("tensor",) if "tensor" in mesh.shape and n % mesh.shape["tensor"] == 0 else () for n in (heads, kv_heads)
         )
-        return cls(mesh, of_heads if kv_heads == 1 else of_kv_heads, of_kv_heads)
+        return cls(mesh, of_heads if kv_heads == 1 else of_kv_heads, of_kv_heads, _axes_of_experts(params))
 
     @property
     def layout(self) -> Layout | None:
-        return None if self.mesh is None else Layout(self.mesh, {"heads": self.heads, "kv_heads": self.kv_heads})
+        if self.mesh is None:
+            return None
+        return Layout(self.mesh, {"heads": self.heads, "kv_heads": self.kv_heads, "experts": self.experts})
 
     def pages(self, tree: Tree) -> Tree:
         return self._constrain(tree, PartitionSpec(None, self.kv_heads or None))
@@ -57,6 +61,13 @@ class Placement:
 
     def _constrain(self, tree: Tree, spec: PartitionSpec) -> Tree:
         return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, spec))
+
+
+def _axes_of_experts(params: Params) -> tuple[str, ...]:
+    """Of the mesh, along which the experts of `params` lie; those of all layers lie alike."""
+    specs = [block["experts"]["up"].sharding.spec for block in params["blocks"] if "experts" in block]
+    over = specs[0][0] if specs and specs[0] else None
+    return () if over is None else over if isinstance(over, tuple) else (over,)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "engine", "placement"))

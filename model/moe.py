@@ -4,6 +4,7 @@ Each token is copied once per expert it goes to; the copies are sorted by expert
 On a mesh with an `expert` axis each device holds some of the experts, and copies travel to them and back by all-to-all.
 However unevenly the router chooses, no copy is dropped: a device has room for all that the others could send it, which is
 min(K, experts per device) rows for each token of all devices of the axis.
+To decode, every device has all tokens, and no weight moves: each computes what its own experts make of them.
 
 Mixtral (arXiv:2401.04088), DeepSeek-MoE and DeepSeek-V3 (arXiv:2401.06066, arXiv:2412.19437), Switch (arXiv:2101.03961),
 ST-MoE (arXiv:2202.08906). Deviations:
@@ -98,17 +99,27 @@ def _best_groups(choice_BTE: jax.Array, moe: MoeConfig) -> jax.Array:
 
 
 def moe_block(
-    x_BTD: jax.Array, params: Params, config: ModelConfig, moe: MoeConfig, real_BT: jax.Array, layout: Layout | None
+    x_BTD: jax.Array,
+    params: Params,
+    config: ModelConfig,
+    moe: MoeConfig,
+    real_BT: jax.Array,
+    layout: Layout | None,
+    decode_layout: Layout | None = None,
 ) -> tuple[jax.Array, Routing]:
     """The weighted sum of what each token's experts make of it; padding gets 0.
 
     Args:
       params: `router` (see `route`) and `experts`: `up`, `gate` [E, D, F] and `down` [E, F, D].
       real_BT: bool, False for padding.
+      layout: where tokens and experts live. None leaves it to XLA.
+      decode_layout: instead, where every device has all tokens: over which mesh axes `experts` lie. The rest is left to XLA.
     """
     experts_BTK, weights_BTK, routing = route(x_BTD, params["router"], moe, real_BT)
     activation = ACTIVATIONS[config.mlp]
     matrices = {name: w.astype(x_BTD.dtype) for name, w in params["experts"].items()}
+    if decode_layout and decode_layout.rules["experts"]:
+        return _of_own_experts(x_BTD, experts_BTK, weights_BTK, matrices, activation, decode_layout), routing
     if layout is None:
         return _of_device(x_BTD, experts_BTK, weights_BTK, matrices, activation, None), routing
     scattered = layout.rules["expert_embed"]
@@ -135,6 +146,35 @@ def moe_block(
     return by_device(x_BTD, experts_BTK, weights_BTK, matrices), routing
 
 
+def _of_own_experts(
+    x_BTD: jax.Array,
+    experts_BTK: jax.Array,
+    weights_BTK: jax.Array,
+    matrices: Params,
+    activation: Callable[[jax.Array], jax.Array],
+    layout: Layout,
+) -> jax.Array:
+    """What all experts make of tokens that every device has. Left alone, XLA would gather the experts."""
+
+    def local(x_BTD: jax.Array, experts_BTK: jax.Array, weights_BTK: jax.Array, matrices: Params) -> jax.Array:
+        num_experts = matrices["up"].shape[0]
+        own_BTK = experts_BTK - jax.lax.axis_index(AXIS) * num_experts
+        own_BTK = jnp.where((own_BTK >= 0) & (own_BTK < num_experts), own_BTK, num_experts)
+        return jax.lax.psum(_of_device(x_BTD, own_BTK, weights_BTK, matrices, activation, None), AXIS)
+
+    # By hand along AXIS alone: how the widths of the experts lie is still XLA's business.
+    tokens, experts = layout.spec(), layout.spec("experts")
+    by_device = jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(tokens, tokens, tokens, experts),
+        out_specs=tokens,
+        axis_names={AXIS},
+        check_vma=False,
+    )
+    return by_device(x_BTD, experts_BTK, weights_BTK, matrices)
+
+
 def _of_device(
     x_BTD: jax.Array,
     experts_BTK: jax.Array,
@@ -143,18 +183,21 @@ def _of_device(
     activation: Callable[[jax.Array], jax.Array],
     layout: Layout | None,
 ) -> jax.Array:
-    """What the experts make of the tokens of this device, which holds the matrices of its own part of the experts."""
+    """What the experts make of the tokens of this device, which holds the matrices of its own part of the experts.
+
+    A copy whose expert is numbered beyond the last one is padding.
+    """
     D, K = x_BTD.shape[-1], experts_BTK.shape[-1]
     devices = layout.shards("experts") if layout else 1
-    platform = layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
+    platform = layout.mesh.devices.flat[0].platform if layout else None
     num_experts = devices * matrices["up"].shape[0]
     expert_R = experts_BTK.reshape(-1)
     order_R = jnp.argsort(expert_R).astype(jnp.int32)
     slots_NK = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(len(order_R), dtype=jnp.int32)).reshape(-1, K)
     sizes_E = jnp.sum(expert_R[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     # Padding's copies stand after all others, in rows that nobody computes.
-    real_N11 = experts_BTK.reshape(-1, K)[:, :1, None] < num_experts
-    copies_RD = _spread(jnp.where(real_N11[:, 0], x_BTD.reshape(-1, D), 0), order_R, slots_NK)
+    real_NK1 = experts_BTK.reshape(-1, K, 1) < num_experts
+    copies_RD = _spread(jnp.where(jnp.any(real_NK1, axis=1), x_BTD.reshape(-1, D), 0), order_R, slots_NK)
     if devices == 1:
         out_RD = _experts(copies_RD, sizes_E, matrices, activation, platform)
     else:
@@ -164,12 +207,12 @@ def _of_device(
         arrived_RD = _exchange(copies_RD, there, back)
         out_RD = _exchange(_in_chunks(arrived_RD, sizes, matrices, activation, platform, most), back, there)
     out_RD = checkpoint_name(out_RD, "expert_out")
-    out_NKD = jnp.where(real_N11, _collect(out_RD, order_R, slots_NK), 0)
+    out_NKD = jnp.where(real_NK1, _collect(out_RD, order_R, slots_NK), 0)
     return jnp.einsum("nkd,nk->nd", out_NKD, weights_BTK.reshape(-1, K)).astype(x_BTD.dtype).reshape(x_BTD.shape)
 
 
 def _experts(
-    x_RD: jax.Array, sizes: jax.Array, matrices: Params, activation: Callable[[jax.Array], jax.Array], platform: str
+    x_RD: jax.Array, sizes: jax.Array, matrices: Params, activation: Callable[[jax.Array], jax.Array], platform: str | None
 ) -> jax.Array:
     """Rows sorted by expert through the experts' MLPs; see `grouped_matmul` for rows that are no expert's."""
     hidden_RF = grouped_matmul(x_RD, matrices["up"], sizes, platform)
@@ -189,7 +232,7 @@ def _in_chunks(
     sizes: jax.Array,
     matrices: Params,
     activation: Callable[[jax.Array], jax.Array],
-    platform: str,
+    platform: str | None,
     chunk: int,
 ) -> jax.Array:
     """`_experts` of so many rows at a time; rows of chunks that are empty may hold anything.

@@ -40,7 +40,7 @@ class Context:
       real: bool [B, T], False for padding.
       page_table: of the cache, if there is one.
       layout: where activations live; None on one device.
-      page_layout: of the cache.
+      decode_layout: of the cache.
     """
 
     positions: jax.Array
@@ -49,7 +49,7 @@ class Context:
     real: jax.Array
     page_table: jax.Array | None
     layout: Layout | None = flax.struct.field(pytree_node=False)
-    page_layout: Layout | None = flax.struct.field(pytree_node=False)
+    decode_layout: Layout | None = flax.struct.field(pytree_node=False)
 
 
 # Of one layer: pages of keys and of values, each [pages, K, slots, head_dim]; with latent attention one of both.
@@ -63,7 +63,7 @@ class KVCache:
     Attributes:
       pages: per layer.
       table: int32 [B, P]; slot s of page `table[b, p]` holds position p * slots + s of row b.
-      layout: over which axes of a mesh `heads` of queries and `kv_heads` of pages lie; None is one device.
+      layout: over which axes of a mesh `heads` of queries, `kv_heads` of pages and `experts` lie; None is one device.
     """
 
     pages: tuple[LayerPages, ...]
@@ -176,7 +176,7 @@ def attention_block(
             params.get("sinks"),
             window=window,
             backend=config.attention_backend,
-            layout=context.page_layout,
+            layout=context.decode_layout,
             **options,
         )
         if config.mla:
@@ -190,7 +190,7 @@ def feed_forward(x_BTD: jax.Array, params: Params, config: ModelConfig, context:
     if "experts" not in params:
         return mlp_block(x_BTD, params["mlp"], config, layout), None
     assert config.moe is not None
-    out_BTD, routing = moe_block(x_BTD, params, config, config.moe, context.real, layout)
+    out_BTD, routing = moe_block(x_BTD, params, config, config.moe, context.real, layout, context.decode_layout)
     if "shared_experts" in params:
         out_BTD += mlp_block(x_BTD, params["shared_experts"], config, layout)
     return out_BTD, routing

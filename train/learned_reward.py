@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from data.chat_encoder import ChatEncoder
 from data.steps import line_tokens, step_ends
 from model.config import ModelConfig, check
+from model.kernels.tiles import round_up
 from model.params import Params, abstract_params, param_shardings, param_specs
 from model.sharding import TRAIN_RULES, Layout
 from train.initial import open_initial
@@ -59,14 +60,16 @@ class LearnedReward:
             param_shardings(specs, layout),
         )
         self.params: Params = opened.load(placed)
-        self._max_rows = max_rows
-        self._model = model
+        # The mesh divides rows and columns.
+        self._max_rows = round_up(max_rows, layout.shards("batch"))
+        self._columns = layout.shards("residual")
+        self._model, self._layout = model, layout
         self._lines = line_tokens(opened.tokenizer)
         judges_steps = objective.get("process_model") is not None
         self._score = jax.jit(functools.partial(self._scores, steps=steps if judges_steps else None))
 
     def _scores(self, params: Params, rows: Mapping[str, jax.Array], steps: StepAggregation | None) -> jax.Array:
-        scores = answer_scores(params, self._model, dict(rows))
+        scores = answer_scores(params, self._model, dict(rows), self._layout)
         if steps:
             return solution_scores(scores, rows["step_ends"], steps)
         last = jnp.sum(rows["segment_ids"], axis=1) - 1
@@ -88,6 +91,7 @@ class LearnedReward:
         for start in range(0, len(tokens), self._max_rows):
             part = {name: x[start : start + self._max_rows] for name, x in rows.items()}
             number = len(part["tokens"])
-            part = {name: np.pad(x, ((0, self._max_rows - number), (0, 0))) for name, x in part.items()}
+            missing = ((0, self._max_rows - number), (0, -tokens.shape[1] % self._columns))
+            part = {name: np.pad(x, missing) for name, x in part.items()}
             found.append(np.asarray(self._score(self.params, part))[:number])
         return np.concatenate(found)

@@ -1,8 +1,9 @@
 """Rows that stand in groups, each group times a matrix of its own: what experts are computed with.
 
-On CPUs and GPUs it is `jax.lax.ragged_dot`; on TPUs the grouped kernels of `jax.experimental.pallas.ops.tpu.megablox`
-(arXiv:2211.15841), because the gradient of XLA's ragged dot by the weights does the work of a dense product for every group
-(experiments/LOG.md).
+On CPUs and GPUs it is `jax.lax.ragged_dot`; in training on TPUs the grouped kernels of
+`jax.experimental.pallas.ops.tpu.megablox` (arXiv:2211.15841), because the gradient of XLA's ragged dot by the weights does the
+work of a dense product for every group (experiments/LOG.md). Its forward product is a kernel on TPUs too, and unlike ours one
+that XLA partitions by itself: what decodes and scores with weights on a mesh takes it.
 
 Axes: R rows, G groups, D width, F width of the result.
 """
@@ -20,12 +21,12 @@ from jax.experimental.pallas.ops.tpu.megablox import gmm
 LARGEST = (512, 2048, 512)
 
 
-def grouped_matmul(x_RD: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array, platform: str) -> jax.Array:
+def grouped_matmul(x_RD: jax.Array, w_GDF: jax.Array, sizes_G: jax.Array, platform: str | None) -> jax.Array:
     """The first sizes[0] rows times w[0], the next sizes[1] rows times w[1], and so on.
 
     Args:
       sizes_G: int32, together at most R.
-      platform: of the devices, such as "tpu".
+      platform: of the device that computes this, such as "tpu"; None for whatever it is compiled for, on one device or several.
 
     Returns:
       [R, F] of x's dtype, added up in float32 or wider. Rows after the last group, and the gradient of x there, hold anything;

@@ -338,6 +338,19 @@ def test_the_programs_of_reinforcement_learning_compile(rl_config, capsys):
     assert f"MFU {100 * report['estimated_update_mfu']:.1f} %" in text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [("--config.mesh.fsdp=2", "--config.mesh.tensor=2"), MESH_OF_TEACHER], ids=str)
+def test_experts_learn_by_reinforcement_too(rl_config, mesh, capsys):
+    require_libtpu()
+    path = Path(rl_config)
+    path.write_text(path.read_text().replace('preset("tiny-llama"', 'preset("tiny-mixtral", attention_backend="flash"'))
+    assert main(["compile", f"--config={rl_config}", "--topology=v5e:2x2", "--json", *mesh]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["fits"]
+    # No weights are gathered to decode.
+    assert {row["axes"] for row in report["programs"]["decode"]["collectives"]} <= {"tensor"}
+
+
 @pytest.mark.parametrize(("weights_ms", "expected_ms"), [(1, 15), (20, 25)], ids=["of all work", "less than all reads"])
 def test_a_decoded_token_reads_the_pages_beside_what_the_compiler_knows(weights_ms, expected_ms):
     chip = topology_of("v6e:8x8").chip

@@ -247,16 +247,38 @@ def programs(directory, **texts):
     return f"{directory}:{os.environ['PATH']}"
 
 
+def expanded(text, variables):
+    """What the kubelet makes of a word of a command, or of a variable's value, by the API's reference: `$(NAME)` becomes the
+    variable's value or, where there is none, stays; `$$` becomes `$`, and what follows it is no reference."""
+    return re.sub(r"\$(\$|\(([^)]*)\))", lambda m: "$" if m[1] == "$" else variables.get(m[2], m[0]), text)
+
+
+def test_the_kubelets_rule():
+    variables = {"SLICE": "3"}
+    cases = {"$(SLICE)": "3", "$$(SLICE)": "$(SLICE)", "$$$(SLICE)": "$3", "$(OTHER) $((1 + 2))": "$(OTHER) $((1 + 2))"}
+    cases |= {"a$$$$b$": "a$$b$", "$HOME ${SLICE} $(SLICE": "$HOME ${SLICE} $(SLICE"}
+    assert {text: expanded(text, variables) for text in cases} == cases
+
+
 def test_the_container_becomes_the_program_which_knows_its_place(tmp_path):
-    awkward = """--config.eval.sample_prompts=("it's $HOME",)"""
-    manifest = manifest_of({**JOBSET, "slices": 2, "name": "run"}, overrides=(*FITS, awkward))
+    awkward = """--config.eval.sample_prompts=("it's $HOME and $$x$$ for $(SLICE), $$(SLICE)",)"""
+    flags = "--a='$(SLICE)' --b=$$"
+    manifest = manifest_of(
+        {**JOBSET, "slices": 2, "name": "run"}, overrides=(*FITS, awkward), facts={"LIBTPU_INIT_ARGS": flags}
+    )
     (container,) = pod_of(manifest)["containers"]
-    path = programs(tmp_path / "bin", loam=FAKE_LOAM)
+    fake = FAKE_LOAM + 'printf "%s\\n" "$LIBTPU_INIT_ARGS"\n'
+    path = programs(tmp_path / "bin", loam=fake)
     places = set()
     for slice_index, index in ((0, 0), (0, 31), (1, 0), (1, 31)):
         environment = {"PATH": path, "SLICE": str(slice_index), "JOB_COMPLETION_INDEX": str(index)}
-        with subprocess.Popen(container["command"], env=environment, stdout=subprocess.PIPE, text=True) as process:
-            pid, *words = process.communicate()[0].splitlines()
+        for item in container["env"]:
+            if "value" in item:
+                environment[item["name"]] = expanded(item["value"], environment)
+        command = [expanded(word, environment) for word in container["command"]]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            pid, *words, seen_flags = process.communicate()[0].splitlines()
+        assert seen_flags == flags
         assert int(pid) == process.pid, "SIGTERM would reach the shell only"
         assert words[:2] == ["run", "--config=configs/quickstart.py"]
         assert awkward in words
@@ -327,16 +349,18 @@ def test_a_mistake_in_a_manifest_is_refused_by_the_real_schema(mistake):
 
 def test_the_xpk_command_line():
     flags = {**XPK, "topology": "v5e:16x16", "slices": 2, "spot": True, "priority": "high"}
-    (job,) = jobs(flags, facts={"LIBTPU_INIT_ARGS": "--a=1 --b=2"})
+    awkward = "--config.eval.sample_prompts=('$$x$$ for $(SLICE)',)"
+    (job,) = jobs(flags, overrides=(*FITS, awkward), facts={"LIBTPU_INIT_ARGS": "--a=1 --b=$$"})
+    assert awkward in job.command
     (line,) = [line for line in artefact(job).splitlines() if not line.startswith("#")]
     words = shlex.split(line)
     assert words[:3] == ["xpk", "workload", "create"]
     expected = """--tpu-type=v5litepod-16x16 --num-slices=2 --workload=quickstart --cluster=pods --storage=runs --spot
         --zone=us-east5-a --priority=high --max-restarts=50 --docker-image=us-docker.pkg.dev/project/loam:1"""
-    assert {*expected.split(), "--env=LIBTPU_INIT_ARGS=--a=1 --b=2"} < set(words)
+    assert {*expected.split(), "--env=LIBTPU_INIT_ARGS=--a=1 --b=$$$$"} < set(words)
     assert not [word for word in words if word.startswith("--project")]
     (command,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
-    assert shlex.split(command) == ["exec", *job.command]
+    assert shlex.split(expanded(command, {"SLICE": "0"})) == ["exec", *job.command]
 
 
 def test_the_skypilot_task():

@@ -19,6 +19,7 @@ from inference.request import Token
 from model.config import LoraConfig, ModelConfig
 from model.lora import merge
 from model.params import is_spec, param_specs
+from model.sharding import MESH_AXES, make_mesh
 from model.transformer import forward, unembed
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig, EvalConfig, LossConfig, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -545,6 +546,10 @@ def test_a_reward_model_learns_a_rule_and_scores_samples_as_it_scored_answers(be
     samples = to_rows(prompts, answers, row_tokens=60)
     np.testing.assert_allclose(learned(samples), expected, rtol=1e-5, atol=1e-5)
     assert np.std(expected) > 0.1
+    # On a mesh that divides neither the rows nor the 61 columns.
+    mesh = make_mesh(dict.fromkeys(MESH_AXES, 1) | {"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    on_mesh = LearnedReward(str(directory), MODEL, mesh, max_rows=3)
+    np.testing.assert_allclose(on_mesh(samples), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
