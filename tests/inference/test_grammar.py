@@ -19,7 +19,7 @@ from tests.networks import SMALL, random_params
 
 STOP = 256
 TOKEN_BYTES = (*(bytes([i]) for i in range(256)), b"", b"tru", b'":', b"}}", "é".encode(), b"[1")
-MODEL = dataclasses.replace(SMALL, vocab_size=320, num_layers=1, max_seq_len=512)  # more than the tokens, by more than a word of a mask
+MODEL = dataclasses.replace(SMALL, vocab_size=320, num_layers=1, max_seq_len=512)  # more than tokens, and than words of a mask
 PARAMS = random_params(MODEL)
 ENGINE = Engine(PARAMS, MODEL, EngineConfig(max_batch=8, cache_tokens=8192, prefill_chunk=16), vocab_size=len(TOKEN_BYTES))
 
