@@ -216,7 +216,8 @@ A1 = [
     ),
     shown(
         "REINFORCE, its returns and baselines",
-        "test_ema_baseline_does_not_see_its_own_batch",
+        "test_ema_baseline_is_of_earlier_returns_and_not_of_its_own_batch",
+        "test_ema_baseline_is_of_returns_and_not_of_bare_rewards",
         "test_the_batch_baseline_is_the_mean_return_of_what_was_judged",
         "test_rl_rewards::test_the_greedy_baseline_is_the_reward_of_the_most_likely_answer",
         "test_kl_in_the_reward_is_detached_and_per_token",
