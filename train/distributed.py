@@ -19,6 +19,7 @@ import faulthandler
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import sys
@@ -26,7 +27,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -113,7 +114,26 @@ def _detect(start_seconds: float) -> Place:
             "alone, each process would train by itself into one run_dir. Give --coordinator=HOST:PORT, --processes=N and "
             "--process-id=I to each of them, or --processes=1 to run alone."
         )
-    return Place(coordinator, processes, process_id, None if devices is None else tuple(devices))
+    return Place(coordinator, processes, process_id, _own_devices(devices))
+
+
+def _own_devices(guessed: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The GPUs of this process. JAX guesses the one that has the number of the process on its host, which is right where a host
+    has several processes and each sees all GPUs. `JAX_LOCAL_DEVICE_IDS`, which JAX reads by itself, says otherwise."""
+    if guessed is None or "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return None
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    bound = seen is not None and len(seen.split(",")) <= max(guessed)  # by the scheduler, to its own
+    return None if bound or _processes_of_host() == 1 else tuple(guessed)
+
+
+def _processes_of_host() -> int | None:
+    """How many processes of the job this host has, if Open MPI or Slurm says so."""
+    if size := os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
+        return int(size)
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # such as 2(x3),1
+    hosts = [int(count) for count, times in counts for _ in range(int(times or 1))]
+    return hosts[int(os.environ.get("SLURM_NODEID", 0))] if hosts else None
 
 
 # --- Meeting ------------------------------------------------------------------------------------------------------------

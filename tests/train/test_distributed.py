@@ -417,6 +417,26 @@ def test_flags_win_over_the_environment_and_without_either_a_process_is_alone(mo
     assert find_place(None, None, None, 1.0) == Place()
 
 
+@pytest.mark.parametrize(
+    ("environment", "devices"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None),  # alone on its host, it has all
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, (3,)),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8,1"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, (3,)),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "CUDA_VISIBLE_DEVICES": "5"}, None),  # all that it was bound to
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "JAX_LOCAL_DEVICE_IDS": "6,7"}, None),  # JAX reads it where nothing is told
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, (3,)),
+    ],
+)
+def test_gpus_of_a_host_are_shared_only_by_several_processes(monkeypatch, environment, devices):
+    slurm = {"JOB_ID": "17", "STEP_NODELIST": "node[003-004]", "NTASKS": "16", "PROCID": "11", "LOCALID": "3", "NODEID": "1"}
+    for name, value in ({f"SLURM_{name}": value for name, value in slurm.items()} | environment).items():
+        monkeypatch.setenv(name, value)
+    assert find_place(None, None, None, 1.0).local_devices == devices
+
+
 def test_an_environment_that_tells_half_of_a_place_is_refused(monkeypatch):
     """Each process would train alone."""
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.2:8476")
