@@ -41,7 +41,7 @@ from experiments.tpu_schedule import (
     read_schedule,
 )
 from model.chips import Topology, topology_of
-from model.config import check
+from model.config import ModelConfig, check
 from model.xla import TPU_FLAGS, with_flags
 from train.config import TrainConfig
 from train.rl_config import RLConfig
@@ -207,7 +207,7 @@ def kernel_report(
     kernel: hlo.Kernel, schedule: str | None, config: Job, topology: Topology, mesh: Mapping[str, int], dump: Path
 ) -> Report:
     """Calls of a Pallas kernel, and cycles of all of them: of attention and experts from their schedules, of others from their
-    FLOPs.
+    FLOPs, and so where a teacher has other ones.
 
     Args:
       schedule: the instruction under whose name the kernel's schedule was dumped.
@@ -215,6 +215,8 @@ def kernel_report(
     attention = re.search(r"flash_(forward|backward)", kernel.name)  # An instruction is named after scopes around it, too.
     moe = config.model.moe
     source = "its schedule"
+    if config.distillation and shapes_of_kernels(config.distillation.model) != shapes_of_kernels(config.model):
+        schedule = None  # Whose kernel it is cannot be told: the teacher's are called the same.
     if attention and schedule:
         each = attention_call_cycles(attention[1], kernel, f"-{schedule}-", config, topology, mesh["context"], dump)
     elif moe and schedule and "gmm" in kernel.name:
@@ -222,6 +224,13 @@ def kernel_report(
     else:
         each, source = kernel.flops / topology.chip.flops_per_cycle, "its FLOPs at peak"
     return {"instruction": kernel.name, "times": kernel.times, "cycles": kernel.times * each, "by": source}
+
+
+def shapes_of_kernels(model: ModelConfig) -> tuple[Any, ...]:
+    """What the cycles of its kernels are reckoned from, besides their operands."""
+    windows = [model.window(layer) for layer in range(model.num_layers)]
+    shares = {window: windows.count(window) / len(windows) for window in windows}
+    return shares, model.head_dim, model.attention_soft_cap, model.dtype, model.d_model, model.moe
 
 
 def attention_call_cycles(
@@ -401,7 +410,9 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology, most
     else:
         live = live_bytes(memory)
     seconds = report["estimated_step_seconds"]
-    if memory is not None and config.model.attention_backend == "flash":
+    # A reference, a teacher and heads of other objectives have matmuls of their own.
+    alone = config.objective is None and config.distillation is None
+    if memory is not None and config.model.attention_backend == "flash" and alone:
         done = compiled["matmul_flops_per_device"] * topology.num_devices
         report["recomputed_flops_share"] = recomputed_share(config, done)
     report["estimated_mfu"] = seconds and flops / (seconds * topology.num_devices * chip.peak_flops)

@@ -28,6 +28,7 @@ from model.chips import CHIPS, topology_of
 from model.kernels.tiles import BlockSizes
 from tests.libtpu import run_with_libtpu
 from tests.tiny import write_tiny_job
+from train.config import DistillationConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -194,3 +195,17 @@ def test_a_kernel_without_a_schedule_takes_its_flops_at_peak(tmp_path):
     report = kernel_report(kernel, None, config, topology_of("v5e:2x2"), 1, tmp_path)
     assert report["cycles"] == 6 * 1000
     assert report["by"] == "its FLOPs at peak"
+
+
+def test_a_teacher_whose_kernels_are_others_has_its_flops_at_peak(tmp_path, monkeypatch):
+    """Its schedule is not taken for the student's, nor the other way round; of one of the same shapes it does not matter."""
+    monkeypatch.setattr("experiments.compile.attention_call_cycles", lambda *_: 1.0)
+    kernel = hlo.Kernel("flash_forward.1", 2.0, (), flops=131_072e3)
+    config = load_train_config(str(write_tiny_job(tmp_path)), [])
+    like_it = dataclasses.replace(config.model, num_layers=2 * config.model.num_layers)
+    teachers = {None: 1.0, like_it: 1.0, dataclasses.replace(like_it, window_pattern=(7,)): 1000.0}
+    for teacher, cycles in teachers.items():
+        distillation = teacher and DistillationConfig("somebody", teacher)
+        taught = dataclasses.replace(config, distillation=distillation)
+        report = kernel_report(kernel, kernel.name, taught, topology_of("v5e:2x2"), {"context": 1}, tmp_path)
+        assert report["cycles"] == 2 * cycles
