@@ -298,7 +298,7 @@ def forward(
         {w > 0: rope_table(positions, config.rope, config.rotary_dim, w > 0) for w in windows}
         if config.positions == "rope"
         else {},
-        segments > 0 if cache is None else positions >= 0,
+        segments != 0 if cache is None else positions >= 0,  # A prompt that answers share has a negative one.
         None if cache is None else cache.table,
         layout,
         None if cache is None else cache.layout,

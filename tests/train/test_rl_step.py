@@ -4,7 +4,9 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
+from model.config import MoeConfig
 from model.transformer import forward, unembed
 from tests.networks import random_params
 from tests.train.rl_runs import MODEL, drawn
@@ -30,9 +32,10 @@ def test_every_prompt_of_every_step_has_random_numbers_of_its_own():
     assert max(seeds) >= 2**31
 
 
-def test_answers_that_share_their_prompt_are_scored_and_trained_as_if_each_had_its_own():
+@pytest.mark.parametrize("moe", [None, MoeConfig(num_experts=4, experts_per_token=2, d_ff=32)], ids=["dense", "experts"])
+def test_answers_that_share_their_prompt_are_scored_and_trained_as_if_each_had_its_own(moe):
     """Groups of three: of different prompts and answers, with a window, and with a row whose reward is missing."""
-    model = dataclasses.replace(MODEL, window_pattern=(0, 3), num_layers=2)
+    model = dataclasses.replace(MODEL, window_pattern=(0, 3), num_layers=2, moe=moe)
     params = random_params(model) | {"value_head": jax.random.normal(jax.random.key(1), (model.d_model, 1))}
     answers = [[drawn([1, 2, 9]), drawn([2]), drawn([3] * 4, "length")], [drawn([4, 4]), drawn([9]), drawn([7, 5, 1])]]
     rows = to_rows([[5, 6, 7], [8]], answers, row_tokens=6)
