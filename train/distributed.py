@@ -39,6 +39,7 @@ from train.watchdog import BEAT_SECONDS, Watchdog, dump_stacks
 
 HEARTBEAT_SECONDS = 15
 SILENT_SECONDS = 3.0
+WAITING_SECONDS = 10.0  # more than a wait itself may take
 AGREE_SECONDS = 15.0  # for threads that do nothing else
 
 T = TypeVar("T")
@@ -335,15 +336,16 @@ class Group:
         key, before = self._key(name)
         self._client.key_value_set(f"{key}/of/{self.index}", value)
         deadline = time.monotonic() + seconds
-        if self.is_first:
-            pause = 0.001
-            while len(values := self._read(f"{key}/of")) < self.count and time.monotonic() < deadline:
-                time.sleep(pause)
-                pause = min(2 * pause, 0.1)
-            if len(values) == self.count:
-                self._client.key_value_set(f"{key}/all", json.dumps([values[i] for i in range(self.count)]))
-                self._client.key_value_delete(before)  # Whoever is here has read what came before.
-        told = self._wait_for(f"{key}/all", deadline)
+        with self._waiting(name, seconds):
+            if self.is_first:
+                pause = 0.001
+                while len(values := self._read(f"{key}/of")) < self.count and time.monotonic() < deadline:
+                    time.sleep(pause)
+                    pause = min(2 * pause, 0.1)
+                if len(values) == self.count:
+                    self._client.key_value_set(f"{key}/all", json.dumps([values[i] for i in range(self.count)]))
+                    self._client.key_value_delete(before)  # Whoever is here has read what came before.
+            told = self._wait_for(f"{key}/all", deadline)
         if told is None:
             missing = sorted(set(range(self.count)) - self._read(f"{key}/of").keys()) or [0]
             raise MissingProcesses(f"waited {seconds:g} s at {name!r} for {self._described(missing)}")
@@ -361,7 +363,8 @@ class Group:
         key, _ = self._key(name)
         if self.is_first:
             self._client.key_value_set(key, json.dumps(value()))
-        told = self._wait_for(key, time.monotonic() + seconds)
+        with self._waiting(name, seconds):
+            told = self._wait_for(key, time.monotonic() + seconds)
         if told is None:
             raise MissingProcesses(f"waited {seconds:g} s at {name!r} for {self._described([0])}")
         return json.loads(told)
@@ -381,6 +384,15 @@ class Group:
         """Where the next and the last call of this name keep their values."""
         self._calls[name] += 1
         return f"loam/{name}/{self._calls[name]}", f"loam/{name}/{self._calls[name] - 1}"
+
+    @contextlib.contextmanager
+    def _waiting(self, name: str, seconds: float) -> Iterator[None]:
+        """Whoever waits for others is not stuck: the watchdog leaves it time to say for whom. It watches the main thread."""
+        if threading.current_thread() is threading.main_thread():
+            with self.watchdog.phase(f"waiting at {name!r}", seconds + WAITING_SECONDS):
+                yield
+        else:
+            yield
 
     def _wait_for(self, key: str, deadline: float) -> str | None:
         """The value of a key, None if there is none at the deadline."""

@@ -22,13 +22,13 @@ class Watchdog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._looked = time.monotonic()
         self.begin("starting", float("inf"))
 
     def begin(self, doing: str, seconds: float) -> None:
         """The main thread begins what must end, or give way to something else, within `seconds`."""
         with self._lock:
             self.doing, self._allowed, self._spent = doing, seconds, 0.0
+            self._looked = time.monotonic()
 
     @contextlib.contextmanager
     def phase(self, doing: str, seconds: float) -> Iterator[None]:

@@ -508,6 +508,46 @@ def test_a_coordinator_that_is_silent_before_its_first_news_is_heard_again(monke
     assert group._client.asked == 3
 
 
+class Memory:
+    """A key-value store that one process has for itself."""
+
+    def __init__(self, **values):
+        self.values = values
+
+    def key_value_set(self, key, value, **_):
+        self.values[key] = value
+
+    def key_value_dir_get(self, directory):
+        return [(key, value) for key, value in self.values.items() if key.startswith(directory)]
+
+    def blocking_key_value_get(self, key, milliseconds):
+        time.sleep(milliseconds / 1000)
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+
+
+@pytest.mark.parametrize("wait", ["gather", "from_first"])
+def test_who_waits_within_a_phase_names_the_missing_and_is_not_called_stuck(wait, monkeypatch):
+    """Though less is left of the phase than the wait may take."""
+    monkeypatch.setattr(train.watchdog, "BEAT_SECONDS", 100.0)  # Whatever passes between two looks counts.
+    client = Memory(**{f"loam/beat/{i}": f"1 process {i} (other, pid 7), restore at step 0" for i in range(2)})
+    group = Group(int(wait == "from_first"), 2, client, DeadlineConfig(phase_seconds=1.0))
+    looked, late = [], threading.Event()
+
+    def look():
+        while not late.wait(0.02):
+            looked.append(group.watchdog.overdue())
+
+    watching = threading.Thread(target=look)
+    with group.phase("restore at step 0", 0.5):
+        watching.start()
+        with pytest.raises(MissingProcesses, match=r"waited 1 s at 'all' for process [01] \(other, pid 7\), restore"):
+            group.gather("all", "") if wait == "gather" else group.from_first("all", dict)
+        late.set()
+        watching.join()
+    assert len(looked) > 10
+    assert not any(looked)
+
+
 def test_a_process_whose_watch_thread_fails_leaves(monkeypatch, capfd):
     def leave(self, status):
         raise Left(status)
