@@ -348,6 +348,7 @@ def losses(name: str, **changes):
     return model, random_params(model)
 
 
+@pytest.mark.slow
 def test_scan_equals_loop():
     """A dense layer first, then two repetitions of a local and a global layer with experts, and a local one left over."""
     model, _ = losses("tiny-deepseek")
@@ -457,7 +458,7 @@ def one_update(name: str):
     return update(params, gradients)["scanned_blocks"][0], params["scanned_blocks"][0]
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow), "lion", "adafactor", "sgd"])
 def test_no_optimizer_moves_the_bias_and_all_move_the_experts(name):
     """Neither by a gradient nor by decay, though the rules decay everything."""
     updates, _ = one_update(name)
