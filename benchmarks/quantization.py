@@ -4,7 +4,8 @@
 A table with a row for each kind of weights of `model/quantize.py`, one for weights as they are with keys and values of the past
 rounded to int8, and one for all as it is:
 
-  MB              of the weights that a decoded token reads
+  MB kept         of weights, without a table that tokens are only looked up in; a token reads as much, but more where int4
+                  is unpacked first, as on a CPU
   bits/byte       of the first --bytes of a text, in rows of 1,024 tokens
   right           percent of the first --documents questions of a file, lines of {"query", "choices", "gold"}: by the likelihood
                   of answers, and by that per character (`inference/multiple_choice.py`)
@@ -27,7 +28,7 @@ from model.xla import configure
 
 
 class Variant(NamedTuple):
-    """A row of the table: what gives tokens log-probabilities, and what it reads of weights for each."""
+    """A row of the table: what gives tokens log-probabilities, and how much is kept of the weights for it."""
 
     scorer: Any  # inference.score.Scorer
     weight_bytes: int
@@ -95,7 +96,11 @@ def main(words: list[str] | None = None) -> None:
         rows[name] = row
     measured = [f"{len(text.encode()):,} bytes of text"] * bool(text) + [f"{len(q)} of {task}" for task, q in tasks.items()]
     print(f"{loaded.name}: {', '.join(measured)}")
-    print("| weights | MB |" + " bits/byte |" * bool(text) + "".join(f" {t}: right, per character | changed |" for t in tasks))
+    print(
+        "| weights | MB kept |"
+        + " bits/byte |" * bool(text)
+        + "".join(f" {t}: right, per character | changed |" for t in tasks)
+    )
     print("|---|---|" + "---|" * (bool(text) + 2 * len(tasks)))
     for name, row in rows.items():
         cells = [name, f"{row['weight_bytes'] / 1e6:.0f}"] + ([f"{row['bits_per_byte']:.4f}"] if text else [])

@@ -39,7 +39,8 @@ class Measured:
       first_token_seconds: of a whole batch's prompts, up to the first token of each.
       token_seconds: of a step that gives each row of the batch a token; others, while rows begin and end, are not counted.
       tokens_per_second: of all rows.
-      bandwidth_share: bytes of weights read per second, over what the memory gives.
+      bandwidth_share: bytes of weights, as they are kept, per second, over what the memory gives; a CPU unpacks int4, and reads
+        and writes more.
     """
 
     batch: int
@@ -66,7 +67,7 @@ def read_bandwidth(megabytes: int = 256, num_devices: int = 1) -> float:
 
 
 def weight_bytes(params: Params, config: ModelConfig) -> int:
-    """Bytes of the weights that a step reads: all but a table that tokens are only looked up in."""
+    """Bytes of the weights that a step needs, as they are kept: all but a table that tokens are only looked up in."""
     leaves = dict(params)
     if not config.tie_embeddings:
         del leaves["embedding"]
@@ -136,7 +137,8 @@ def bench(arguments: argparse.Namespace) -> None:
     summary: dict[str, Any] = {
         "benchmark": "bench-infer",
         "model": loaded.name,
-        "dtype": arguments.dtype or config.dtype,
+        "dtype": config.dtype,
+        "weights": arguments.weights or config.param_dtype,
         "cache_dtype": arguments.cache_dtype,
         "tensor": arguments.tensor,
         "prompt_tokens": prompt,

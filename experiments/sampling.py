@@ -80,15 +80,16 @@ def is_run(source: str) -> bool:
     return any((Path(source) / part).is_dir() for part in ("checkpoints", "tokenizer"))
 
 
-def open_any(source: str, step: int = -1, dtype: DType | None = None, tensor: int = 1) -> LoadedModel:
+def open_any(source: str, step: int = -1, dtype: DType | None = None, tensor: int = 1, bits: Bits | None = None) -> LoadedModel:
     """A run of ours, or what `inference.models.open_model` opens.
 
     Args:
       dtype: of activations and parameters; None is that of a run's config, else float32.
       tensor: over how many devices it lies, see `tensor_shardings`.
+      bits: rounds matrices, see `model/quantize.py`: those of a run when all have been read, others one by one.
 
     Raises:
-      ValueError, FileNotFoundError: see `open_run` and `open_model`.
+      ValueError, FileNotFoundError: see `open_run`, `open_model`, `tensor_shardings` and `quantize`.
     """
     if not is_run(source):
         if Path(source).is_dir() and not (Path(source) / "config.json").is_file() and not [*Path(source).glob("*.gguf")]:
@@ -98,7 +99,9 @@ def open_any(source: str, step: int = -1, dtype: DType | None = None, tensor: in
             )
         check(step < 0, f"--step is for runs, and {source} is none: leave it out")
         kind = dtype or "float32"
-        return open_model(source, dtype=kind, param_dtype=kind, place=lambda config: tensor_shardings(config, tensor))
+        return open_model(
+            source, dtype=kind, param_dtype=kind, place=lambda config: tensor_shardings(config, tensor), bits=bits
+        )
     config, tokenizer, params = open_run(Path(source), step)
     stop_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     template = load_chat_template(Path(source) / "tokenizer") or None
@@ -112,6 +115,9 @@ def open_any(source: str, step: int = -1, dtype: DType | None = None, tensor: in
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     if shardings := tensor_shardings(model, tensor):
         params = jax.device_put(params, shardings)
+    if bits:
+        params, model = unstack_layers(params, model)
+        params, model = quantize(params, model, bits)
     return LoadedModel(params, model, tokenizer, template, stop_ids, Path(source).resolve().name)
 
 
@@ -143,18 +149,14 @@ def tensor_shardings(config: ModelConfig, tensor: int) -> Params | None:
 
 
 def open_to_decode(arguments: argparse.Namespace) -> LoadedModel:
-    """The MODEL of a command, with its `--dtype`, `--tensor` and, where it has one, `--step`.
+    """The MODEL of a command, with its `--dtype`, `--weights`, `--tensor` and, where it has one, `--step`.
 
     Raises:
-      ValueError, FileNotFoundError: see `open_any`, `tensor_shardings` and `quantize`.
+      ValueError, FileNotFoundError: see `open_any`.
     """
-    step, dtype = getattr(arguments, "step", -1), arguments.dtype
-    bits: dict[str, Bits] = {"int8": 8, "int4": 4}
-    loaded = open_any(arguments.source, step, None if dtype in bits else dtype, arguments.tensor)
-    if dtype not in bits:
-        return loaded
-    params, config = quantize(*unstack_layers(loaded.params, loaded.config), bits[dtype])
-    return dataclasses.replace(loaded, params=params, config=config)
+    bits: dict[str | None, Bits | None] = {None: None, "int8": 8, "int4": 4}
+    step = getattr(arguments, "step", -1)
+    return open_any(arguments.source, step, arguments.dtype, arguments.tensor, bits[arguments.weights])
 
 
 def convert(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from model.convert import gguf, huggingface
 from model.convert.families import read_config
 from model.convert.gguf_file import GgufFile, read_gguf
 from model.params import Params
+from model.quantize import Bits, rounding, with_own_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class LoadedModel:
     """A model that is ready to be used.
 
     Attributes:
-      params: of the structure of `param_specs(config)`.
+      params: of the structure of `param_specs(config)`, some of them Quantized if that was asked for.
       chat_template: Jinja for `data.chat_template`, if it came with one.
       stop_ids: tokens that end an answer.
       name: what it calls itself, for people.
@@ -59,14 +60,15 @@ class ModelDescription:
     stop_ids: frozenset[int]
     name: str
 
-    def load(self, config: ModelConfig, shardings: Params | None = None) -> Params:
+    def load(self, config: ModelConfig, shardings: Params | None = None, keep: huggingface.Keep = huggingface.whole) -> Params:
         """The parameters of `config`, which is `self.config` with what does not change the network replaced.
 
         Args:
           shardings: where each goes, a tree of NamedSharding; None is the default device.
+          keep: see `model.convert.huggingface.load`.
         """
         read = gguf.load if isinstance(self.file, GgufFile) else huggingface.load
-        return read(self.file, config, shardings)[0]  # pyright: ignore[reportArgumentType]
+        return read(self.file, config, shardings, keep)[0]  # pyright: ignore[reportArgumentType]
 
 
 def describe_model(source: str | Path) -> ModelDescription:
@@ -95,6 +97,7 @@ def open_model(
     dtype: DType = "float32",
     param_dtype: DType = "float32",
     place: Callable[[ModelConfig], Params | None] = lambda config: None,
+    bits: Bits | None = None,
 ) -> LoadedModel:
     """Opens a model.
 
@@ -102,13 +105,16 @@ def open_model(
       source: a directory with config.json and safetensors files, a .gguf file, or a name of the store.
       dtype, param_dtype: of activations and of parameters.
       place: a NamedSharding for each parameter of a network; None is the default device.
+      bits: rounds matrices of `param_dtype` (`model/quantize.py`), each before the next is read.
 
     Raises:
       ValueError: there is none, or it cannot be read; the message names the file and what is wrong with it.
     """
     found = describe_model(source)
     config = dataclasses.replace(found.config, dtype=dtype, param_dtype=param_dtype)
-    params = found.load(config, place(config))
+    params = found.load(config, place(config), rounding(config, bits) if bits else huggingface.whole)
+    if bits:
+        params, config = with_own_head(params, config, bits)
     return LoadedModel(params, config, found.tokenizer, found.chat_template, found.stop_ids, found.name)
 
 

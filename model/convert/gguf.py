@@ -25,7 +25,7 @@ from model.config import ModelConfig, RopeConfig
 from model.convert.config_json import differences
 from model.convert.families import FAMILIES, Family, parse_config, write_config
 from model.convert.gguf_file import GgufFile, StoredBlocks, read_gguf
-from model.convert.huggingface import file_tensors, load_stored
+from model.convert.huggingface import Keep, file_tensors, load_stored, whole
 from model.params import Params, path_name
 from model.rope import inverse_frequencies
 
@@ -292,7 +292,7 @@ def _llama3_scaling(file: GgufFile, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(
-    file: GgufFile | str | Path, config: ModelConfig | None = None, shardings: Params | None = None
+    file: GgufFile | str | Path, config: ModelConfig | None = None, shardings: Params | None = None, keep: Keep = whole
 ) -> tuple[Params, ModelConfig]:
     """Reads a model, dequantised. Arguments, result and errors are those of `model.convert.huggingface.load`."""
     file = file if isinstance(file, GgufFile) else read_gguf(file)
@@ -303,7 +303,7 @@ def load(
         if theirs != _ROPE_FREQS:
             ours = published.get(theirs, theirs)
             tensors[ours] = _AsPublished(ours, stored, _change(ours, ARCHITECTURES[name], described, out=False))
-    return load_stored(tensors, family, described, str(file.path), config, shardings)
+    return load_stored(tensors, family, described, str(file.path), config, shardings, keep)
 
 
 # --- Out ----------------------------------------------------------------------------------------------------------------------

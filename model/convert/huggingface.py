@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,15 +87,23 @@ def file_tensors(config: ModelConfig, family: Family) -> list[FileTensor]:
 
 # --- In -----------------------------------------------------------------------------------------------------------------------
 
+Keep = Callable[[str, jax.Array], Any]
+
+
+def whole(path: str, leaf: jax.Array) -> jax.Array:
+    """Keeps a parameter as it is."""
+    return leaf
+
 
 def load(
-    directory: str | Path, config: ModelConfig | None = None, shardings: Params | None = None
+    directory: str | Path, config: ModelConfig | None = None, shardings: Params | None = None, keep: Keep = whole
 ) -> tuple[Params, ModelConfig]:
     """Reads a checkpoint.
 
     Args:
       config: that of `read_config` with `param_dtype`, `scan_layers` and the like replaced; None is just that of `read_config`.
       shardings: where each parameter goes, a tree of NamedSharding; None is the default device.
+      keep: what makes of a parameter, given its path, what is kept of it, before the next one is read.
 
     Returns:
       the parameters, of `config.param_dtype` and the structure of `param_specs(config)`, and the config.
@@ -105,7 +113,7 @@ def load(
     """
     directory = Path(directory)
     family, described = read_family_and_config(directory)
-    return load_stored(read_headers(directory), family, described, str(directory), config, shardings)
+    return load_stored(read_headers(directory), family, described, str(directory), config, shardings, keep)
 
 
 class StoredTensor(Protocol):
@@ -125,6 +133,7 @@ def load_stored(
     where: str,
     config: ModelConfig | None,
     shardings: Params | None,
+    keep: Keep,
 ) -> tuple[Params, ModelConfig]:
     """What `load` does, with the tensors by name and the network that the file, `where`, describes."""
     config = described if config is None else config
@@ -140,13 +149,14 @@ def load_stored(
         for i, part in enumerate(tensor.parts):
             sources.setdefault(part.path, {})[part.lead] = (tensor, i)
 
-    def make(path: tuple[Any, ...], spec: ParamSpec, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
+    def make(path: tuple[Any, ...], spec: ParamSpec, sharding: jax.sharding.Sharding | None = None) -> Any:
         leaf = _Leaf(spec, sources[path_name(path)], stored)
         if sharding is None:
             made = jnp.asarray(leaf[(slice(None),) * len(spec.shape)])
         else:
             made = jax.make_array_from_callback(spec.shape, sharding, lambda index: leaf[index or ()])
-        return made.block_until_ready()  # or what is on its way to the devices would pile up on the host
+        # Or what is on its way to the devices would pile up on the host.
+        return jax.block_until_ready(keep(path_name(path), made.block_until_ready()))
 
     trees = (param_specs(config),) if shardings is None else (param_specs(config), shardings)
     return jax.tree_util.tree_map_with_path(make, *trees, is_leaf=is_spec), config

@@ -106,6 +106,7 @@ def test_help_lists_the_commands():
         (["sample", "runs/x", "--config.steps=3"], "`loam sample` takes no config"),
         (["sample", "runs/x", "--max-tokens=many"], "invalid int value: 'many'"),
         (["chat", "runs/x", "--dtype=int2"], "invalid choice: 'int2'"),
+        (["sample", "runs/x", "--dtype=int8"], "use --weights=int8"),
         (["bench-infer", "runs/x", "--cache-dtype=int4"], "invalid choice: 'int4'"),
     ],
 )
@@ -318,16 +319,25 @@ def test_a_model_of_the_store_is_listed_sampled_and_converted(here, gguf_model, 
     assert "did you mean 'small'" in refused(["sample", "smal"], capsys)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
-def test_the_commands_that_decode_take_a_precision_and_devices(here, gguf_model, monkeypatch, capsys, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "weights"),
+    [
+        ("float32", "float32"),
+        ("float32", "int8"),
+        pytest.param("bfloat16", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "int8", marks=pytest.mark.slow),
+    ],
+)
+def test_the_commands_that_decode_take_a_precision_and_devices(here, gguf_model, monkeypatch, capsys, dtype, weights):
     """Over two devices the same greedy text as on one, each with its own half of a matrix."""
     printed, words = [], []
     for tensor in (1, 2):
-        words = [str(gguf_model), f"--dtype={dtype}", f"--tensor={tensor}"]
+        rounded = ["--weights=int8"] if weights == "int8" else []
+        words = [str(gguf_model), f"--dtype={dtype}", f"--tensor={tensor}", *rounded]
         loaded = open_to_decode(parse(["bench-infer", *words]))
         up = loaded.params["blocks"][0]["mlp"]["up"]
-        matrix = up.values if dtype == "int8" else up
-        assert (matrix.dtype, loaded.config.dtype) == (dtype, "float32" if dtype == "int8" else dtype)
+        matrix = up.values if rounded else up
+        assert (matrix.dtype, loaded.config.dtype) == (weights, dtype)
         assert [shard.data.size * tensor for shard in matrix.addressable_shards] == [matrix.size] * tensor
         asked = ["--prompt=the fox", "--max-tokens=8", "--temperature=0"]
         assert main(["sample", *words, *asked]) == 0
@@ -339,7 +349,7 @@ def test_the_commands_that_decode_take_a_precision_and_devices(here, gguf_model,
     monkeypatch.setattr(bench_infer, "read_bandwidth", lambda num_devices: 1e9 * num_devices)
     assert main(["bench-infer", *words, "--batch-sizes=2", "--prompt-tokens=5", "--new-tokens=3"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (result["dtype"], result["tensor"]) == (dtype, 2)
+    assert (result["dtype"], result["weights"], result["tensor"]) == (dtype, weights, 2)
 
 
 def test_the_commands_that_decode_take_a_cache_of_8_bits(here, gguf_model, monkeypatch, capsys):

@@ -26,6 +26,7 @@ from model.convert import gguf, huggingface
 from model.convert.gguf_file import read_gguf
 from model.params import init_params, param_specs
 from model.presets import preset
+from model.quantize import quantize, quantized
 from model.transformer import forward, unembed
 from tests.data.gguf_metadata import byte_bpe_metadata
 from tests.llama_cpp import open_llama_cpp
@@ -98,6 +99,47 @@ def test_a_file_a_directory_and_a_name_give_the_same_model(tiny, gguf_file, dire
     assert of_file.stop_ids == {0, 2}  # a GGUF file names one of the tokens that end a turn
     half = open_model(gguf_file, dtype="bfloat16", param_dtype="bfloat16")
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.params)} == {half.config.dtype} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("to_gguf", [False, True])
+def test_weights_are_rounded_as_they_are_read(tiny, tmp_path, monkeypatch, tied, to_gguf):
+    """Before each parameter is read, and rounded, no more is in memory than what is kept and one parameter."""
+    sizes = {"num_layers": 3, "d_model": 64, "d_ff": 160, "tie_embeddings": tied}
+    config = dataclasses.replace(tiny[1], **sizes)
+    tokenizer = {key: value for key, value in byte_bpe_metadata().items() if key.startswith("tokenizer.")}
+    directory, path = tmp_path / "hf", tmp_path / "it.gguf"
+    weights = init_params(param_specs(config), jax.random.key(0))
+    if to_gguf:
+        gguf.save(path, weights, config, "F32", tokenizer)
+    else:
+        huggingface.save(directory, weights, config)
+        (directory / "tokenizer.json").write_bytes(tokenizer_of(byte_bpe_metadata(), "test").model)
+    expected, _ = quantize(weights, config)
+    kept, largest = nbytes(expected), max(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    assert nbytes(weights) > kept + 2 * largest
+    del weights
+    others = {id(leaf) for leaf in jax.live_arrays()}
+    seen = []
+
+    def watched(function):
+        def call(*arguments):
+            seen.append(sum(leaf.nbytes for leaf in jax.live_arrays() if id(leaf) not in others))
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(huggingface._Leaf, "__getitem__", watched(huggingface._Leaf.__getitem__))
+    monkeypatch.setattr("model.quantize.quantized", watched(quantized))
+    loaded = open_model(path if to_gguf else directory, bits=8)
+    assert len(seen) == 2 * 3 * 7 + 3 * 2 + 3 + (not tied)  # matrices twice
+    assert max(seen) <= kept + largest
+    assert not loaded.config.tie_embeddings
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+
+
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def test_stop_ids_and_templates_are_read_where_they_stand(directory):
