@@ -77,7 +77,7 @@ DEEPSEEK = {"attention/query", "attention/out"} | {f"shared_experts/{name}" for 
     [
         pytest.param(NETWORK, 8, DENSE, id="int8"),
         pytest.param(NETWORK, 4, DENSE, id="int4"),
-        pytest.param(preset("tiny-deepseek"), 8, DEEPSEEK, id="latent-attention-and-experts"),
+        pytest.param(preset("tiny-deepseek"), 8, DEEPSEEK, id="latent-attention-and-experts", marks=pytest.mark.slow),
     ],
 )
 def test_a_network_computes_with_just_its_rounded_weights(network, bits, rounded):
