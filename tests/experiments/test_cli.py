@@ -29,7 +29,7 @@ from inference.request import Request
 from model.config import ModelConfig
 from model.convert.gguf import save
 from model.convert.huggingface import load
-from model.params import init_params, param_specs
+from model.params import init_params, param_specs, unstack_layers
 from model.transformer import forward, unembed
 from tests.data.gguf_metadata import byte_bpe_metadata
 from tests.inference.engine_reference import CHAIN, MODEL, ROOMY, check_answer
@@ -431,6 +431,13 @@ def test_report_is_written_for_a_run_and_for_nothing_else(run_copy, tmp_path, ca
     for other in (tmp_path, tmp_path / "nowhere"):
         assert f"{other} is not the directory of a run" in refused(["report", other], capsys)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_run_is_opened_with_rounded_weights(run_copy):
+    plain, loaded = open_any(str(run_copy)), open_to_decode(parse(["sample", str(run_copy), "--weights=int8"]))
+    expected = unstack_layers(plain.params, plain.config)[0]["blocks"][0]["mlp"]["up"]
+    found = loaded.params["blocks"][0]["mlp"]["up"].dequantized()
+    np.testing.assert_allclose(found, expected, atol=np.abs(expected).max() / 253)
 
 
 def test_a_run_of_a_tpu_is_opened_elsewhere(run_copy):
