@@ -122,9 +122,7 @@ def chat(
     conversation.reset(arguments.system)
     try:
         if arguments.prompt is not None:
-            for piece in conversation.answer(arguments.prompt):
-                write(piece)
-            write("\n")
+            _write_answer(conversation, arguments.prompt, write)
             return
         write(f"{loaded.name}: {_HELP}\n")
         while True:
@@ -138,6 +136,14 @@ def chat(
                 _turn(conversation, text, write)
     finally:
         conversation.close()
+
+
+def _write_answer(conversation: Conversation, text: str, write: Callable[[str], object]) -> None:
+    """Each piece is shown at once: a terminal would keep it until the end of the line."""
+    for piece in conversation.answer(text):
+        write(piece)
+        sys.stdout.flush()
+    write("\n")
 
 
 def _turn(conversation: Conversation, text: str, write: Callable[[str], object]) -> None:
@@ -154,10 +160,7 @@ def _turn(conversation: Conversation, text: str, write: Callable[[str], object])
         elif command.startswith("/"):
             write(_HELP + "\n")
         else:
-            for piece in conversation.answer(text):
-                write(piece)
-                sys.stdout.flush()
-            write("\n")
+            _write_answer(conversation, text, write)
     except KeyboardInterrupt:
         write("\n")
     except (ValueError, OSError, RuntimeError) as error:

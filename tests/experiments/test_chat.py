@@ -2,7 +2,13 @@
 
 import dataclasses
 import json
+import os
+import pty
+import select
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +153,52 @@ def test_an_answer_that_fails_does_not_lose_the_talk(monkeypatch, loaded, tmp_pa
 def test_a_model_without_a_template_continues(monkeypatch, loaded):
     bare = LoadedModel(loaded.params, loaded.config, loaded.tokenizer, None, loaded.stop_ids, "bare")
     assert talk(monkeypatch, bare, [], prompt="def main(")
+
+
+# Each piece but the first of an answer comes only after a byte on the standard input.
+ANSWERS_IN_PIECES = """
+import os, types
+from experiments import chat
+
+class InPieces:
+    def __init__(self, *_): pass
+    def reset(self, system): pass
+    def close(self): pass
+    def answer(self, text):
+        yield text + ":one "
+        for piece in ("two ", "three"):
+            os.read(0, 1)
+            yield piece
+
+chat.Conversation, chat.open_to_decode = InPieces, lambda arguments: types.SimpleNamespace(name="fake")
+options = dict(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, max_tokens=4, context=64, cache_dtype="model", system="")
+chat.chat(types.SimpleNamespace(prompt="alone", **options))
+lines = iter(["typed", "/quit"])
+chat.chat(types.SimpleNamespace(prompt=None, **options), read=lambda prompt: next(lines))
+"""
+
+
+def test_an_answer_is_shown_in_a_terminal_piece_by_piece():
+    ours, terminal = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", ANSWERS_IN_PIECES]
+    with subprocess.Popen(command, cwd=root, env=environment, stdin=subprocess.PIPE, stdout=terminal, bufsize=0) as process:
+        os.close(terminal)
+        assert process.stdin is not None
+        shown = ""
+        try:
+            for piece in ("alone:one ", "two ", "three\r\n", "typed:one ", "two ", "three\r\n"):
+                while piece not in shown:
+                    assert select.select([ours], [], [], 60)[0], f"{piece!r} is not shown: {shown!r}"
+                    shown += os.read(ours, 100).decode()
+                shown = shown.split(piece, 1)[1]
+                if not piece.endswith("\n"):
+                    process.stdin.write(b"+")
+        finally:
+            process.stdin.close()
+            process.kill()
+            os.close(ours)
 
 
 def test_only_steps_that_give_each_row_a_token_are_timed(monkeypatch, loaded):
