@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data.chat_template import encode_chat
-from experiments.sampling import open_to_decode
+from experiments.sampling import open_draft, open_to_decode
 from inference.config import EngineConfig
 from inference.engine import Engine
 from inference.models import LoadedModel
 from inference.request import Request
 from inference.sampling import Sampling, derived_seed
 from inference.service import Service
+from inference.speculate import guesser
 from inference.text import Answers
 from model.config import CacheDType, check
 
@@ -39,6 +40,7 @@ class Conversation:
 
     Args:
       context: tokens that the conversation may have, at most as many as the model knows places.
+      num_guesses, draft: for speculative decoding, see `inference.speculate.guesser`.
     """
 
     def __init__(
@@ -49,12 +51,16 @@ class Conversation:
         seed: int,
         context: int,
         cache_dtype: CacheDType = "model",
+        num_guesses: int = 0,
+        draft: LoadedModel | None = None,
     ):
         self._loaded, self._sampling, self._max_tokens, self._seed = loaded, sampling, max_tokens, seed
         page_size = EngineConfig.page_size
         tokens = -(-min(context, loaded.config.max_seq_len) // page_size) * page_size
-        config = EngineConfig(max_batch=1, cache_tokens=tokens, cache_dtype=cache_dtype)
-        self._service = Service(Engine(loaded.params, loaded.config, config, vocab_size=loaded.tokenizer.vocab_size))
+        config = EngineConfig(max_batch=1, cache_tokens=tokens, num_guesses=num_guesses, cache_dtype=cache_dtype)
+        vocab_size = loaded.tokenizer.vocab_size
+        guess = guesser(config, vocab_size, draft)
+        self._service = Service(Engine(loaded.params, loaded.config, config, vocab_size=vocab_size, guess=guess))
         self.messages: list[Message] = []
         self._num_answers = 0
 
@@ -111,14 +117,24 @@ def chat(
     """Answers `--prompt` and ends, or talks until the end of the input.
 
     Raises:
-      ValueError, FileNotFoundError: see `open_to_decode`, `Sampling` and `Request`; RuntimeError: `--prompt` has no answer.
+      ValueError, FileNotFoundError: see `open_to_decode`, `open_draft`, `Sampling` and `Request`; RuntimeError: `--prompt` has
+        no answer.
     """
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p)
     check(0 <= arguments.seed < 2**32, f"--seed={arguments.seed} must lie in [0, 2^32)")
     check(arguments.max_tokens > 0, f"--max-tokens={arguments.max_tokens} must be positive")
+    draft = open_draft(arguments)
     loaded = open_to_decode(arguments)
-    most, cache_dtype = arguments.context, arguments.cache_dtype
-    conversation = Conversation(loaded, sampling, arguments.max_tokens, arguments.seed, most, cache_dtype)
+    conversation = Conversation(
+        loaded,
+        sampling,
+        arguments.max_tokens,
+        arguments.seed,
+        arguments.context,
+        arguments.cache_dtype,
+        arguments.guesses,
+        draft,
+    )
     conversation.reset(arguments.system)
     try:
         if arguments.prompt is not None:

@@ -169,6 +169,10 @@ def add_decoding_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cache-dtype", choices=["model", "int8"], default="model", help=cache)
     devices = "devices over which heads and MLPs lie (cores, on a CPU); default 1"
     command.add_argument("--tensor", type=int, default=1, metavar="N", help=devices)
+    guesses = "tokens that may be guessed and checked in one step, which changes no answer but its speed; default 0, none"
+    command.add_argument("--guesses", type=int, default=0, metavar="N", help=guesses)
+    draft = "smaller model of the same tokenizer that guesses; default look-up of what followed the last tokens before"
+    command.add_argument("--draft", metavar="MODEL", help=draft)
 
 
 def _dtype(word: str) -> str:

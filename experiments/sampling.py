@@ -18,7 +18,7 @@ from data.prepare import load_chat_template
 from data.tokenizer import Tokenizer, as_huggingface, load_tokenizer
 from experiments.config import build
 from inference.generate import generate
-from inference.models import LoadedModel, locate, open_model
+from inference.models import LoadedModel, describe_model, locate, open_model
 from inference.sampling import Sampling
 from model.attention import runs_on
 from model.config import DType, ModelConfig
@@ -159,6 +159,28 @@ def open_to_decode(arguments: argparse.Namespace) -> LoadedModel:
     return open_any(arguments.source, step, arguments.dtype, arguments.tensor, bits[arguments.weights])
 
 
+def open_draft(arguments: argparse.Namespace) -> LoadedModel | None:
+    """The model that guesses for the MODEL of a command, by its `--draft` and `--guesses`; it lies on one device.
+
+    Raises:
+      ValueError, FileNotFoundError: they do not go together, or its tokenizer is another; see `open_to_decode`.
+    """
+    name, source, guesses = arguments.draft, arguments.source, arguments.guesses
+    check(guesses >= 0, f"--guesses={guesses} must not be negative (0 is off)")
+    if name is None:
+        return None
+    check(guesses > 0, f"--draft={name} is to guess 0 tokens at once: add --guesses=4, say")
+    check(
+        _tokenizer_of(name).token_bytes == _tokenizer_of(source).token_bytes,
+        f"--draft={name} has another tokenizer than {source}: take a model of the same one",
+    )
+    return open_to_decode(argparse.Namespace(**vars(arguments) | {"source": name, "step": -1, "tensor": 1}))
+
+
+def _tokenizer_of(source: str) -> Tokenizer:
+    return load_tokenizer(Path(source) / "tokenizer") if is_run(source) else describe_model(source).tokenizer
+
+
 def convert(arguments: argparse.Namespace) -> None:
     """Writes a model as a Hugging Face checkpoint or, where the target ends so, as a .gguf file.
 
@@ -216,9 +238,10 @@ def sample(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """(prompt, continuation) for each prompt.
 
     Raises:
-      ValueError, FileNotFoundError: as `open_to_decode`, or a sampling option is off limits.
+      ValueError, FileNotFoundError: as `open_to_decode` and `open_draft`, or a sampling option is off limits.
     """
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    draft = open_draft(arguments)
     loaded = open_to_decode(arguments)
     tokenizer = loaded.tokenizer
     prompts = arguments.prompt or _prompts_of(arguments.source) or ["The "]
@@ -232,6 +255,8 @@ def sample(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
         vocab_size=tokenizer.vocab_size,
         stop_ids=loaded.stop_ids,
         cache_dtype=arguments.cache_dtype,
+        num_guesses=arguments.guesses,
+        draft=draft,
     )
     for prompt, tokens in zip(prompts, outputs, strict=True):
         yield prompt, tokenizer.decode(tokens)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from inference.engine import Engine
+from inference.config import EngineConfig
+from inference.engine import Engine, Guess
+from inference.models import LoadedModel
 from inference.request import Request
 from inference.schedule import Ongoing
-from model.config import ModelConfig, check
+from model.config import check
 
 
 def prompt_lookup(ongoing: Sequence[Ongoing], counts: Sequence[int], longest: int = 3) -> list[list[int]]:
@@ -33,14 +35,21 @@ def _lookup(tokens: Sequence[int], count: int, longest: int) -> list[int]:
 class DraftModel:
     """A smaller model of the same tokenizer, in an engine of its own, which keeps what it has seen of every sequence."""
 
-    def __init__(self, engine: Engine, target: ModelConfig):
+    def __init__(self, engine: Engine, vocab_size: int):
         """
+        Args:
+          vocab_size: of the tokenizer of the model for which it guesses; either's table may be padded beyond it.
+
         Raises:
-          ValueError: its vocabulary is not that of the `target` model.
+          ValueError: its own vocabulary is another.
         """
-        ours, theirs = engine.model.vocab_size, target.vocab_size
-        check(ours == theirs, f"the draft model has {ours} tokens and the model {theirs}: take two of one tokenizer and size")
+        ours = engine.vocab_size
+        check(ours == vocab_size, f"the draft model has {ours} tokens and the model {vocab_size}: take two of one tokenizer")
         self._engine = engine
+
+    def warm_up(self) -> None:
+        """Compiles every shape."""
+        self._engine.warm_up()
 
     def __call__(self, ongoing: Sequence[Ongoing], counts: Sequence[int]) -> list[list[int]]:
         requests, guessed = [], []
@@ -66,3 +75,19 @@ class DraftModel:
             top_logprobs=0,
             watch=None,
         )
+
+
+def guesser(config: EngineConfig, vocab_size: int, draft: LoadedModel | None = None) -> Guess | None:
+    """What guesses in an engine of these settings: the `draft` model or, without one, prompt look-up; None if nothing is to.
+
+    Raises:
+      ValueError: see `DraftModel`.
+    """
+    if not config.num_guesses:
+        return None
+    if draft is None:
+        return prompt_lookup
+    # A page more for each sequence: what is known of its last one is copied, not computed anew.
+    tokens = config.cache_tokens + config.max_batch * config.page_size
+    settings = dataclasses.replace(config, num_guesses=0, cache_tokens=tokens)
+    return DraftModel(Engine(draft.params, draft.config, settings, vocab_size=draft.tokenizer.vocab_size), vocab_size)

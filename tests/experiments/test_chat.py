@@ -20,6 +20,7 @@ from inference.config import EngineConfig
 from inference.engine import Engine
 from inference.models import LoadedModel
 from inference.sampling import Sampling
+from inference.speculate import guesser
 from model.params import param_specs
 from model.presets import preset
 from tests.networks import random_params
@@ -62,6 +63,8 @@ def talk(monkeypatch, loaded, lines, **options):
         "top_p": 1.0,
         "min_p": 0.0,
         "cache_dtype": "model",
+        "guesses": 0,
+        "draft": None,
     }
     arguments = types.SimpleNamespace(source="tiny", context=512, **(defaults | options))
     typed, written = iter(lines), []
@@ -171,7 +174,8 @@ class InPieces:
             yield piece
 
 chat.Conversation, chat.open_to_decode = InPieces, lambda arguments: types.SimpleNamespace(name="fake")
-options = dict(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, max_tokens=4, context=64, cache_dtype="model", system="")
+options = dict(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, max_tokens=4, context=64, system="")
+options |= dict(cache_dtype="model", guesses=0, draft=None)
 chat.chat(types.SimpleNamespace(prompt="alone", **options))
 lines = iter(["typed", "/quit"])
 chat.chat(types.SimpleNamespace(prompt=None, **options), read=lambda prompt: next(lines))
@@ -217,11 +221,31 @@ def test_only_steps_that_give_each_row_a_token_are_timed(monkeypatch, loaded):
     assert (found.first_token_seconds, found.token_seconds, found.tokens_per_second) == (1 + 2 + 3 + 4, 4, 1)
 
 
+def test_what_is_guessed_right_counts_as_speed(monkeypatch, loaded):
+    """By a clock on which each step takes 1, and a draft model that is always right: three tokens a row and step."""
+    clock = [0.0]
+
+    class Timed(Engine):
+        def step(self):
+            clock[0] += 1
+            return super().step()
+
+    monkeypatch.setattr(bench_infer.time, "perf_counter", lambda: clock[0])
+    config = EngineConfig(max_batch=4, cache_tokens=512, page_size=16, prefill_chunk=9, num_guesses=2)
+    guess = guesser(
+        config, loaded.config.vocab_size, dataclasses.replace(loaded, tokenizer=types.SimpleNamespace(vocab_size=300))
+    )
+    found = bench_infer.measure(Timed(loaded.params, loaded.config, config, guess=guess), 4, 9, 3, 1e9)
+    assert (found.accepted_share, found.token_seconds, found.tokens_per_second) == (1, pytest.approx(1 / 3), 12)
+    weights = bench_infer.weight_bytes(loaded.params, loaded.config)
+    assert found.bandwidth_share == pytest.approx(weights / 1e9)  # once a step
+
+
 def test_speed_is_measured_with_one_line_of_json_at_the_end(monkeypatch, capsys, loaded):
     monkeypatch.setattr(sampling, "open_any", lambda *_: loaded)
     monkeypatch.setattr(bench_infer, "read_bandwidth", lambda num_devices: 1e9 * num_devices)
     sizes = {"batch_sizes": "2,1", "prompt_tokens": 9, "new_tokens": 3}
-    options = {"source": "tiny", **sizes, "dtype": None, "weights": None, "tensor": 1, "cache_dtype": "model"}
+    options = {"source": "tiny", **sizes, "dtype": None, "weights": None, "tensor": 1, "cache_dtype": "model", "guesses": 0, "draft": None}
     bench_infer.bench(types.SimpleNamespace(**options))
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["batch"] for row in summary["batches"]] == [1, 2]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import experiments.cli
+import experiments.sampling
 import model.xla
 from data.chat_encoder import DEFAULT_TEMPLATE
 from data.chat_template import encode_chat
@@ -364,6 +365,35 @@ def test_the_commands_that_decode_take_a_cache_of_8_bits(here, gguf_model, monke
             assert made.pop() == expected
             assert not made
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["cache_dtype"] == "int8"
+
+
+def test_the_commands_that_decode_take_guesses(here, gguf_model, monkeypatch, capsys):
+    """By look-up or by the model itself as its draft, they change no text."""
+    made, plain = [], EngineConfig.__post_init__
+    monkeypatch.setattr(EngineConfig, "__post_init__", lambda self: made.append(self.num_guesses) or plain(self))
+    monkeypatch.setattr(bench_infer, "read_bandwidth", lambda num_devices: 1e9)
+    by_command = {"sample": ["--prompt=the fox the fox"], "chat": ["--prompt=the fox the fox"]}
+    for command, options in by_command.items():
+        printed = []
+        for guesses in ([], ["--guesses=2"], ["--guesses=2", f"--draft={gguf_model}"]):
+            assert main([command, str(gguf_model), *options, "--max-tokens=12", "--temperature=0", *guesses]) == 0
+            printed.append(capsys.readouterr().out)
+            assert made == [[0], [2], [2, 0]][len(printed) - 1]
+            made.clear()
+        assert printed[0] == printed[1] == printed[2]
+    sizes = ["--batch-sizes=2", "--prompt-tokens=5", "--new-tokens=3"]
+    assert main(["bench-infer", str(gguf_model), *sizes, "--guesses=2", f"--draft={gguf_model}"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["guesses"], found["draft"], found["batches"][0]["accepted_share"]) == (2, "tiny", 1)
+
+
+def test_guesses_that_do_not_go_together_are_refused_before_a_model_is_read(here, job, gguf_model, monkeypatch, capsys):
+    monkeypatch.setattr(experiments.sampling, "open_any", lambda *_: pytest.fail("a model was read"))
+    for command in ("sample", "chat", "bench-infer"):
+        assert "--guesses=-1 must not be negative" in refused([command, gguf_model, "--guesses=-1"], capsys)
+        assert "add --guesses=4" in refused([command, gguf_model, f"--draft={gguf_model}"], capsys)
+        error = refused([command, job[1].run_dir, "--guesses=2", f"--draft={gguf_model}"], capsys)
+        assert f"--draft={gguf_model} has another tokenizer than {job[1].run_dir}" in error
 
 
 def test_a_run_is_sampled_over_devices_too(here, job, capsys):

@@ -529,7 +529,7 @@ def test_nothing_is_compiled_after_the_warm_up(compilations, guesses):
         small = dataclasses.replace(model, num_layers=1)
         draft = Engine(random_params(small), small, config)
         draft.warm_up()
-        guess = DraftModel(draft, model)
+        guess = DraftModel(draft, model.vocab_size)
     config = dataclasses.replace(config, num_guesses=0 if guess is None else 2)
     engine = Engine(random_params(model), model, config, guess=guess)
     engine.warm_up()

@@ -65,7 +65,7 @@ def half_right(ongoing, counts):
 
 def drafting():
     """An engine with a draft model, whose own engine is short of pages too."""
-    return Engine(PARAMS, MODEL, GUESSING[0], guess=DraftModel(Engine(near(PARAMS), MODEL, CONFIGS[0]), MODEL))
+    return Engine(PARAMS, MODEL, GUESSING[0], guess=DraftModel(Engine(near(PARAMS), MODEL, CONFIGS[0]), MODEL.vocab_size))
 
 
 class Traces(RuleBasedStateMachine):

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -13,6 +15,7 @@ from inference.request import Request
 from inference.sampling import Sampling
 from inference.schedule import Ongoing
 from inference.speculate import DraftModel, prompt_lookup
+from model.params import param_specs
 from tests.inference.engine_reference import CHAIN, GREEDY, MODEL, PARAMS, ROOMY, SAMPLINGS, check_answer, logits_after, near
 from tests.networks import random_params
 
@@ -55,7 +58,7 @@ def test_prompt_lookup_changes_no_answer(sampling):
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.3), SAMPLINGS[3]], ids=["greedy", "sampled", "penalties"])
 def test_a_draft_model_changes_no_answer_and_is_mostly_right(sampling):
-    draft = DraftModel(Engine(near(PARAMS), MODEL, ROOMY), MODEL)
+    draft = DraftModel(Engine(near(PARAMS), MODEL, ROOMY), MODEL.vocab_size)
     guessing = Engine(PARAMS, MODEL, dataclasses.replace(ROOMY, num_guesses=3), guess=draft)
     request = Request(CHAIN[:9], sampling, 4, 14, seed=4)
     (plain,) = Engine(PARAMS, MODEL, ROOMY).generate([request])
@@ -76,7 +79,7 @@ def test_what_was_guessed_leaves_the_distribution_as_it_is(guess):
     vocab, length, count, prompt = 4, 3, 2048, [0, 1, 2, 3, 0, 1, 2, 0, 3, 1]
     config = EngineConfig(max_batch=32, cache_tokens=1024, page_size=8, prefill_chunk=16)
     draft = Engine(random_params(MODEL, seed=1), MODEL, config, vocab_size=vocab)  # often wrong
-    made = DraftModel(draft, MODEL) if guess == "drafted" else prompt_lookup
+    made = DraftModel(draft, vocab) if guess == "drafted" else prompt_lookup
     engine = Engine(PARAMS, MODEL, dataclasses.replace(config, num_guesses=2), vocab_size=vocab, guess=made)
     (answers,) = engine.generate([Request(prompt, num_samples=count, max_tokens=length, seed=5)])
     assert 0.1 * engine.stats.guessed < engine.stats.guessed_right < 0.9 * engine.stats.guessed
@@ -96,9 +99,23 @@ def test_what_was_guessed_leaves_the_distribution_as_it_is(guess):
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused():
-    target = dataclasses.replace(MODEL, vocab_size=MODEL.vocab_size + 1)
     with pytest.raises(ValueError, match="the draft model has .* tokens and the model"):
-        DraftModel(Engine(PARAMS, MODEL, ROOMY), target)
+        DraftModel(Engine(PARAMS, MODEL, ROOMY), MODEL.vocab_size + 1)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.3)], ids=["greedy", "sampled"])
+def test_a_draft_model_may_have_a_larger_table_than_its_tokenizer(sampling):
+    """The same network with rows for tokens that there are not guesses what the model itself draws."""
+    V = MODEL.vocab_size
+    specs, wider = param_specs(MODEL), dataclasses.replace(MODEL, vocab_size=V + 13)
+
+    def padded(leaf, spec):
+        return jnp.pad(leaf, [(0, 13 if axis == "vocab" else 0) for axis in spec.axes], constant_values=9.0)
+
+    draft = Engine(jax.tree.map(padded, PARAMS, specs), wider, ROOMY, vocab_size=V)
+    engine = Engine(PARAMS, MODEL, dataclasses.replace(ROOMY, num_guesses=3), guess=DraftModel(draft, V))
+    engine.generate([Request(CHAIN[:9], sampling, 2, 14, seed=4)])
+    assert engine.stats.guessed_right == engine.stats.guessed > 10
 
 
 def test_an_answer_goes_on_where_it_was_broken_off():
