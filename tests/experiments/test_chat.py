@@ -175,7 +175,7 @@ class InPieces:
 
 chat.Conversation, chat.open_to_decode = InPieces, lambda arguments: types.SimpleNamespace(name="fake")
 options = dict(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, max_tokens=4, context=64, system="")
-options |= dict(cache_dtype="model", guesses=0, draft=None)
+options |= dict(source="tiny", cache_dtype="model", guesses=0, draft=None)
 chat.chat(types.SimpleNamespace(prompt="alone", **options))
 lines = iter(["typed", "/quit"])
 chat.chat(types.SimpleNamespace(prompt=None, **options), read=lambda prompt: next(lines))

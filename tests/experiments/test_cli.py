@@ -372,17 +372,17 @@ def test_the_commands_that_decode_take_guesses(here, gguf_model, monkeypatch, ca
     made, plain = [], EngineConfig.__post_init__
     monkeypatch.setattr(EngineConfig, "__post_init__", lambda self: made.append(self.num_guesses) or plain(self))
     monkeypatch.setattr(bench_infer, "read_bandwidth", lambda num_devices: 1e9)
-    by_command = {"sample": ["--prompt=the fox the fox"], "chat": ["--prompt=the fox the fox"]}
-    for command, options in by_command.items():
-        printed = []
-        for guesses in ([], ["--guesses=2"], ["--guesses=2", f"--draft={gguf_model}"]):
-            assert main([command, str(gguf_model), *options, "--max-tokens=12", "--temperature=0", *guesses]) == 0
-            printed.append(capsys.readouterr().out)
-            assert made == [[0], [2], [2, 0]][len(printed) - 1]
-            made.clear()
-        assert printed[0] == printed[1] == printed[2]
+    drafted = ["--guesses=2", f"--draft={gguf_model}"]
+    printed = []
+    for command, guesses, expected in ("sample", [], [0]), ("sample", ["--guesses=2"], [2]), ("chat", drafted, [2, 0]):
+        made.clear()
+        words = ["--prompt=the fox the fox", "--max-tokens=12", "--temperature=0", *guesses]
+        assert main([command, str(gguf_model), *words]) == 0
+        assert made == expected
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == f"--- 'the fox the fox'\nthe fox the fox{printed[2]}"
     sizes = ["--batch-sizes=2", "--prompt-tokens=5", "--new-tokens=3"]
-    assert main(["bench-infer", str(gguf_model), *sizes, "--guesses=2", f"--draft={gguf_model}"]) == 0
+    assert main(["bench-infer", str(gguf_model), *sizes, *drafted]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (found["guesses"], found["draft"], found["batches"][0]["accepted_share"]) == (2, "tiny", 1)
 
