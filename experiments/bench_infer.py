@@ -41,8 +41,8 @@ class Measured:
       token_seconds: of a token of each row, by steps that give every row one or, where guesses are right, more; others, while
         rows begin and end, are not counted.
       tokens_per_second: of all rows.
-      bandwidth_share: bytes of weights (of a draft model none), as they are kept, per second, over what the memory gives; a CPU unpacks int4, and reads
-        and writes more.
+      bandwidth_share: bytes of weights (of a draft model none), as they are kept, per second, over what the memory gives; a CPU
+        unpacks int4, and reads and writes more.
       accepted_share: of the tokens that were guessed, those that stand; None if none were guessed.
     """
 

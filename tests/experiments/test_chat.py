@@ -245,7 +245,16 @@ def test_speed_is_measured_with_one_line_of_json_at_the_end(monkeypatch, capsys,
     monkeypatch.setattr(sampling, "open_any", lambda *_: loaded)
     monkeypatch.setattr(bench_infer, "read_bandwidth", lambda num_devices: 1e9 * num_devices)
     sizes = {"batch_sizes": "2,1", "prompt_tokens": 9, "new_tokens": 3}
-    options = {"source": "tiny", **sizes, "dtype": None, "weights": None, "tensor": 1, "cache_dtype": "model", "guesses": 0, "draft": None}
+    options = {
+        "source": "tiny",
+        **sizes,
+        "dtype": None,
+        "weights": None,
+        "tensor": 1,
+        "cache_dtype": "model",
+        "guesses": 0,
+        "draft": None,
+    }
     bench_infer.bench(types.SimpleNamespace(**options))
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["batch"] for row in summary["batches"]] == [1, 2]
