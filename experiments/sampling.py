@@ -112,7 +112,7 @@ def open_any(source: str, step: int = -1, dtype: DType | None = None, tensor: in
     model = config.model if own else dataclasses.replace(config.model, attention_backend="xla")
     if dtype:
         model = dataclasses.replace(model, dtype=dtype, param_dtype=dtype)
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        params = jax.tree.map(lambda leaf, spec: leaf.astype(spec.dtype), params, param_specs(model))
     if shardings := tensor_shardings(model, tensor):
         params = jax.device_put(params, shardings)
     if bits:

@@ -31,6 +31,7 @@ class ParamSpec:
       axes: logical name of each dimension; the rules of a mesh map them to mesh axes.
       init: `normal` with standard deviation `scale`, or a constant.
       trained: whether the optimizer moves it.
+      exact: whether it is float32 whatever `param_dtype` is.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +40,7 @@ class ParamSpec:
     scale: float = 0.02
     dtype: str = "float32"
     trained: bool = True
+    exact: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), self
@@ -135,7 +137,7 @@ def _moe_spec(config: ModelConfig, moe: MoeConfig, out_std: float) -> dict[str, 
     d_model, d_ff, num_experts = config.d_model, moe.d_ff, moe.num_experts
     router = {"kernel": ParamSpec((d_model, num_experts), ("embed", None), scale=config.init_std)}
     if moe.selection_bias:
-        router["bias"] = ParamSpec((num_experts,), (None,), "zeros", trained=False)
+        router["bias"] = ParamSpec((num_experts,), (None,), "zeros", trained=False, exact=True)  # Small steps decide.
     into, out_of = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
     experts = {
         "up": ParamSpec((num_experts, d_model, d_ff), into, scale=config.init_std),
@@ -190,7 +192,7 @@ def param_specs(config: ModelConfig) -> Params:
         specs["head"] = ParamSpec((d_model, vocab), ("embed", "vocab"), scale=config.init_std)
     if config.head_bias:
         specs["head_bias"] = ParamSpec((vocab,), ("vocab",), "zeros")
-    return jax.tree.map(lambda s: dataclasses.replace(s, dtype=config.param_dtype), specs, is_leaf=is_spec)
+    return jax.tree.map(lambda s: s if s.exact else dataclasses.replace(s, dtype=config.param_dtype), specs, is_leaf=is_spec)
 
 
 def unstack_layers(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
