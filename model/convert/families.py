@@ -50,6 +50,7 @@ class Family:
       codecs: keys and fields that take more than a name.
       tensors: the table of names, of those that the files of some config may hold.
       prefix: what stands before the names in `tensors` of everything but the head; a base model's file leaves it out.
+      inside: what stands instead of `prefix` where the network is part of one that sees pictures too.
       ignored: regular expressions of tensors that are no parameters; `{n}` is the number of layers.
       unused: keys that transformers derives from others, or does not read, or that `codecs` read only in some cases.
     """
@@ -63,6 +64,7 @@ class Family:
     codecs: tuple[Codec, ...]
     tensors: Callable[[ModelConfig], tuple[Tensor, ...]]
     prefix: str = "model."
+    inside: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
@@ -433,7 +435,8 @@ FAMILIES: dict[str, Family] = {
             network=_SANDWICH | {"qk_norm": "head"},
             fixed=_GEMMA_FIXED | {"hidden_act": "gelu_pytorch_tanh"},
             defaults=_GEMMA3_DEFAULTS,
-            ignored=(r"vision_tower\..*", r"multi_modal_projector\..*"),
+            inside=("language_model.model.", "model.language_model."),
+            ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
             unused=("sliding_window_pattern", "_sliding_window_pattern"),
         ),
         _family(

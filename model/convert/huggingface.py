@@ -185,7 +185,12 @@ def _match(
     tensors: Mapping[str, StoredTensor], where: str, family: Family, config: ModelConfig, expected: list[FileTensor]
 ) -> dict[str, StoredTensor]:
     """The stored tensors by the names of the table, each found and of its shape, and none left over."""
-    found = {_canonical(name, family): tensor for name, tensor in tensors.items()}
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        ours = _canonical(name, family)
+        if ours in found:
+            raise ValueError(f"{where} has both {found[ours].name!r} and {name!r}, which are one parameter: take either out")
+        found[ours] = tensor
     if not any(name.startswith(family.prefix) for name in found):  # of a base model, which has no head
         found = {name if name.startswith("lm_head.") else family.prefix + name: tensor for name, tensor in found.items()}
     head = found.pop("lm_head.weight", None) if config.tie_embeddings else None
@@ -233,11 +238,11 @@ def _is_copy(a: StoredTensor, b: StoredTensor, dtype: np.dtype) -> bool:
 
 
 def _canonical(name: str, family: Family) -> str:
-    """Names of Gemma 3's language model within the multimodal one, without where it stands there."""
-    for inside in ("language_model.model.", "model.language_model."):
+    """Names of a language model within one that sees pictures too, without where it stands there."""
+    for inside in family.inside:
         if name.startswith(inside):
             return family.prefix + name[len(inside) :]
-    return name.removeprefix("language_model.")
+    return name.removeprefix("language_model.") if family.inside else name
 
 
 # --- Out ----------------------------------------------------------------------------------------------------------------------

@@ -109,10 +109,10 @@ def read_headers(directory: Path) -> dict[str, Stored]:
     Raises:
       ValueError: there are no safetensors files, one that the index names is missing or damaged, or they disagree.
     """
+    if (directory / SINGLE).is_file():  # whatever index lies beside it, as transformers has it
+        return read_header(directory / SINGLE)
     index = directory / INDEX
     if not index.is_file():
-        if (directory / SINGLE).is_file():
-            return read_header(directory / SINGLE)
         pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(directory.glob(pattern))]
         if pickles:
             raise ValueError(

@@ -506,13 +506,51 @@ def test_the_language_model_within_gemma_3(tmp_path):
     known = KNOWN["gemma3_text"]
     plain, config = load(checkpoint(tmp_path, "gemma3_text"))
     whole = {"model_type": "gemma3", "text_config": known["config"], "vision_config": {}}
-    write_checkpoint(tmp_path, whole, known["tensors"] | {"vision_tower.patch.weight": [4, 4]})
-    for prefix in ("language_model.model.", "model.language_model."):
-        rename_tensors(tmp_path, lambda tensor, prefix=prefix: tensor.replace("model.", prefix, 1))
+    seeing = ("vision_tower.patch.weight", "multi_modal_projector.mm_soft_emb_norm.weight")
+    write_checkpoint(tmp_path, whole, known["tensors"] | {name: [4] for name in seeing})
+    for prefix, of_seeing in (("language_model.model.", ""), ("model.language_model.", "model.")):
+        there = {name: name.replace("model.", prefix, 1) for name in known["tensors"]}
+        there |= {name: of_seeing + name for name in seeing}
+        rename_tensors(tmp_path, there.__getitem__)
         params, same = load(tmp_path)
         assert_same_trees(params, plain)
         assert same == config
-        rename_tensors(tmp_path, lambda tensor, prefix=prefix: tensor.replace(prefix, "model.", 1))
+        rename_tensors(tmp_path, {new: name for name, new in there.items()}.__getitem__)
+    rename_tensors(tmp_path, ({name: name for name in there} | {seeing[0]: "language_model.model.norm.weight"}).__getitem__)
+    with pytest.raises(ValueError, match=r"both 'model\.norm\.weight' and 'language_model\.model\.norm\.weight'"):
+        load(tmp_path)
+
+
+def test_what_stands_within_another_network_is_looked_for_in_its_family_alone(tmp_path):
+    write_checkpoint(tmp_path, KNOWN["llama"]["config"], KNOWN["llama"]["tensors"] | {"language_model.model.norm.weight": [32]})
+    with pytest.raises(ValueError, match=r"1 unexpected: language_model\.model\.norm\.weight"):
+        load(tmp_path)
+
+
+def test_what_chooses_experts_is_read_exactly(tmp_path):
+    """Eight biases near 10 would be two in bfloat16."""
+    source = checkpoint(tmp_path / "in", "deepseek_v3")
+    exact, config = load(source)
+    router = exact["blocks"][-1]["router"]
+    bias = 10 + 0.01 * np.arange(len(router["bias"]), dtype=np.float32)
+    router["bias"] = jax.numpy.asarray(bias)
+    save(tmp_path / "out", exact, config)
+    rounded, _ = load(tmp_path / "out", dataclasses.replace(config, param_dtype="bfloat16"))
+    found = rounded["blocks"][-1]["router"]
+    assert found["kernel"].dtype == jax.numpy.bfloat16
+    np.testing.assert_array_equal(found["bias"], bias)
+    assert found["bias"].dtype == np.float32
+
+
+def test_one_file_counts_whatever_shards_lie_beside_it(tmp_path):
+    """As in transformers."""
+    source = checkpoint(tmp_path / "in", "llama")
+    params, config = load(source)
+    other = jax.tree.map(lambda leaf: leaf + 1, params)
+    save(tmp_path / "out", other, config, max_shard_bytes=10_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    shutil.copyfile(source / "model.safetensors", tmp_path / "out" / "model.safetensors")
+    assert_same_trees(load(tmp_path / "out")[0], params)
 
 
 def test_tokenizer_and_special_tokens_are_taken_over(tmp_path):
