@@ -43,7 +43,8 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, local: bool = False) 
 
     low = max(math.floor(dimension_with(rope.beta_fast)), 0)
     high = min(math.ceil(dimension_with(rope.beta_slow)), rotary_dim - 1)
-    keep = 1 - np.clip((np.arange(rotary_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    # As transformers has it, which lets the ramp run downwards where so few positions were trained on that high < low.
+    keep = 1 - np.clip((np.arange(rotary_dim // 2) - low) / ((high - low) or 0.001), 0.0, 1.0)
     return frequencies * (keep + (1 - keep) / rope.factor), 0.1 * math.log(rope.factor) + 1.0
 
 

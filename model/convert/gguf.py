@@ -257,6 +257,8 @@ def _rope_scaling(file: GgufFile, prefix: str, given: Mapping[str, Any], values:
     if any(name.startswith("rope_factors_") for name in file.tensors):
         raise ValueError(f"{file.path}: longrope, which rope_factors_* belong to, is not implemented")
     if _ROPE_FREQS in file.tensors:
+        if prefix != "llama.":
+            raise ValueError(f"{file.path}: {_ROPE_FREQS} belongs to llama, not to {prefix.removesuffix('.')}")
         return {"rope_scaling": _llama3_scaling(file, values)}
     if kind == "none":
         return {}
@@ -407,6 +409,8 @@ def _keys_of(architecture: str, values: Mapping[str, Any], config: ModelConfig) 
     keys |= {"rope.dimension_count": config.rotary_dim, "vocab_size": config.vocab_size}
     if any(config.window_pattern):
         raise ValueError(f"GGUF's {architecture} has no sliding windows: model.window_pattern={config.window_pattern}")
+    if config.rope.scaling == "llama3" and architecture != "llama":
+        raise ValueError(f"GGUF's {architecture} has no Llama 3 scaling of positions: model.rope.scaling='llama3'")
     if config.rope.scaling in ("linear", "yarn"):
         keys |= {"rope.scaling.type": config.rope.scaling, "rope.scaling.factor": config.rope.factor}
     if config.rope.scaling == "yarn":

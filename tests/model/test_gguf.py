@@ -359,6 +359,20 @@ def test_a_network_that_gguf_has_no_words_for_is_refused_and_leaves_no_file(tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("family", "case"), [("qwen2", "qwen2 biases"), ("qwen3", "qwen3")])
+def test_the_scaling_of_llama_3_is_llamas_alone(family, case, tmp_path):
+    """llama.cpp reads `rope_freqs` for no other of these architectures."""
+    source = checkpoint(tmp_path / "in", family, case)
+    params, config = huggingface.load(source)
+    scaled = dataclasses.replace(config, rope=RopeConfig(scaling="llama3", factor=8.0, original_max_len=8192))
+    with pytest.raises(ValueError, match=f"{family} has no Llama 3 scaling"):
+        save(tmp_path / "out" / "model.gguf", params, scaled)
+    assert not (tmp_path / "out" / "model.gguf").exists()
+    change = tensors_changed(lambda t: t.update({"rope_freqs.weight": rope_freqs(scaled.rope, config.rotary_dim)}))
+    with pytest.raises(ValueError, match=rf"rope_freqs\.weight belongs to llama, not to {family}"):
+        load(write(tmp_path / "model.gguf", source, family, change))
+
+
 def test_a_write_that_fails_leaves_what_was_there(llama, tmp_path):
     params, config = huggingface.load(llama)
     save(tmp_path / "model.gguf", params, config, metadata={"tokenizer.ggml.model": "gpt2"})

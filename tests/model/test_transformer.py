@@ -247,6 +247,9 @@ ROPE_GOLDEN = {
         RopeConfig(scaling="yarn", factor=16.0, beta_fast=16.0, beta_slow=2.0, original_max_len=256), 32, 1.277258872,
         [1.0, 0.5623413, 0.2569351, 0.1111425, 0.04375, 0.01405853, 0.001976424, 0.001111425, 0.000625, 0.0003514633,
          0.0001976424, 0.0001111425, 6.25e-05, 3.514633e-05, 1.976424e-05, 1.111425e-05]),
+    "yarn, of fewer positions than turns": (
+        RopeConfig(theta=10.0, scaling="yarn", factor=4.0, original_max_len=4), 16, 1.138629436,
+        [1.0, 0.7498942, 0.5623413, 0.4216965, 0.3162278, 0.2371374, 0.1778279, 0.1333521]),
     "half of the dimensions": (RopeConfig(scaling="linear", factor=2.0, fraction=0.5), 32, 1.0,
         [0.5, 0.1581139, 0.05, 0.01581139, 0.005, 0.001581139, 0.0005, 0.0001581139]),
 }
