@@ -60,9 +60,9 @@ def plan_sampler(config: RLConfig, mesh: Mapping[str, int]) -> dict[str, int]:
     pages = jax.eval_shape(functools.partial(empty_pages, model, engine.num_pages, engine.page_size, engine.cache_dtype))
     heads = 1 if model.mla else model.num_kv_heads
     parts = 1 if heads % mesh["tensor"] else mesh["tensor"]
-    reference = _weight_bytes(config.model, mesh, TRAIN_RULES) if config.policy.kl.needs_reference else 0
+    parameters, _ = _state_bytes(config.model, config.lora, config.optimizer, tuple(mesh.items()))
     return {
-        "reference": reference,
+        "reference": parameters if config.policy.kl.needs_reference else 0,
         "weights of the sampler": _weight_bytes(model, mesh, DECODE_RULES),
         "pages of the sampler": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)) // parts,
     }
@@ -129,7 +129,12 @@ def _activations(config: Job, mesh: Mapping[str, int]) -> dict[str, int]:
     # Where weights are scattered, those of the next layer arrive while one is used; gradients leave in the parameters' type.
     gathered = math.prod(mesh[axis] for axis in TRAIN_RULES["embed"]) > 1
     of_layer = int(one / period) + (2 * width + 4) * block * gathered
-    of_loss = 2 * 4 * chunk * model.vocab_size + (width + 4) * head * gathered
+    logits = 2  # and their gradient
+    if config.distillation:
+        # Of both models, both distributions, and a gradient; in chunks, those of the texts' likelihood are gone by then.
+        logits = 5 if config.chunk_tokens else logits + 5
+        kept += rows * seq_len * config.distillation.model.d_model * width * period / model.num_layers
+    of_loss = logits * 4 * chunk * model.vocab_size + (width + 4) * head * gathered
     return {
         f"activations kept (remat {model.remat})": int(kept * model.num_layers / period),
         "the loss" if of_loss > of_layer else "a layer in the backward pass": max(of_loss, of_layer),

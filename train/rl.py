@@ -173,7 +173,7 @@ class RLLoop:
             write_atomic(self.run_dir / "tokenizer" / "chat_template.jinja", initial.chat_template.encode())
 
     def _restore(self, initial: InitialModel) -> tuple[RLState, int, Params | None, dict[str, float]]:
-        """The newest sound checkpoint, or the initial state; the reference, if there is one; what is known of samples ahead."""
+        """The newest sound checkpoint, or the initial state; the reference (what is trained of it); samples ahead's metrics."""
         config, trainer = self.config, self.policy.trainer
         weights = load_initial(initial, trainer)
         begun = bool(self.checkpoints.steps())
@@ -181,7 +181,8 @@ class RLLoop:
         fresh = trainer.begin(weights, jax.random.key(config.seed), self._teacher_weights(begun))
         reference = None
         if config.policy.kl.needs_reference:
-            reference = jax.tree.map(jnp.copy, self.policy.whole(fresh))
+            # What adapters adapt never changes: a second copy of it would be a second model.
+            reference = jax.tree.map(jnp.copy, fresh.params)
         more = (
             jnp.zeros(2 if config.policy.advantage == "ema" else ()),
             jnp.float32(config.policy.kl.reward_coefficient),
@@ -322,12 +323,14 @@ class RLLoop:
 
     def _constants(self, judged: Judged) -> tuple[PolicyBatch, dict[str, jax.Array]]:
         """Advantages and weights, of the whole batch."""
-        config, samples = self.config, judged.samples
-        rows = jax.device_put(self._rows(samples) | {"mask": samples.mask}, self.policy.trainer.batch_sharding)
+        config, samples, policy, state = self.config, judged.samples, self.policy, self.state.train
+        rows = jax.device_put(self._rows(samples) | {"mask": samples.mask}, policy.trainer.batch_sharding)
         now = Scores(samples.behavior_logprobs, None, None)
         if config.rollouts.score:
-            now = self.policy.score(self.policy.whole(self.state.train), rows)
-        reference = None if self.reference is None else self.policy.score(self.reference, rows).logprobs
+            now = policy.score(policy.whole(state), rows)
+        reference = None
+        if self.reference is not None:
+            reference = policy.score(policy.whole(dataclasses.replace(state, params=self.reference)), rows).logprobs
         scored = ScoredRollouts(
             mask=samples.mask,
             sampler_logprobs=samples.behavior_logprobs,

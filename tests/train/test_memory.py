@@ -8,15 +8,18 @@ import jax.extend
 import jax.numpy as jnp
 import pytest
 
-from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from model.config import LoraConfig
 from model.params import abstract_params, param_specs
 from model.presets import preset
 from model.sharding import MESH_AXES, TRAIN_RULES, Layout, make_mesh
 from model.transformer import forward
-from train.config import LossConfig, MeshConfig, OptimizerConfig, TrainConfig
-from train.memory import expert_rows, plan_memory
-from train.step import make_trainer, mesh_sizes
+from train.config import DistillationConfig, LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from train.memory import expert_rows, plan_memory, plan_sampler
+from train.objectives.config import KLConfig, PolicyConfig
+from train.policy import Policy
+from train.rl_config import RLConfig
+from train.step import abstract_batch, make_trainer, mesh_sizes
 
 DATA = DataConfig(
     sources=(SourceConfig(name="stdlib", kind="stdlib", held_out_fraction=0.1),),
@@ -59,6 +62,16 @@ def test_what_adapters_adapt_is_planned_to_the_byte(bits):
     assert plan_memory(config, mesh_sizes(config, 8))["frozen weights"] == on_each
 
 
+@pytest.mark.parametrize("bits", [0, 8])
+def test_a_reference_beside_adapters_is_adapters(bits):
+    model = preset("tiny-llama", scan_layers=False)
+    policy = PolicyConfig(kl=KLConfig(loss_coefficient=0.1))
+    lora = LoraConfig(rank=2, base_bits=bits)
+    config = RLConfig("tiny", model, "x", TaskConfig("reverse"), steps=1, lora=lora, policy=policy)
+    trained = jax.tree.leaves(Policy(config, jax.devices()[:1]).trainer.abstract_state.params)
+    assert plan_sampler(config, mesh_sizes(config, 1))["reference"] == sum(leaf.size * leaf.dtype.itemsize for leaf in trained)
+
+
 def kept(plan):
     return next(size for name, size in plan.items() if name.startswith("activations"))
 
@@ -97,18 +110,34 @@ def test_chunks_of_the_loss_need_less():
     assert plans[0] - plans[1] == 2 * (logits - logits // 2)  # 64 tokens at once of 128
 
 
+def temporaries(config):
+    """Of the step on one CPU device: what the CPU's compiler calls so."""
+    trainer = make_trainer(config, jax.devices()[:1])
+    step = trainer.step.lower(trainer.abstract_state, abstract_batch(config))
+    return step.compile().memory_analysis().temp_size_in_bytes
+
+
+def planned_beside_state(config):
+    state = ("parameters", "optimizer state", "moving average", "teacher")
+    return sum(size for name, size in plan_memory(config, mesh_sizes(config, 1)).items() if name not in state)
+
+
 def test_the_plan_of_a_wide_step_is_near_what_xla_takes():
-    """On one CPU device: what the CPU's compiler calls temporaries, within a factor of 1.5."""
+    """Within a factor of 1.5."""
     model = preset("tiny-llama", num_layers=4, d_model=128, d_ff=512, scan_layers=True, remat="full", max_seq_len=256)
     data = dataclasses.replace(DATA, seq_len=256)
     config = dataclasses.replace(CONFIG, model=model, data=data, batch_size=16, mesh=MeshConfig(data=1))
-    trainer = make_trainer(config, jax.devices()[:1])
-    batch = {name: jax.ShapeDtypeStruct((16, 256), jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
-    batch["weights"] = jax.ShapeDtypeStruct((16, 256), jnp.float32)
-    taken = trainer.step.lower(trainer.abstract_state, batch).compile().memory_analysis().temp_size_in_bytes
-    plan = plan_memory(config, mesh_sizes(config, 1))
-    state = sum(plan[name] for name in ("parameters", "optimizer state", "moving average"))
-    assert abs(math.log((sum(plan.values()) - state) / taken)) < math.log(1.5)
+    assert abs(math.log(planned_beside_state(config) / temporaries(config))) < math.log(1.5)
+
+
+@pytest.mark.parametrize("chunk_tokens", [pytest.param(0, marks=pytest.mark.slow), 128])
+def test_the_plan_counts_what_a_teacher_writes(chunk_tokens):
+    """Its logits, and those of the student that are compared with them: most of the step, with a wide vocabulary."""
+    model = preset("tiny-llama", vocab_size=4096, num_layers=1, scan_layers=True, remat="full")
+    loss = LossConfig(chunk_tokens=chunk_tokens)
+    taught = DistillationConfig("x", model)
+    config = dataclasses.replace(CONFIG, model=model, loss=loss, distillation=taught, mesh=MeshConfig(data=1))
+    assert abs(math.log(planned_beside_state(config) / temporaries(config))) < math.log(1.5)
 
 
 @pytest.mark.parametrize(
