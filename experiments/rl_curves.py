@@ -12,10 +12,10 @@ prompts:
 - `rejection`: keep the right answers, raise their likelihood, draw again. It is the same run with the loss -r log p, r in
   {0, 1}, and no baseline. One update is made of each batch, by the policy that drew it, so the gradient is exactly that of
   fine-tuning on the right answers, times their share of the tokens, which Adam divides out again but for its memory.
-- `sft`: pretraining goes on with solutions to prompts of the same kind, about as many tokens as GRPO trains on (prompts and
-  answers). It is matched on tokens: it draws nothing, so takes less time than GRPO. It sees the right answer to every prompt,
-  which the others do not, and ends saturated on `reverse` (0.998), where more of it could not show. Evaluated at its end only
-  (`sft_evaluated`: the evaluation before the first step of a run of one step).
+- `sft`: pretraining goes on with solutions to prompts of the same kind, which the others do not see. On `countdown` for about
+  as long as GRPO takes, which is four times GRPO's tokens (it draws nothing); on `reverse` for about as many tokens as GRPO
+  trains on, at which it is saturated (0.998) and more of it could not show. Evaluated at its end only (`sft_evaluated`: the
+  evaluation before the first step of a run of one step).
 
 `minutes` are those of the steps alone, each as long as their median; `wall minutes` those of the whole run, from its start to
 its last evaluation, with all that is compiled, saved and evaluated in between.
@@ -63,7 +63,8 @@ def runs_of(task: str, seeds: int, quick: bool) -> list[Run]:
 
     def supervised(seed: int) -> Run:
         options = f"--config.data.sources.0.task.options={load_run_config(grpo, []).task.options}"  # The prompts of GRPO.
-        longer = ("--config.steps=1400", "--config.optimizer.learning_rate=0.001", "--config.eval.every=1400", options)
+        steps = {"reverse": 1400, "countdown": 5600}[task]
+        longer = (f"--config.steps={steps}", "--config.optimizer.learning_rate=0.001", f"--config.eval.every={steps}", options)
         return Run(f"{task}_sft", before, seed, (*longer, *toy_start), start)
 
     every = range(seeds)
