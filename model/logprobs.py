@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -66,25 +67,36 @@ def token_logprobs(
         once, not once per chunk.
     """
     head = Head(*head_weights(params, config))
-    in_chunks = functools.partial(_in_chunks, chunk_tokens=chunk_tokens, cap=config.logit_soft_cap)
-    if layout is None:
-        return in_chunks(head, hidden, targets, vocab_is_split=False)
-    in_chunks = functools.partial(in_chunks, vocab_is_split=layout.shards("vocab") > 1)
-    by_hand = {*layout.rules["batch"], *layout.rules["sequence"]}
-    hidden = constrain(hidden, layout, "batch", "sequence", None)
-    if not by_hand:
-        return in_chunks(head, hidden, targets)
-    tokens, embed = layout.spec("batch", "sequence"), layout.rules["embed"]
+    split = layout is not None and layout.shards("vocab") > 1
+    in_chunks = functools.partial(_in_chunks, chunk_tokens=chunk_tokens, cap=config.logit_soft_cap, vocab_is_split=split)
+    if layout is not None:
+        hidden = constrain(hidden, layout, "batch", "sequence", None)
+    return by_device(lambda heads, *tokens: in_chunks(*heads, *tokens), layout, [(head, hidden.dtype)], hidden, targets)
 
-    def local(matrix: jax.Array, bias: jax.Array | None, hidden: jax.Array, targets: jax.Array) -> TokenLogprobs:
-        matrix = matrix.astype(hidden.dtype)
-        matrix = jax.lax.all_gather(matrix, embed, axis=0, tiled=True) if embed else matrix
-        return in_chunks(Head(matrix, bias), hidden, targets)
+
+def by_device(
+    function: Callable[..., Any], layout: Layout | None, heads: Sequence[tuple[Head, jnp.dtype]], *tokens: jax.Array
+) -> Any:
+    """function(heads, *tokens) -> arrays [B, T], of each device's own tokens [B, T, ...].
+
+    Each output matrix is gathered once, in the dtype beside it, and its gradients meet once, not once per chunk of tokens.
+    """
+    if layout is None or not (by_hand := {*layout.rules["batch"], *layout.rules["sequence"]}):
+        return function([head for head, _ in heads], *tokens)
+    embed = layout.rules["embed"]
+
+    def local(parts: list[tuple[jax.Array, jax.Array | None]], *own: jax.Array) -> Any:
+        whole = []
+        for (matrix, bias), (_, dtype) in zip(parts, heads, strict=True):
+            matrix = matrix.astype(dtype)
+            whole.append(Head(jax.lax.all_gather(matrix, embed, axis=0, tiled=True) if embed else matrix, bias))
+        return function(whole, *own)
 
     # The vocabulary's axis is left to the partitioner.
-    specs = (layout.spec("embed", None), PartitionSpec(), tokens, tokens)
-    by_device = jax.shard_map(local, mesh=layout.mesh, axis_names=by_hand, in_specs=specs, out_specs=tokens, check_vma=False)
-    return by_device(*head, hidden, targets)
+    spread = layout.spec("batch", "sequence")
+    specs = ([(layout.spec("embed", None), PartitionSpec())] * len(heads), *([spread] * len(tokens)))
+    run = jax.shard_map(local, mesh=layout.mesh, axis_names=by_hand, in_specs=specs, out_specs=spread, check_vma=False)
+    return run([(head.matrix, head.bias) for head, _ in heads], *tokens)
 
 
 def _in_chunks(
@@ -106,7 +118,7 @@ def _wide(hidden: jax.Array) -> jnp.dtype:
     return jnp.promote_types(hidden.dtype, jnp.float32)
 
 
-def _logits(cap: float, head: Head, hidden: jax.Array) -> jax.Array:
+def head_logits(cap: float, head: Head, hidden: jax.Array) -> jax.Array:
     B, T, D = hidden.shape
     dtype = _wide(hidden)
     logits = jnp.matmul(hidden.reshape(B * T, D), head.matrix.astype(hidden.dtype), preferred_element_type=dtype)
@@ -155,13 +167,13 @@ def _logprobs(cap: float, chunk: int, vocab_is_split: bool, head: Head, hidden: 
 
 def _logprobs_forward(cap: float, chunk: int, vocab_is_split: bool, head: Head, hidden: jax.Array, targets: jax.Array):
     if chunk == targets.shape[1]:
-        logits = _logits(cap, head, hidden)
+        logits = head_logits(cap, head, hidden)
         outputs = _outputs(logits, targets, vocab_is_split)
         return outputs, (head, hidden, targets, outputs, logits)
 
     def step(_, inputs):
         chunk_hidden, chunk_targets = inputs
-        return None, _outputs(_logits(cap, head, chunk_hidden), chunk_targets, vocab_is_split)
+        return None, _outputs(head_logits(cap, head, chunk_hidden), chunk_targets, vocab_is_split)
 
     _, outputs = jax.lax.scan(step, None, (_split(hidden, chunk), _split(targets, chunk)))
     outputs = jax.tree.map(_join, outputs)
@@ -199,7 +211,7 @@ def _logprobs_backward(cap: float, chunk: int, vocab_is_split: bool, residuals, 
         def step(d_head: Head, inputs):
             chunk_hidden, chunk_targets, chunk_outputs, chunk_cotangents = inputs
             d_chunk, d_hidden = _chunk_backward(
-                cap, head, chunk_hidden, chunk_targets, chunk_outputs, chunk_cotangents, _logits(cap, head, chunk_hidden)
+                cap, head, chunk_hidden, chunk_targets, chunk_outputs, chunk_cotangents, head_logits(cap, head, chunk_hidden)
             )
             return jax.tree.map(jnp.add, d_head, d_chunk), d_hidden
 

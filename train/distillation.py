@@ -6,6 +6,7 @@ Axes: R rows, T targets of a row, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from model.config import ModelConfig
-from model.logprobs import token_logprobs
+from model.logprobs import Head, by_device, head_logits, token_logprobs
 from model.params import Params
-from model.sharding import Layout
-from model.transformer import forward, unembed
+from model.sharding import Layout, constrain
+from model.transformer import forward, head_weights
 from train.config import DistillationConfig, LossConfig
 from train.objectives.aggregate import weighted_sum
 from train.objectives.distillation import forward_kl_losses, reverse_kl_losses
@@ -49,7 +50,7 @@ def distillation_sums(
     out = token_logprobs(student, model, hidden, batch["targets"], loss.chunk_tokens, layout)
     weights = batch["weights"]
     nll = -jnp.sum(weights * out.logprobs)
-    divergence = weighted_sum(weights, divergences(params, model, hidden, taught, config, loss.chunk_tokens))
+    divergence = weighted_sum(weights, divergences(params, model, hidden, taught, config, loss.chunk_tokens, layout))
     total = (1 - config.share) * nll + config.share * divergence
     return total, {
         "loss": nll,
@@ -61,20 +62,36 @@ def distillation_sums(
 
 
 def divergences(
-    params: Params, model: ModelConfig, hidden: jax.Array, taught: jax.Array, config: DistillationConfig, chunk_tokens: int
+    params: Params,
+    model: ModelConfig,
+    hidden: jax.Array,
+    taught: jax.Array,
+    config: DistillationConfig,
+    chunk_tokens: int,
+    layout: Layout | None,
 ) -> jax.Array:
     """KL [R, T] between the next tokens' distributions of the student and of the teacher, of hidden states [R, T, D] of each.
 
     Args:
       params: of the student, with those of the teacher under TEACHER, which get no gradient.
+      chunk_tokens, layout: see `model.logprobs.token_logprobs`.
     """
     losses = forward_kl_losses if config.direction == "forward" else reverse_kl_losses
+    student = Head(*head_weights(params, model))
+    teacher = Head(*head_weights(jax.lax.stop_gradient(params[TEACHER]), config.model))
 
-    def of_tokens(hidden: jax.Array, taught: jax.Array) -> jax.Array:
-        logits, aims = unembed(params, model, hidden), unembed(params[TEACHER], config.model, taught)
+    def of_tokens(heads: list[Head], hidden: jax.Array, taught: jax.Array) -> jax.Array:
+        logits = head_logits(model.logit_soft_cap, heads[0], hidden)
+        aims = head_logits(config.model.logit_soft_cap, heads[1], taught)
         return losses(logits, aims, config.temperature)
 
-    return _in_chunks(of_tokens, hidden, taught, chunk_tokens)
+    def in_chunks(heads: list[Head], hidden: jax.Array, taught: jax.Array) -> jax.Array:
+        return _in_chunks(functools.partial(of_tokens, heads), hidden, taught, chunk_tokens)
+
+    if layout is not None:
+        hidden, taught = (constrain(x, layout, "batch", "sequence", None) for x in (hidden, taught))
+    heads = [(student, hidden.dtype), (teacher, taught.dtype)]
+    return by_device(in_chunks, layout, heads, hidden, taught)
 
 
 def _in_chunks(divergences, hidden: jax.Array, taught: jax.Array, chunk_tokens: int) -> jax.Array:

@@ -149,7 +149,7 @@ def policy_objective(
     total, sums = policy_sums(config.policy, constants, scores.logprobs, scores.entropies, scores.values)
     if config.distillation is not None:
         taught, _ = _hidden_of_answers(jax.lax.stop_gradient(params[TEACHER]), config.distillation.model, *read)
-        apart = divergences(params, model, answers, taught, config.distillation, config.chunk_tokens)
+        apart = divergences(params, model, answers, taught, config.distillation, config.chunk_tokens, layout)
         teacher_kl = weighted_sum(_window(constants.token_weights, first, rollouts.max_tokens), apart)
         total = (1 - config.distillation.share) * total + config.distillation.share * teacher_kl
         sums |= {"loss": total, "teacher_kl": teacher_kl}

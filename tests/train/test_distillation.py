@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
 import pytest
 import scipy.special
+from jax.extend.core import jaxprs_in_params
 
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.loader import Batches
@@ -36,7 +38,7 @@ from train.policy import Policy
 from train.rl_config import RLConfig, RolloutConfig
 from train.rl_step import policy_objective
 from train.rollouts import to_rows
-from train.step import mesh_sizes
+from train.step import abstract_batch, mesh_sizes
 
 TAUGHT_BY = ModelConfig(vocab_size=258, num_layers=2, d_model=24, num_heads=2, d_ff=32, max_seq_len=64)
 MODEL = ModelConfig(vocab_size=258, num_layers=1, d_model=16, num_heads=2, d_ff=32, max_seq_len=64)
@@ -175,8 +177,13 @@ def job(directory, **options):
 SGD = OptimizerConfig("sgd", 0.1, weight_decay=0.0, clip_norm=0.0, momentum=0.0, schedule=ScheduleConfig("constant", "0 %"))
 CUTS = pytest.mark.parametrize(
     ("changes", "devices"),
-    [({"accumulation": 4}, 1), ({"mesh": MeshConfig(8)}, 8), ({"mesh": MeshConfig(2, 4)}, 8)],
-    ids=["micro-batches", "eight devices", "eight devices, sharded"],
+    [
+        ({"accumulation": 4}, 1),
+        ({"mesh": MeshConfig(8)}, 8),
+        ({"mesh": MeshConfig(2, 4)}, 8),
+        ({"mesh": MeshConfig(2, 2, 2)}, 8),
+    ],
+    ids=["micro-batches", "eight devices", "eight devices, sharded", "tensor parallel"],
 )
 
 
@@ -197,6 +204,29 @@ def test_the_way_in_which_a_batch_is_cut_changes_nothing(tmp_path, changes, devi
     batch = {name: np.concatenate([x[:3], 0 * x[:1], x[4:]]) for name, x in batch.items()}  # a row of padding
     assert len(set(batch["weights"].sum(1).tolist())) > 2
     compare(after_a_step(loop.make_trainer(cut, jax.devices()[:n]), batch) for cut, n in both(config, changes, devices))
+
+
+def products_with(jaxpr, width, by_hand=False):
+    """(rows, are they one device's own) of the matrix products whose rows are so wide."""
+    for equation in jaxpr.eqns:
+        inside = by_hand or equation.primitive.name == "shard_map"
+        shape = equation.outvars[0].aval.shape if equation.outvars else ()
+        if equation.primitive.name == "dot_general" and shape[-1:] == (width,):
+            yield math.prod(shape[:-1]), inside
+        for inner in jaxprs_in_params(equation.params):
+            yield from products_with(inner, width, inside)
+
+
+def test_a_chunk_is_of_each_device_s_own_tokens(tmp_path):
+    """Not of all devices' together: their heads would be gathered once for each of eight times as many chunks."""
+    vocab = 259  # no other width here
+    student, teacher = (dataclasses.replace(model, vocab_size=vocab) for model in (MODEL, TAUGHT_BY))
+    config = job(tmp_path, model=student, distillation=DistillationConfig("x", teacher), mesh=MeshConfig(1, fsdp=8))
+    config = dataclasses.replace(config, batch_size=32, loss=LossConfig(chunk_tokens=64))
+    trainer = loop.make_trainer(config)
+    traced = jax.make_jaxpr(trainer.step)(trainer.abstract_state, abstract_batch(config))
+    # Logits, and the gradient of the student's head.
+    assert set(products_with(traced.jaxpr, vocab)) == {(64, True), (student.d_model, True)}
 
 
 def both(config, changes, devices):
