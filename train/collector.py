@@ -89,9 +89,16 @@ class Collector:
         self._verifiers = Verifiers(judges, config.rollouts.verifiers, config.rollouts.verifier_seconds)
 
     def _open_reward_model(self, mesh: Mesh) -> LearnedReward:
-        """Raises ValueError where it was shown other prompts than are drawn for."""
+        """Raises ValueError where it was shown other prompts than are drawn for, or its scores do not go with the rewards."""
         config, source = self.config, self.config.reward_model
         learned = LearnedReward(source, config.model, mesh, config.rollouts.max_batch, config.reward_model_steps)
+        worst = config.where_zero_is_worst()
+        check(
+            learned.judges_steps or not worst,
+            f"reward_model={source!r} gives scores that may be negative, and {', '.join(worst)} would pay for what it is to "
+            "refuse, as 0 is more than that: leave it out, or take a process model (objective.process_model), whose scores lie "
+            "in [0, 1]; for truncation there are 'mask' and 'penalty', and rewards of form may have only_if='right'",
+        )
         example = self.examples("train", 0, 1)[0]
         theirs = learned.chat.encode_prompt([{"role": "user", "content": example.prompt}]).tolist()
         check(

@@ -32,6 +32,7 @@ class LearnedReward:
 
     Attributes:
       chat: how it was shown prompts and answers.
+      judges_steps: its scores are chances, in [0, 1]; those of the other kinds may be negative.
       params: its weights, with the head.
     """
 
@@ -65,8 +66,8 @@ class LearnedReward:
         self._columns = layout.shards("residual")
         self._model, self._layout = model, layout
         self._lines = line_tokens(opened.tokenizer)
-        judges_steps = objective.get("process_model") is not None
-        self._score = jax.jit(functools.partial(self._scores, steps=steps if judges_steps else None))
+        self.judges_steps = objective.get("process_model") is not None
+        self._score = jax.jit(functools.partial(self._scores, steps=steps if self.judges_steps else None))
 
     def _scores(self, params: Params, rows: Mapping[str, jax.Array], steps: StepAggregation | None) -> jax.Array:
         scores = answer_scores(params, self._model, dict(rows), self._layout)

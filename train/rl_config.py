@@ -73,8 +73,9 @@ class FormRewardConfig:
       name: in metrics: `reward/<name>`.
       form, options: a verifier of `data/tasks/forms.py` (`length`, `pattern`, `answer_format`), and (field, value) pairs of it.
       weight: what the form adds to the reward where `only_if` holds; below 0 it costs.
-      gate: the reward is 0 without the form.
-      only_if: name of another part that this one counts times: `right`, `learned`. Either it or `gate` is needed.
+      gate: the reward is 0 without the form; not beside a learned score that may be negative.
+      only_if: name of another part that this one counts times: `right`, or `learned` if that is a process model's. Either it or
+        `gate` is needed.
     """
 
     name: str
@@ -324,6 +325,13 @@ class RLConfig:
         by_task = (Part("right", verdict, self.task_weight),) if self.task_weight else ()
         by_model = (Part("learned", weight=self.reward_model_weight),) if self.reward_model else ()
         return (*by_task, *by_model, *(part.make() for part in self.rewards))
+
+    def where_zero_is_worst(self) -> list[str]:
+        """What takes 0 for the worst that an answer can get, which it is not beside scores that may be negative."""
+        truncation = ["policy.truncation='zero_reward'"] if self.policy.truncation == "zero_reward" else []
+        gates = [f"the gate {part.name!r} of rewards" for part in self.rewards if part.gate]
+        conditional = [f"only_if='learned' of rewards {part.name!r}" for part in self.rewards if part.only_if == "learned"]
+        return truncation + gates + conditional
 
     @property
     def num_rows(self) -> int:

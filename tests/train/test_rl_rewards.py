@@ -1,5 +1,6 @@
 """Who judges a run's answers: verifiers, reward models, the greedy answer; and what of those that nobody could judge."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from data.chat_encoder import ChatEncoder
 from data.tasks.task import Score
 from experiments.cli import summary
 from experiments.report import write_report
@@ -101,6 +103,36 @@ def test_a_reward_model_that_read_other_prompts_is_refused(warm_start, scorer, t
         run(job(warm_start, tmp_path / "run", reward_model=other))
     with pytest.raises(ValueError, match="is not the directory of a run"):
         run(job(warm_start, tmp_path / "run", reward_model=str(tmp_path)))
+
+
+GATE = FormRewardConfig("no_sign", "pattern", (("pattern", "[^=]*"),), gate=True)
+SHORT = FormRewardConfig("short", "length", (("max_characters", 2),))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rewards": (GATE,)}, "the gate 'no_sign' of rewards would pay"),
+        ({"rewards": (dataclasses.replace(SHORT, only_if="learned"),)}, "only_if='learned' of rewards 'short' would pay"),
+        ({"policy": PolicyConfig(group_size=4, truncation="zero_reward")}, r"policy\.truncation='zero_reward' would pay"),
+        ({"policy": PolicyConfig(group_size=4, truncation="mask")}, None),
+        ({"rewards": (dataclasses.replace(SHORT, only_if="right"),)}, None),
+    ],
+)
+@pytest.mark.parametrize("judges_steps", [False, True])
+def test_what_takes_zero_for_the_worst_is_refused_beside_scores_that_may_be_negative(
+    warm_start, tmp_path, monkeypatch, changes, named, judges_steps
+):
+    class Opened:
+        def __init__(self, *_):
+            self.judges_steps = judges_steps
+            self.chat = ChatEncoder(open_initial(str(warm_start), MODEL).tokenizer, BARE)
+
+    monkeypatch.setattr(collector, "LearnedReward", Opened)
+    config = job(warm_start, tmp_path / "run", reward_model="x", **changes)
+    expected = pytest.raises(ValueError, match=named) if named and not judges_steps else contextlib.nullcontext()
+    with expected, contextlib.closing(collector.Collector(config, open_initial(str(warm_start), MODEL), None, print)):
+        pass
 
 
 @pytest.mark.slow
