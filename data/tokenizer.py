@@ -43,6 +43,7 @@ from data.config import TokenizerConfig, TokenizerKind
 # GPT-4's split (tiktoken cl100k_base).
 GPT4_SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPM_SPACE = "\u2581"
+_NO_TEXT = "\ufffd".encode()
 _DESCRIPTION_FILE = "loam_tokenizer.json"
 
 
@@ -120,6 +121,12 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_answer(self, ids: Iterable[int]) -> str:
+        """Text of what a model wrote, with U+FFFD in place of each token that is no text: a special one, or one outside of
+        [0, vocab_size). So an answer with such a token within is not taken for the text around it."""
+        known = (self.token_bytes[token] if 0 <= token < self.vocab_size else b"" for token in map(int, ids))
+        return b"".join(token or _NO_TEXT for token in known).decode("utf-8", errors="replace")
 
     def save(self, directory: str | Path) -> None:
         """Writes the model and a description into `directory`, which is created."""

@@ -184,10 +184,9 @@ class Collector:
         return rewards, right, {**mean, **rewards.metrics, **verdicts.metrics}
 
     def text(self, answer: list[int]) -> str:
-        """What the verifiers read. Tokens that the tokenizer does not know are drawn like any others, or the trainer would
-        score another distribution; they spoil an answer."""
-        known = [token for token in answer if token < self.tokenizer.vocab_size]
-        return self.tokenizer.decode(known) + ("" if len(known) == len(answer) else "\ufffd")
+        """What the verifiers read, of an answer without its stop token. Special tokens, and those that the tokenizer does not
+        know, are drawn like any others, or the trainer would score another distribution; they spoil an answer."""
+        return self.tokenizer.decode_answer(answer)
 
     def draw(
         self, prompts: list[list[int]], count: int, step: int, first_prompt: int = 0, sampling: Sampling | None = None

@@ -50,6 +50,14 @@ def test_vocabulary_size_and_special_tokens(tokenizer):
     assert tokenizer.encode_prompt("a") == [tokenizer.bos_id, *tokenizer.encode("a")]
 
 
+def test_an_answer_shows_where_it_holds_tokens_that_are_no_text(tokenizer):
+    a, b, text = tokenizer.encode("a"), tokenizer.encode("b"), TEXTS[2]
+    assert tokenizer.decode_answer(tokenizer.encode(text)) == text
+    for token in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size, -1):
+        assert tokenizer.decode_answer([*a, token, *b]) == "a\ufffdb"
+    assert tokenizer.decode_answer([*tokenizer.encode("é")[:1], tokenizer.bos_id]) in ("\ufffd\ufffd", "é\ufffd")
+
+
 @pytest.mark.parametrize("kind", OPEN_KINDS)
 def test_without_document_boundaries_there_are_no_special_tokens(kind):
     config = TokenizerConfig(kind=kind, vocab_size=400, document_boundaries=False)

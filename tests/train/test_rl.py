@@ -16,6 +16,7 @@ import pytest
 
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.tasks.reverse import Reverse
+from data.tasks.task import Example
 from data.tokenizer import load_tokenizer, train_tokenizer
 from experiments.goodput import goodput
 from experiments.report import write_report
@@ -392,16 +393,21 @@ def test_a_sampler_that_disagrees_ends_the_run(warm_start, tmp_path, monkeypatch
         rl.train_with_rewards(job(warm_start, tmp_path / "run", rollouts=rollouts), log=lambda _: None)
 
 
-def test_tokens_beyond_the_tokenizer_spoil_an_answer(warm_start, tmp_path):
+def test_tokens_that_are_no_text_spoil_an_answer(warm_start, tmp_path):
+    """Those beyond the tokenizer, and special ones, wherever they stand: the task's answer must not be read around them."""
     config = job(warm_start, tmp_path / "run", steps=1)
-    texts = []
+    texts, rewards = [], []
 
     class Stop(Exception):
         pass
 
     def see(self, samples, examples):
-        known = self.tokenizer.encode("ab")
-        texts.extend([self.text(known), self.text([*known, MODEL.vocab_size - 1])])
+        (a, b), bos, eos = self.tokenizer.encode("ab"), self.tokenizer.bos_id, self.tokenizer.eos_id
+        beyond = MODEL.vocab_size - 1
+        answers = [[a, b], [a, b, beyond], [a, beyond, b], [bos, a, bos, b], [a, b, bos], [a, eos, b]]
+        texts.extend(map(self.text, answers))
+        asked = Example("ba=", "ab", "ba")
+        rewards.extend(self.task.score(text, asked).reward for text in texts)
         raise Stop
 
     original, collector.Collector.judge = collector.Collector.judge, see
@@ -410,7 +416,8 @@ def test_tokens_beyond_the_tokenizer_spoil_an_answer(warm_start, tmp_path):
             rl.train_with_rewards(config, log=lambda _: None)
     finally:
         collector.Collector.judge = original
-    assert texts == ["ab", "ab\ufffd"]
+    assert texts == ["ab", "ab\ufffd", "a\ufffdb", "\ufffda\ufffdb", "ab\ufffd", "a\ufffdb"]
+    assert rewards == [1, 0, 0, 0, 0, 0]
 
 
 def test_without_scoring_the_sampler_speaks_for_the_trainer(warm_start, tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from data.chat import import_row
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.overlap import common_subsequence, rouge_l, words
 from data.prepare import prepare
+from data.tokenizer import train_tokenizer
 from experiments.cli import main
 from model.config import ModelConfig
 from model.transformer import forward
+from tests.train.rl_runs import drawn
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig, EvalConfig, OptimizerConfig, TrainConfig
 from train.loop import train
@@ -91,6 +94,16 @@ def test_what_is_kept_of_answers(config, kept):
     assert left_out == {"answers": 7, "truncated": 1, "empty": 1, "unjudged": 1, "duplicate": 1}
     for row in rows:
         import_row(row, "pairs" if config.keep == "pairs" else "conversations")
+
+
+def test_special_tokens_within_an_answer_are_seen_in_its_text():
+    """And not taken out, so that what stands around them would be judged: only the stop token is."""
+    tokenizer = train_tokenizer(TokenizerConfig("chars"), ["ab"])
+    (a, b), bos, eos = tokenizer.encode("ab"), tokenizer.bos_id, tokenizer.eos_id
+    writer = types.SimpleNamespace(tokenizer=tokenizer)
+    found = [Writer._answer(writer, drawn(ids)) for ids in ([a, b, eos], [bos, a, bos, b, eos], [eos, a, b, eos])]
+    assert [answer.text for answer in found] == ["ab", "\ufffda\ufffdb", "\ufffdab"]
+    assert Writer._answer(writer, drawn([a, bos], "length")).text == "a\ufffd"
 
 
 def test_answers_that_are_equally_good_are_no_pair():

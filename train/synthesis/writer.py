@@ -25,7 +25,7 @@ from train.synthesis.config import SynthesisConfig
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """Attributes:
-    text: without what ended it; bytes that are no UTF-8 are U+FFFD.
+    text: without what ended it; bytes that are no UTF-8, and special tokens, are U+FFFD.
     complete: it ended by itself, and not at the limit of tokens.
     tokens: as they were drawn.
     """
@@ -129,4 +129,4 @@ class Writer:
     def _answer(self, tokens: Sequence[Token]) -> Answer:
         complete = tokens[-1].finish_reason == "stop"
         ids = [token.token for token in tokens][: -1 if complete else None]
-        return Answer(self.tokenizer.decode(ids), complete, tokens)
+        return Answer(self.tokenizer.decode_answer(ids), complete, tokens)
