@@ -309,7 +309,11 @@ class _Worker:
     def reply(self) -> Score | tuple[Literal["raised", "hung", "died", "returned"], str]:
         answer = self._receive()
         if answer is None:
-            return "died", f"its process ended with status {self._process.wait()}"
+            # Not waited for: `kill` needs its number, which then cannot be another's.
+            ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+            assert ended is not None
+            status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+            return "died", f"its process ended with status {status}"
         return answer
 
     def _send(self, message: Any) -> None:
@@ -322,7 +326,9 @@ class _Worker:
         return _read_message(self.replies)
 
     def kill(self) -> None:
-        self._process.kill()
+        """Ends it, and what a verifier has started in its process group."""
+        if self._process.returncode is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self.replies.close()
         with contextlib.suppress(BrokenPipeError):

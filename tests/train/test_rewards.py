@@ -202,6 +202,30 @@ def test_workers_that_hang_end_with_who_asked():
     ends_with(caller, workers)
 
 
+def starts_others(completion, example):
+    """A child that tells its number into the file that the example names and stays; then what the completion says."""
+    command = [sys.executable, "-c", "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"]
+    with Path(example.answer).open("w") as file:
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file)
+    while not Path(example.answer).read_text().endswith("\n"):
+        os.sched_yield()
+    return hostile(completion, example)
+
+
+@pytest.mark.parametrize("completion", ["hang", "exit", "segfault", "x"])
+def test_what_a_verifier_started_ends_with_its_worker(tmp_path, completion):
+    said = tmp_path / "pid"
+    with Verifiers((Part("right", starts_others),), timeout_seconds=3.0) as verify:
+        (judged,) = verify([completion], [Example("prompt", str(said), "problem")]).values["right"]
+    assert np.isnan(judged) == (completion != "x")
+    try:
+        child = os.pidfd_open(int(said.read_text()))
+    except ProcessLookupError:
+        return
+    assert select.select([child], [], [], 10)[0], "a child outlived its worker"
+    os.close(child)
+
+
 # Composition
 
 
