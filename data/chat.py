@@ -3,7 +3,8 @@
   conversations  `messages` [{role, content}]; `conversations` [{from, value}] (ShareGPT); `prompt` and `completion`;
                  `instruction`, `input`, `output` (Alpaca).
   pairs          `chosen` and `rejected`, as answers to a `prompt` or as whole conversations that share their beginning, these
-                 also as texts "\\n\\nHuman: … \\n\\nAssistant: …" (HH); `margin`, or `score_chosen` and `score_rejected`.
+                 also as texts "\\n\\nHuman: … \\n\\nAssistant: …" (HH); `margin`, or `score_chosen` and `score_rejected`
+                 where `SourceConfig.margin` says so.
   labels         `prompt`, `completion`, `label` (true or false), as KTO needs them (arXiv:2402.01306).
   steps          `prompt`, `completions` (a list of lines, the steps of one answer), `labels` (of each: true or false, a chance
                  in [0, 1], or null where nobody judged), as process reward models need them (arXiv:2305.20050).
@@ -22,7 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from data.config import IGNORE, ChatContent
+from data.config import IGNORE, ChatContent, Margin
 
 Message = dict[str, Any]  # `role` and `content`, a text; `tool_calls`, `name` and what else a template reads
 _ROLES = {
@@ -118,8 +119,11 @@ def from_json(text: str, content: ChatContent) -> Any:
     return _KINDS[content](**json.loads(text))
 
 
-def import_row(row: Any, content: ChatContent) -> Example:
+def import_row(row: Any, content: ChatContent, margin: Margin = "column") -> Example:
     """The example in a row of a file.
+
+    Args:
+      margin: of pairs, see `SourceConfig`.
 
     Raises:
       BadExample: it is not one that can be learned from.
@@ -140,7 +144,7 @@ def import_row(row: Any, content: ChatContent) -> Example:
         prompt, chosen, rejected = _pair(row)
         for answer in (chosen, rejected):
             _check_answer(prompt, answer)
-        return Pair(prompt, chosen, rejected, _margin(row), tools)
+        return Pair(prompt, chosen, rejected, _margin(row, margin), tools)
     if content == "steps":
         return _stepwise(row, tools)
     _require(row, "prompt", "completion", "label")
@@ -231,15 +235,19 @@ def _bare(step: Any) -> Any:
     return step.strip("\r\n") if isinstance(step, str) else step
 
 
-def _margin(row: Mapping[str, Any]) -> float:
-    margin = row.get("margin", 0.0)
-    if "margin" not in row and "score_chosen" in row and "score_rejected" in row:
-        try:
-            margin = row["score_chosen"] - row["score_rejected"]
-        except TypeError:
-            margin = None
+def _margin(row: Mapping[str, Any], kind: Margin) -> float:
+    if kind == "none":
+        return 0.0
+    if kind == "scores":
+        _require(row, "score_chosen", "score_rejected")
+        scores = row["score_chosen"], row["score_rejected"]
+        margin = scores[0] - scores[1] if all(isinstance(score, int | float) for score in scores) else None
+    else:
+        margin = row.get("margin", 0.0)
     if not isinstance(margin, int | float) or not math.isfinite(margin):
         raise BadExample("margin is no number", repr(margin)[:80])
+    if margin < 0:
+        raise BadExample("margin contradicts the pair", f"{margin} is below 0, as if the rejected answer were the better one")
     return float(margin)
 
 

@@ -14,6 +14,7 @@ SourceKind = Literal["stdlib", "files", "huggingface", "task"]
 TokenizerKind = Literal["bytes", "chars", "byte_bpe", "wordpiece", "spm_bpe", "spm_unigram", "huggingface"]
 Packing = Literal["best_fit", "sequential"]
 Split = Literal["hash", "position"]
+Margin = Literal["none", "column", "scores"]
 ChatContent = Literal["conversations", "pairs", "labels", "steps", "prompts"]
 Content = Literal["text", "conversations", "pairs", "labels", "steps", "prompts"]
 
@@ -57,6 +58,8 @@ class SourceConfig:
       max_bytes: stop after this many bytes of text, taken in a seeded random order of documents; 0 is all.
       task, num_examples: `task`: so many training prompts of it with their solutions; for `pairs` with a wrong answer each,
         for `labels` with a right or a wrong one, for `steps` with worked ones, half of which go wrong.
+      margin: of `pairs`, by how much a reward model is to tell the answers apart (arXiv:2307.09288): `column` is what `margin`
+        holds, where there is one; `scores` is `score_chosen` - `score_rejected`, on whatever scale these are.
       held_out_split: `hash` holds whole documents out, chosen by the hash of their content; `position` holds out the last
         part of every document (nanoGPT's split of one long text).
       held_out_fraction: expected share of documents (`hash`) or exact share of characters (`position`).
@@ -74,6 +77,7 @@ class SourceConfig:
     max_bytes: int = 0
     task: TaskConfig | None = None
     num_examples: int = 0
+    margin: Margin = "column"
     held_out_split: Split = "hash"
     held_out_fraction: float = 0.01
 
@@ -182,6 +186,12 @@ class DataConfig:
             raise ValueError("data.chat_template is of no use for data.content='text': set data.content, or leave it out")
         if self.content != "text":
             self._check_chat()
+        for source in self.sources:
+            if source.margin != "column" and self.content != "pairs":
+                raise ValueError(
+                    f"data source {source.name!r}: margin={source.margin!r} is of pairs, and data.content={self.content!r} has "
+                    "none: leave it out"
+                )
         starts = [mixture.start_step for mixture in self.mixtures]
         if starts and (starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts))):
             raise ValueError(f"data.mixtures: start_step must begin at 0 and increase, got {starts}")

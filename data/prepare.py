@@ -227,14 +227,14 @@ def _prepare_documents(cache: Path, source: SourceConfig, content: Content, seed
     return _stage(cache, f"documents-{source.name}", key, lambda path: _write_texts(path, source, content, seed, log))
 
 
-def _examples(content: Content, refused: Refused) -> RowText | None:
-    """Makes a line of JSON of a row that holds an example, and "" of a bad one; None where rows hold texts."""
+def _examples(source: SourceConfig, content: Content, refused: Refused) -> RowText | None:
+    """Makes a line of JSON of a row of the source that holds an example, and "" of a bad one; None where rows hold texts."""
     if content == "text":
         return None
 
     def row_text(row: Any, where: str) -> str:
         try:
-            return to_json(import_row(row, content))
+            return to_json(import_row(row, content, source.margin))
         except BadExample as error:
             refused.add(error, where)
             return ""
@@ -262,7 +262,7 @@ def _write_texts(directory: Path, source: SourceConfig, content: Content, seed: 
         open(directory / "held_out.jsonl", "w", encoding="utf-8") as held_out,
     ):
         files = {"train": train, "held_out": held_out}
-        for document in _progress_bar(read_documents(source, seed, _examples(content, refused), content), source.name):
+        for document in _progress_bar(read_documents(source, seed, _examples(source, content, refused), content), source.name):
             if not document.text.strip():
                 skipped += 1
                 continue

@@ -56,8 +56,12 @@ def test_every_layout_of_a_pair_gives_the_same_pair(row):
 
 def test_margins_labels_and_prompts():
     row = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
-    assert import_row({**row, "score_chosen": 9, "score_rejected": 7.5}, "pairs").margin == 1.5
-    assert import_row({**row, "margin": 2, "score_chosen": 9}, "pairs").margin == 2.0
+    scored = {**row, "score_chosen": 9, "score_rejected": 7.5}
+    assert import_row(scored, "pairs").margin == 0  # on whose scale? Nobody asked for it.
+    assert import_row(scored, "pairs", "scores").margin == 1.5
+    assert import_row({**scored, "margin": 2}, "pairs", "scores").margin == 1.5
+    for margin, kind, expected in ((2, "column", 2.0), (2, "none", 0.0), (-2, "none", 0.0), (0, "column", 0.0)):
+        assert import_row({**scored, "margin": margin}, "pairs", kind).margin == expected
     for label in (True, False, 1, 0):
         assert import_row({"prompt": [Q], "completion": "4", "label": label}, "labels") == Labelled([Q], [A], bool(label))
     assert import_row({"prompt": "2+2?", "answer": "4", "id": 7}, "prompts") == Prompt([Q], {"answer": "4", "id": 7})
@@ -94,11 +98,7 @@ def test_margins_labels_and_prompts():
         ("pairs", {"chosen": [Q, A], "rejected": [Q]}, "empty"),
         ("pairs", {"chosen": [Q, A, Q, A], "rejected": [Q, A, {"role": "user", "content": "x"}, B]}, "role order"),
         ("pairs", {"prompt": "2+2?", "chosen": "4", "rejected": "5", "margin": float("nan")}, "margin is no number"),
-        (
-            "pairs",
-            {"prompt": "?", "chosen": "4", "rejected": "5", "score_chosen": 1, "score_rejected": "x"},
-            "margin is no number",
-        ),
+        ("pairs", {"prompt": "2+2?", "chosen": "4", "rejected": "5", "margin": -0.5}, "margin contradicts the pair"),
         ("labels", {"prompt": "2+2?", "completion": "4"}, "unknown layout"),
         ("labels", {"prompt": "2+2?", "completion": "4", "label": "maybe"}, "label is not true or false"),
         ("prompts", {"messages": [Q, A]}, "role order"),
@@ -111,6 +111,29 @@ def test_a_bad_example_is_refused_under_a_reason(content, row, reason):
         import_row(row, content)
     assert caught.value.reason == reason
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("scores", "reason"),
+    [
+        ({}, "unknown layout"),
+        ({"score_chosen": 1}, "unknown layout"),
+        ({"score_chosen": 1, "score_rejected": "x"}, "margin is no number"),
+        ({"score_chosen": 1e308, "score_rejected": -1e308}, "margin is no number"),
+        ({"score_chosen": 1, "score_rejected": 2, "margin": 1}, "margin contradicts the pair"),
+    ],
+)
+def test_scores_that_give_no_margin_are_refused_where_they_are_to(scores, reason):
+    with pytest.raises(BadExample) as caught:
+        import_row({"prompt": "2+2?", "chosen": "4", "rejected": "5", **scores}, "pairs", "scores")
+    assert caught.value.reason == reason
+
+
+def test_margins_are_of_pairs():
+    source = SourceConfig("chats", "files", path="x", margin="scores")
+    assert DataConfig((source,), content="pairs").sources[0].margin == "scores"
+    with pytest.raises(ValueError, match=r"margin='scores' is of pairs, and data\.content='labels' has none"):
+        DataConfig((source,), content="labels")
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,15 @@ def test_rows_hold_the_answers_of_a_pair_side_by_side(tmp_path):
     assert total == 2 * len(rows)
 
 
+@pytest.mark.parametrize(("margin", "labels"), [("none", {0.0}), ("column", {0.25}), ("scores", {1.5})])
+def test_margins_are_what_the_source_says(tmp_path, margin, labels):
+    rows = [row | {"margin": 0.25, "score_chosen": 2, "score_rejected": 0.5} for row in rows_of("pairs")]
+    source = SourceConfig("chats", "files", path=str(tmp_path / "chats.jsonl"), held_out_fraction=0.2, margin=margin)
+    prepared, _, _ = job(tmp_path, "pairs", rows, sources=(source,))
+    found = [batch["labels"][batch["segment_ids"] > 0] for batch in every_row(prepared)]
+    assert set(np.concatenate(found).tolist()) == labels
+
+
 def test_a_labelled_answer_comes_with_one_to_another_prompt(tmp_path):
     prepared, _, _ = job(tmp_path, "labels")
     rows = [import_row(row, "labels") for row in rows_of("labels")]
