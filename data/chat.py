@@ -10,8 +10,9 @@
                  in [0, 1], or null where nobody judged), as process reward models need them (arXiv:2305.20050).
   prompts        `prompt`, `messages`, `conversations` or `instruction`; every other column goes along for the verifier.
 
-A prompt or answer is a text or a list of messages. What could only teach nonsense raises BadExample, whose `reason` is one of
-a few that can be counted: data of millions of rows always has some, and neither a crash nor silence is an answer to them.
+A prompt or answer is a text or a list of messages. An assistant's message of `weight` 0 in a conversation is read only. What
+could only teach nonsense raises BadExample, whose `reason` is one of a few that can be counted: data of millions of rows always
+has some, and neither a crash nor silence is an answer to them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Any, ClassVar
 
 from data.config import IGNORE, ChatContent, Margin
 
-Message = dict[str, Any]  # `role` and `content`, a text; `tool_calls`, `name` and what else a template reads
+# `role` and `content`, a text; `weight` (0 or 1) of the assistant's; `tool_calls`, `name` and what else a template reads.
+Message = dict[str, Any]
 _ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
     "function_call": "assistant", "observation": "tool", "function_response": "tool", "function": "tool", "ipython": "tool",
@@ -48,7 +50,7 @@ class BadExample(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Messages, of which the assistant's are learned."""
+    """Messages, of which the assistant's are learned, but for those of weight 0."""
 
     messages: Sequence[Message]
     tools: Sequence[dict[str, Any]] | None = None
@@ -135,6 +137,8 @@ def import_row(row: Any, content: ChatContent, margin: Margin = "column") -> Exa
     if content == "conversations":
         messages = _conversation(row)
         check_messages(messages)
+        if not any(is_learned(message) for message in messages):
+            raise BadExample("nothing to learn", "all answers have weight 0")
         return Conversation(messages, tools)
     if content == "prompts":
         prompt = _prompt(row)
@@ -287,6 +291,8 @@ def _message(given: Any) -> Message:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise BadExample("not text", f"a message of the {role}'s holds {type(content).__name__}")
+    if role == "assistant" and message.get("weight", 1) not in (0, 1):
+        raise BadExample("weight is neither 0 nor 1", repr(message["weight"])[:80])
     return {"role": role, "content": content, **message}
 
 
@@ -306,6 +312,11 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise BadExample("no answer at the end", f"the last message is the {roles[-1]}'s")
 
 
+def is_learned(message: Message) -> bool:
+    """Whether the model is to write this message, and not only to read it."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
+
+
 def check_prompt(messages: Sequence[Message]) -> None:
     """Raises BadExample unless the assistant is next."""
     if not messages:
@@ -320,6 +331,8 @@ def _check_answer(prompt: Sequence[Message], answer: Sequence[Message]) -> None:
         raise BadExample("empty", "an answer has no message")
     check_prompt(prompt)
     check_messages([*prompt, *answer])
+    if any(message["role"] == "assistant" and not is_learned(message) for message in answer):
+        raise BadExample("answer of weight 0", "one that is compared or judged counts as a whole: leave weight out")
 
 
 def _check_order(messages: Sequence[Message]) -> None:

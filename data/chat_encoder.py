@@ -1,9 +1,10 @@
 """From a conversation to token ids and an exact mask: which of them the model is to write.
 
 Those are the assistant's tokens and the stop token after them, and nothing else: no header, no newline after the stop token, no
-output of a tool. Where a template has `{% generation %}`, that says what is the assistant's. For any other template it is found
-by rendering the conversation up to each answer: a template that then writes the beginning otherwise than within the whole
-(as those do that drop earlier thoughts) is refused, for the mask would be of another text than the model reads later.
+output of a tool, and no answer of weight 0. Where a template has `{% generation %}`, that says what is the assistant's. For any
+other template it is found by rendering the conversation up to each answer: a template that then writes the beginning otherwise
+than within the whole (as those do that drop earlier thoughts) is refused, for the mask would be of another text than the model
+reads later.
 
 What precedes an answer has the ids that `encode_prompt` gives when the model is asked: where encoding the whole would merge
 across that boundary, the text is encoded in two parts. Deviation from transformers' `return_assistant_tokens_mask`: it encodes
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from data.chat import BadExample, Message
+from data.chat import BadExample, Message, is_learned
 from data.chat_template import GENERATION_BEGINS, GENERATION_ENDS, RESERVED, encode_guarded, render_guarded, special_pattern
 from data.tokenizer import Tokenizer
 
@@ -35,7 +36,7 @@ DEFAULT_TEMPLATE = """{%- for message in messages %}
 {%- if add_generation_prompt %}{{- bos_token + 'assistant\n' }}{% endif %}"""
 # What a template that writes the date is told: the data must not change from day to day.
 DATE = datetime.datetime(2024, 7, 26)
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _QUESTION, _ANSWER = "question", "answer"
 Tools = Sequence[Mapping[str, Any]] | None
 
@@ -169,7 +170,7 @@ class ChatEncoder:
             stops = [i for i in inside.tolist() if ids[i] in special]
             if not stops or self.tokenizer.decode(ids[stops[-1] : inside[-1] + 1]).strip():
                 raise _missing_stop(number + 1, self._marks)
-            if number >= first:
+            if number >= first and is_learned(messages[number]):
                 trained[inside[0] : stops[-1] + 1] = True
         return Encoded(np.array(ids, np.int32), trained)
 

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from data.chat import BadExample
+from data.chat import BadExample, import_row
 from data.chat_encoder import DEFAULT_TEMPLATE, ChatEncoder
 from data.config import TokenizerConfig
 from data.gguf_tokenizer import tokenizer_of
@@ -136,6 +136,20 @@ def test_masks_written_by_hand():
     question, answer = b"user\nthe quick fox", b"jumps, I'll say"
     assert encoded.ids.tolist() == [256, *question, 257, 256, *b"assistant\n", *answer, 257]
     assert encoded.trained.tolist() == [False] * (len(question) + 13) + [True] * (len(answer) + 1)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (1, None)])
+def test_an_answer_of_weight_0_is_read_only(name, weights):
+    template, tokenizer = SETTINGS[name]()
+    encoder = ChatEncoder(tokenizer, template)
+    answers = iter(weights)
+    weighed = [m | {"weight": next(answers)} if m["role"] == "assistant" else m for m in CHAT]
+    weighed = import_row({"messages": weighed}, "conversations").messages
+    plain, encoded = encoder.encode(CHAT), encoder.encode(weighed)
+    np.testing.assert_array_equal(encoded.ids, plain.ids)
+    expected = [text for text, weight in zip(written(encoder, plain), weights, strict=True) if weight != 0]
+    assert written(encoder, encoded) == expected
 
 
 @pytest.mark.parametrize("template", [CHATML_MARKED, MISTRAL], ids=["chatml", "mistral"])
