@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from data.prepare import load_chat_template
+from data.tasks.task import Task
 from data.tokenizer import Tokenizer, load_tokenizer
 from inference.models import describe_model
 from model.config import LoraConfig, ModelConfig, check
@@ -150,11 +151,23 @@ def compare_initial(run_dir: Path, name: str, source: str, weights: Params, begu
       ValueError: these are others.
     """
     found = hashlib.sha256(json.dumps(digests(flatten(weights)[0]), sort_keys=True).encode()).hexdigest()
+    _compare(run_dir, name, source, "weights", found, begun, group)
+
+
+def compare_task(run_dir: Path, task: Task, begun: bool) -> None:
+    """Keeps the digest of the files of a task in `task.json`; see `compare_initial`."""
+    if task.files():
+        of_files = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in task.files()]
+        found = hashlib.sha256(json.dumps(of_files).encode()).hexdigest()
+        _compare(run_dir, "task", " and ".join(task.files()), "problems", found, begun, ALONE)
+
+
+def _compare(run_dir: Path, name: str, source: str, what: str, found: str, begun: bool, group: Group) -> None:
     path = run_dir / f"{name}.json"
     said = group.from_first(name, lambda: json.loads(path.read_text())["digest"] if begun and path.exists() else found)
     check(
         said == found,
-        f"{source} no longer holds the weights that {run_dir} began with: bring them back, or choose another --config.run_dir",
+        f"{source} no longer holds the {what} that {run_dir} began with: bring them back, or choose another --config.run_dir",
     )
     if group.is_first:
         write_json_atomic(path, {"source": source, "digest": found})

@@ -34,7 +34,7 @@ from train.collector import Collector, Judged
 from train.config import PREEMPTED
 from train.distributed import Group
 from train.files import only_process_in, write_atomic, write_json_atomic
-from train.initial import InitialModel, compare_initial, load_initial, open_initial
+from train.initial import InitialModel, compare_initial, compare_task, load_initial, open_initial
 from train.loop import Log, differences, stop_on_signal
 from train.metrics import JsonlWriter, check_writers, make_writers, read_jsonl, truncate_jsonl
 from train.objectives.aggregate import normalised_apart
@@ -147,8 +147,9 @@ class RLLoop:
         self.group, self.timing, self.log, self.phases = group, timing, log, collector.phases
         self.run_dir = pathlib.Path(config.run_dir)
         self.teacher = self._open_teacher()
+        begun = bool(checkpoints.steps())
+        compare_task(self.run_dir, collector.task, begun)
         if collector.learned:
-            begun = bool(checkpoints.steps())
             compare_initial(self.run_dir, "reward_model", config.reward_model, collector.learned.params, begun)
         self._write_description(initial)
         with self.timing.timed("restore", 0) as record:

@@ -45,6 +45,9 @@ class Gsm8k(Task):
                 f"Gsm8k: {len(both)} questions of {self.eval_path} are in {self.train_path} too, as {sorted(both)[0][:80]!r}"
             )
 
+    def files(self) -> tuple[str, ...]:
+        return tuple(path for path in (self.train_path, self.eval_path) if path)
+
     def draw(self, rng: random.Random) -> Example:
         raise NotImplementedError("questions come from files: see example")
 

@@ -78,6 +78,9 @@ class PythonPrograms(Task):
         _read(self.path)
         run("")
 
+    def files(self) -> tuple[str, ...]:
+        return (self.path,)
+
     def draw(self, rng: random.Random) -> Example:
         raise NotImplementedError("problems come from a file: see example")
 

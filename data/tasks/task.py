@@ -88,6 +88,10 @@ class Task(abc.ABC):
     def validate(self) -> None:  # noqa: B027, a task may have nothing to add
         """Raises ValueError, naming the field and the fix, where the config cannot be worked with."""
 
+    def files(self) -> tuple[str, ...]:
+        """Paths of what the examples are read from."""
+        return ()
+
     @abc.abstractmethod
     def draw(self, rng: random.Random) -> Example:
         """A random example, of either side of the split."""

@@ -38,6 +38,12 @@ def test_gsm8k_asks_every_question_once_an_epoch_in_the_order_of_the_seed(gsm8k)
     assert {gsm8k.example(i, 0, "eval").problem for i in range(10)} == {question(i)["question"] for i in range(10)}
 
 
+def test_tasks_name_the_files_they_read(gsm8k, tmp_path):
+    assert gsm8k.files() == (str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl"))
+    assert Gsm8k(eval_path=gsm8k.eval_path).files() == (gsm8k.eval_path,)
+    assert make_task("reverse").files() == ()
+
+
 def test_gsm8k_solutions_score_and_have_no_annotations(gsm8k):
     for split in ("train", "eval"):
         for i in range(10):

@@ -26,7 +26,7 @@ from model.params import init_params, param_specs, unstack_layers
 from tests.train.rl_runs import EXPERTS, MODEL, ONE_DEVICE, TASK, StopAfter, job, records, run
 from train import collector, rl
 from train.config import DeadlineConfig, DistillationConfig, MeshConfig, OptimizerConfig, TrainConfig
-from train.initial import open_initial
+from train.initial import compare_task, open_initial
 from train.loop import train
 from train.metrics import read_jsonl
 from train.objectives.config import CISPO, GRPO, GSPO, MAXRL, PPO, REINFORCE, ImportanceConfig, KLConfig, PolicyConfig
@@ -153,6 +153,47 @@ def test_other_initial_weights_are_refused_when_a_run_goes_on(warm_start, tmp_pa
     path.write_text(json.dumps({"source": str(warm_start), "digest": "0" * 64}))
     with pytest.raises(ValueError, match="no longer holds the weights"):
         rl.train_with_rewards(config, log=lambda _: None)
+
+
+def write_problems(path, questions):
+    rows = [{"question": question, "answer": f"#### {number}"} for number, question in enumerate(questions)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def problems(tmp_path):
+    """In letters that the warm start knows."""
+    paths = {"train_path": tmp_path / "train.jsonl", "eval_path": tmp_path / "eval.jsonl"}
+    for path, questions in zip(paths.values(), (["a", "ab", "aba", "bb"], ["ba", "b"]), strict=True):
+        write_problems(path, questions)
+    return TaskConfig("gsm8k", (("template", "{question}="), *((name, str(path)) for name, path in paths.items())))
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_a_task_whose_files_changed_is_not_gone_on_with(tmp_path, name):
+    task, path = problems(tmp_path).make(), tmp_path / f"{name}.jsonl"
+    before = path.read_bytes()
+    compare_task(tmp_path, task, begun=False)
+    compare_task(tmp_path, task, begun=True)
+    write_problems(path, ["aaa", "bbb"])
+    with pytest.raises(ValueError, match=rf"{name}\.jsonl.* no longer holds the problems that .* began with: bring them back"):
+        compare_task(tmp_path, task, begun=True)
+    path.write_bytes(before)
+    compare_task(tmp_path, task, begun=True)
+    write_problems(path, ["aaa", "bbb"])
+    compare_task(tmp_path, task, begun=False)  # nothing was learned from the others
+    compare_task(tmp_path, task, begun=True)
+
+
+@pytest.mark.slow
+def test_a_run_whose_task_changed_is_refused_when_it_goes_on(warm_start, tmp_path):
+    config = job(warm_start, tmp_path / "run", task=problems(tmp_path), steps=1)
+    run(config)
+    before = (tmp_path / "train.jsonl").read_bytes()
+    write_problems(tmp_path / "train.jsonl", ["aaa", "bbb"])
+    with pytest.raises(ValueError, match="no longer holds the problems"):
+        rl.train_with_rewards(config, log=lambda _: None)
+    (tmp_path / "train.jsonl").write_bytes(before)
+    run(config)
 
 
 SHORT = FormRewardConfig("short", "length", (("max_characters", 1),))
