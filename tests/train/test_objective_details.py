@@ -97,7 +97,7 @@ class_balance = quick(kto.class_balance)
 kto_losses = quick(kto.kto_losses)
 kto_reference_point = quick(kto.kto_reference_point)
 effective_sample_fraction = quick(metrics.effective_sample_fraction)
-rollout_metrics = quick(metrics.rollout_metrics)
+rollout_metrics = metrics.rollout_metrics
 sampler_mismatch = quick(metrics.sampler_mismatch)
 log1mexp = quick(orpo.log1mexp)
 pair_logprobs = quick(preferences.pair_logprobs)
@@ -889,6 +889,14 @@ def test_an_answer_that_nobody_could_judge_is_not_wrong():
     assert {name: unknown[name] for name in ("correct_fraction", "length_correct", "length_wrong", "length_mean")} == {
         "correct_fraction": 0.5, "length_correct": 3, "length_wrong": 10, "length_mean": 21,
     }  # fmt: skip
+    lengths, most = np.asarray([3, 10]), {"reward_mean", "reward_std", "correct_fraction", "truncated_fraction", "length_mean"}
+    for correct, valid, there in (
+        ([1, 1], [1, 1], most | {"length_correct"}),
+        ([0, 0], [1, 1], most | {"length_wrong"}),
+        ([np.nan] * 2, [1, 1], most - {"correct_fraction"}),
+        ([1, 0], [0, 0], set()),
+    ):
+        assert rollout_metrics(np.zeros(2), np.asarray(correct), lengths, np.zeros(2), np.asarray(valid)).keys() == there
     right = np.asarray([[1, 0, 0, 1], [1, np.nan, 0, np.nan], [np.nan] * 4, [0, 1, np.nan, 0]])
     assert metrics.held_out_scores(right) == {
         "eval/failed": 7, "eval/pass@1": pytest.approx((2 / 4 + 1 / 2 + 1 / 3) / 3), "eval/prompts_left_out@1": 1,

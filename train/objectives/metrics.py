@@ -85,22 +85,23 @@ def effective_sample_fraction(weights: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def rollout_metrics(
-    rewards: jax.Array, correct: jax.Array, lengths: jax.Array, truncated: jax.Array, valid: jax.Array
-) -> dict[str, jax.Array]:
-    """Of the whole batch, all [B]. Lengths of right and of wrong answers apart: wrong ones that grow are a biased loss.
+    rewards: np.ndarray, correct: np.ndarray, lengths: np.ndarray, truncated: np.ndarray, valid: np.ndarray
+) -> dict[str, float]:
+    """Of the whole batch, all [B]. Lengths of right and of wrong answers apart: wrong ones that grow are a biased loss. A mean
+    over nothing is left out.
 
     `correct` is 1 or 0, or NaN where nobody could tell: a reward need not be made of it.
     """
-    valid, correct = as_float(valid), as_float(correct)
-    told = valid * jnp.isfinite(correct)
-    right = masked(correct, told)
-    mean = masked_mean(rewards, valid)
-    return {
-        "reward_mean": mean,
-        "reward_std": jnp.sqrt(masked_mean(jnp.square(rewards - mean), valid)),
-        "correct_fraction": masked_mean(correct, told),
-        "truncated_fraction": masked_mean(as_float(truncated), valid),
-        "length_mean": masked_mean(lengths, valid),
-        "length_correct": masked_mean(lengths, right),
-        "length_wrong": masked_mean(lengths, told - right),
+    judged = np.asarray(valid) > 0
+    told = judged & np.isfinite(correct)
+    of = {
+        "reward_mean": (rewards, judged),
+        "correct_fraction": (correct, told),
+        "truncated_fraction": (truncated, judged),
+        "length_mean": (lengths, judged),
+        "length_correct": (lengths, told & (correct == 1)),
+        "length_wrong": (lengths, told & (correct == 0)),
     }
+    means = {name: float(np.mean(x[chosen], dtype=np.float64)) for name, (x, chosen) in of.items() if chosen.any()}
+    spread = {"reward_std": float(np.std(rewards[judged], dtype=np.float64))} if judged.any() else {}
+    return means | spread
