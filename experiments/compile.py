@@ -74,7 +74,7 @@ def compile_program(config: TrainConfig | RLConfig, program: str, topology: Topo
     """Compiles one program of the config. The report lacks what needs no compiler.
 
     Args:
-      program: `step`, or one of `experiments.compile_rl.PROGRAMS`.
+      program: `step`, or one of `experiments.compile_rl.PROGRAMS` or JUDGE.
 
     If it has Pallas kernels, this process is replaced by one whose compiler leaves its schedules in `dump`: that takes a
     third longer.
@@ -377,13 +377,12 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology, most
       RuntimeError: the compiler failed, or took more than `most_seconds`.
     """
     from experiments.cli import load_train_config
-    from model.attention import check_backend
     from model.flops import train_flops_per_token
     from train.memory import plan_memory
-    from train.step import mesh_sizes
+    from train.step import check_backends, mesh_sizes
 
     config = load_train_config(path, list(overrides))
-    check_backend(config.model.attention_backend, "tpu")
+    check_backends(config, "tpu")
     plan = plan_memory(config, mesh_sizes(config, topology.num_devices))
     compiled = run_compiler(path, overrides, "step", topology, most_seconds)
     chip, tokens = topology.chip, config.tokens_per_step
@@ -556,10 +555,10 @@ def search(
       ValueError: none is left.
     """
     from experiments.cli import load_train_config
-    from model.attention import check_backend
+    from train.step import check_backends
 
     config = load_train_config(path, list(overrides))
-    check_backend(config.model.attention_backend, "tpu")
+    check_backends(config, "tpu")
     log(f"planning the memory of meshes, remat policies and batches on {topology.name}")
     planned = candidates(config, topology)
     check(bool(planned), f"no mesh, remat policy and batch of {config.name} fits {topology.name} by plan: take a larger slice")

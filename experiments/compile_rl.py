@@ -1,9 +1,10 @@
 """`loam compile` of a run of reinforcement learning: does all of it fit on a slice, and what does it cost to change the layout?
 
 The programs of a step, in its order: `hand_over` (weights of the trainer to the layout of decoding), `decode` (a token for each
-answer that is decoded at once, at the end of the longest rows), `score` (log-probabilities of a step's rows), `update` (one of
-them). Each is compiled by itself, and what the run holds meanwhile without the program's knowing is added to its memory, by
-plan: the sampler keeps its weights and pages while the trainer works, and the trainer its state while the sampler does.
+answer that is decoded at once, at the end of the longest rows), `judge` (a reward model's scores, if there is one), `score`
+(log-probabilities of a step's rows), `update` (one of them). Each is compiled by itself, and what the run holds meanwhile
+without the program's knowing is added to its memory, by plan: the sampler keeps its weights and pages while the trainer works,
+and the trainer its state while the sampler does.
 
 As in experiments/compile.py bytes are the compiler's, seconds its estimate, and nothing was measured.
 """
@@ -25,15 +26,17 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "score": TRAINED,
     "update": (*TRAINED, "optimizer state", "moving average", "teacher"),
 }
-HELD = (*PROGRAMS["update"], "reference", *PROGRAMS["decode"])
+JUDGE = {"judge": ("reward model",)}  # where there is a reward model
+HELD = (*PROGRAMS["update"], "reference", *JUDGE["judge"], *PROGRAMS["decode"])
 
 
 def lower(config: Any, program: str, devices: Sequence[Any]) -> tuple[Any, Any]:
-    """One of PROGRAMS, lowered, and its mesh."""
+    """One of PROGRAMS or JUDGE, lowered, and its mesh."""
     import jax
     import jax.numpy as jnp
 
     from inference.programs import lower_decode
+    from train.learned_reward import lower_scores
     from train.objectives.policy_gradient import Rollouts
     from train.policy import Policy
     from train.rollouts import engine_config
@@ -55,6 +58,8 @@ def lower(config: Any, program: str, devices: Sequence[Any]) -> tuple[Any, Any]:
     elif program == "decode":
         weights = policy.hand_over.eval_shape(params)
         lowered = lower_decode(weights, policy.sampler, engine_config(config))
+    elif program == "judge":
+        lowered = lower_scores(config.model, trainer.mesh, config.rollouts.max_batch, config.row_tokens)
     elif program == "score":
         lowered = policy.score.lower(params, to_score)
     else:
@@ -96,19 +101,18 @@ def compile_config(path: str, overrides: Sequence[str], topology: Topology) -> R
       RuntimeError: the compiler failed.
     """
     from experiments.cli import load_run_config
-    from model.attention import check_backend
     from model.flops import train_flops_per_token
     from train.memory import plan_memory, plan_sampler
     from train.rollouts import engine_config
-    from train.step import mesh_sizes
+    from train.step import check_backends, mesh_sizes
 
     config = load_run_config(path, list(overrides))
-    check_backend(config.model.attention_backend, "tpu")
+    check_backends(config, "tpu")
     mesh = mesh_sizes(config, topology.num_devices)
     plan = plan_memory(config, mesh) | plan_sampler(config, mesh)
     chip = topology.chip
     programs: dict[str, Report] = {}
-    for program, arguments in PROGRAMS.items():
+    for program, arguments in (PROGRAMS | (JUDGE if config.reward_model else {})).items():
         compiled = run_compiler(path, overrides, program, topology)
         memory = compiled["memory"]
         of_arguments = sum(plan.get(name, 0) for name in arguments)

@@ -7,7 +7,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from model.attention import check_backend
 from model.chips import Topology
 from model.flops import forward_flops_per_token, train_flops_per_token
 from model.params import active_parameters, num_parameters, param_specs, parameter_groups
@@ -15,7 +14,7 @@ from train.config import TrainConfig
 from train.memory import plan_memory, plan_sampler
 from train.policy import Policy
 from train.rl_config import RLConfig
-from train.step import make_trainer, mesh_sizes
+from train.step import check_backends, make_trainer, mesh_sizes
 
 # Of what the compiler allocates: the worst of docs/pods.json is llama3_8b_v5e.
 PLAN_MAY_LACK = 0.21
@@ -48,7 +47,7 @@ def describe_plan(config: TrainConfig | RLConfig, topology: Topology, slices: in
     Raises:
       ValueError: the mesh does not fit the slices, or the attention backend is for other devices.
     """
-    check_backend(config.model.attention_backend, "tpu")
+    check_backends(config, "tpu")
     num_devices = slices * topology.num_devices
     mesh = mesh_sizes(config, num_devices, slices)
     plan = plan_memory(config, mesh) | (plan_sampler(config, mesh) if isinstance(config, RLConfig) else {})

@@ -183,8 +183,7 @@ def make_jobs(
       ValueError: a config is wrong, or does not fit where it shall run: attention backend, mesh, paths or name.
     """
     from experiments.cli import cpu_devices
-    from model.attention import check_backend
-    from train.step import mesh_sizes
+    from train.step import check_backends, mesh_sizes
 
     jobs = []
     for index, point in enumerate(sweep_points(sweeps)):
@@ -201,7 +200,7 @@ def make_jobs(
         if launch.on != "local":
             machines = f"{launch.slices} x {launch.topology}"
             devices = launch.slices * launch.slice.num_devices
-            check_backend(config.model.attention_backend, "tpu")
+            check_backends(config, "tpu")
             mesh_sizes(config, devices, launch.slices)
             check(
                 not Path(config_path).is_absolute() and ".." not in Path(config_path).parts,

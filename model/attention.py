@@ -46,12 +46,16 @@ def runs_on(backend: AttentionBackend, platform: str) -> bool:
     return {"flash": "tpu", "cudnn": "gpu"}.get(backend, platform) == platform
 
 
-def check_backend(backend: AttentionBackend, platform: str) -> None:
-    """Raises ValueError where attention is to be computed by a backend for other devices than there are."""
+def check_backend(backend: AttentionBackend, platform: str, field: str = "model") -> None:
+    """Raises ValueError where attention is to be computed by a backend for other devices than there are.
+
+    Args:
+      field: of the config, which is to be changed.
+    """
     best = {"tpu": "flash", "gpu": "cudnn"}.get(platform, "xla")
     check(
         runs_on(backend, platform),
-        f"model.attention_backend={backend!r} is not for {platform!r} devices, which these are: set it to {best!r}",
+        f"{field}.attention_backend={backend!r} is not for {platform!r} devices, which these are: set it to {best!r}",
     )
 
 

@@ -7,6 +7,7 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,42 @@ from train.objectives.reward_model import solution_scores
 from train.preferences import REWARD_HEAD, answer_scores
 from train.rollouts import Samples
 from train.scalar_head import scalar_head_spec
+
+
+def reward_model_specs(model: ModelConfig) -> Params:
+    """Of a network of this shape that judges: ParamSpecs, with those of the head."""
+    return param_specs(model) | {REWARD_HEAD: scalar_head_spec(model)}
+
+
+def reward_model_weights(model: ModelConfig, layout: Layout) -> Params:
+    """ShapeDtypeStructs with shardings."""
+    specs = reward_model_specs(model)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract_params(specs),
+        param_shardings(specs, layout),
+    )
+
+
+def scores(
+    params: Params, rows: Mapping[str, jax.Array], model: ModelConfig, layout: Layout | None, steps: StepAggregation | None
+) -> jax.Array:
+    """float32 [B] of rows [B, T]; `steps` of a process model."""
+    found = answer_scores(params, model, dict(rows), layout)
+    if steps:
+        return solution_scores(found, rows["step_ends"], steps)
+    last = jnp.sum(rows["segment_ids"], axis=1) - 1
+    return jnp.take_along_axis(found, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
+
+
+def lower_scores(model: ModelConfig, mesh: Mesh, max_rows: int, row_tokens: int) -> Any:
+    """What judges `max_rows` samples of rows of so many tokens, lowered."""
+    layout = Layout.of(mesh, TRAIN_RULES)
+    shape = round_up(max_rows, layout.shards("batch")), round_up(row_tokens + 1, layout.shards("residual"))
+    dtypes = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "step_ends": jnp.float32}
+    rows = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+    judge = jax.jit(functools.partial(scores, model=model, layout=layout, steps=None))
+    return judge.lower(reward_model_weights(model, layout), rows)
 
 
 class LearnedReward:
@@ -52,29 +89,15 @@ class LearnedReward:
         objective = json.loads((Path(source) / "config.json").read_text()).get("objective") or {}
         opened = open_initial(source, model)
         self.chat = ChatEncoder(opened.tokenizer, opened.chat_template)
-        specs = param_specs(model) | {REWARD_HEAD: scalar_head_spec(model)}
         layout = Layout.of(mesh, TRAIN_RULES)
-        abstract = abstract_params(specs)
-        placed = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
-            param_shardings(specs, layout),
-        )
-        self.params: Params = opened.load(placed)
+        self.params: Params = opened.load(reward_model_weights(model, layout))
         # The mesh divides rows and columns.
         self._max_rows = round_up(max_rows, layout.shards("batch"))
         self._columns = layout.shards("residual")
-        self._model, self._layout = model, layout
         self._lines = line_tokens(opened.tokenizer)
         self.judges_steps = objective.get("process_model") is not None
-        self._score = jax.jit(functools.partial(self._scores, steps=steps if self.judges_steps else None))
-
-    def _scores(self, params: Params, rows: Mapping[str, jax.Array], steps: StepAggregation | None) -> jax.Array:
-        scores = answer_scores(params, self._model, dict(rows), self._layout)
-        if steps:
-            return solution_scores(scores, rows["step_ends"], steps)
-        last = jnp.sum(rows["segment_ids"], axis=1) - 1
-        return jnp.take_along_axis(scores, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
+        steps_of = steps if self.judges_steps else None
+        self._score = jax.jit(functools.partial(scores, model=model, layout=layout, steps=steps_of))
 
     def __call__(self, samples: Samples) -> np.ndarray:
         """float32 [B]; of a process model in [0, 1]. A sample that was cut off has no stop token, and is judged by what there

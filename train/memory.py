@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from model.params import Params, abstract_params, block_layout, param_shardings,
 from model.sharding import DECODE_RULES, TRAIN_RULES, Layout, Rules
 from model.transformer import empty_pages, forward
 from train.config import OptimizerConfig, TrainConfig
+from train.learned_reward import reward_model_specs
 from train.optimizer import make_optimizer
 from train.rl_config import RLConfig
 from train.rollouts import engine_config
@@ -54,7 +55,8 @@ def plan_memory(config: Job, mesh: Mapping[str, int]) -> dict[str, int]:
 
 
 def plan_sampler(config: RLConfig, mesh: Mapping[str, int]) -> dict[str, int]:
-    """Bytes that each device holds all the time for drawing answers and, if there is one, for the reference of a KL penalty."""
+    """Bytes that each device holds all the time for drawing answers and, if there are such, for the reference of a KL penalty
+    and a reward model."""
     model = dataclasses.replace(config.model, scan_layers=False)
     engine = engine_config(config)
     pages = jax.eval_shape(functools.partial(empty_pages, model, engine.num_pages, engine.page_size, engine.cache_dtype))
@@ -63,6 +65,7 @@ def plan_sampler(config: RLConfig, mesh: Mapping[str, int]) -> dict[str, int]:
     parameters, _ = _state_bytes(config.model, config.lora, config.optimizer, tuple(mesh.items()))
     return {
         "reference": parameters if config.policy.kl.needs_reference else 0,
+        "reward model": _weight_bytes(config.model, mesh, TRAIN_RULES, reward_model_specs) if config.reward_model else 0,
         "weights of the sampler": _weight_bytes(model, mesh, DECODE_RULES),
         "pages of the sampler": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)) // parts,
     }
@@ -81,8 +84,10 @@ def _abstract_layout(mesh: Mapping[str, int], rules: Rules) -> Layout:
     return Layout.of(abstract_mesh, rules)
 
 
-def _weight_bytes(model: ModelConfig, mesh: Mapping[str, int], rules: Rules) -> int:
-    specs = param_specs(model)
+def _weight_bytes(
+    model: ModelConfig, mesh: Mapping[str, int], rules: Rules, specs_of: Callable[[ModelConfig], Params] = param_specs
+) -> int:
+    specs = specs_of(model)
     return _bytes(abstract_params(specs), param_shardings(specs, _abstract_layout(mesh, rules)))
 
 

@@ -385,24 +385,28 @@ class RLLoop:
         return sums
 
     def _adapt(self, metrics: dict[str, Any], entropy: float) -> None:
-        """The baseline and the coefficients of the next step."""
-        policy = self.config.policy
-        if policy.advantage == "ema" and metrics["bad_reward_fraction"] < 1:
-            baseline = update_ema(self.state.baseline, jnp.asarray(metrics["return_mean"]), policy.ema_decay)
-            self.state = dataclasses.replace(self.state, baseline=baseline)
+        """The baseline and the coefficients of the next step; a step of which nothing could be judged says nothing of them."""
+        policy, state = self.config.policy, self.state
+        judged = metrics["bad_reward_fraction"] < 1
+        if policy.advantage == "ema" and judged:
+            baseline = update_ema(state.baseline, jnp.asarray(metrics["return_mean"]), policy.ema_decay)
+            state = dataclasses.replace(state, baseline=baseline)
         if policy.kl.target:
+            metrics["kl_coefficient"] = float(state.kl_coefficient)  # of this step
+        if policy.kl.target and judged:
             adapted = adapt_kl_coefficient(
-                self.state.kl_coefficient, metrics["reference_kl"], self.config.num_rows, policy.kl.target, policy.kl.horizon
+                state.kl_coefficient, metrics["reference_kl"], self.config.num_rows, policy.kl.target, policy.kl.horizon
             )
-            metrics["kl_coefficient"] = float(self.state.kl_coefficient)  # of this step
-            self.state = dataclasses.replace(self.state, kl_coefficient=jnp.asarray(adapted, jnp.float32))
+            state = dataclasses.replace(state, kl_coefficient=jnp.asarray(adapted, jnp.float32))
         if policy.entropy_target:
-            assert self.state.entropy_coefficient is not None
-            adapted = adapt_coefficient(
-                self.state.entropy_coefficient, jnp.float32(entropy), policy.entropy_target, policy.entropy_step
-            )
-            metrics["entropy_coefficient"] = float(self.state.entropy_coefficient)  # of this step
-            self.state = dataclasses.replace(self.state, entropy_coefficient=adapted)
+            assert state.entropy_coefficient is not None
+            metrics["entropy_coefficient"] = float(state.entropy_coefficient)  # of this step
+            if judged:
+                adapted = adapt_coefficient(
+                    state.entropy_coefficient, jnp.float32(entropy), policy.entropy_target, policy.entropy_step
+                )
+                state = dataclasses.replace(state, entropy_coefficient=adapted)
+        self.state = state
 
     def _save(self, complete: bool) -> None:
         with self.timing.timed("checkpoint", self.step, at_step=self.step):

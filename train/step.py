@@ -265,6 +265,13 @@ class Job(Protocol):
     def chunk_tokens(self) -> int: ...
 
 
+def check_backends(config: Job, platform: str) -> None:
+    """Raises ValueError where the network, or its teacher, attends by a backend for other devices than there are."""
+    check_backend(config.model.attention_backend, platform)
+    if config.distillation:
+        check_backend(config.distillation.model.attention_backend, platform, "distillation.model")
+
+
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """The compiled functions of a run and where its arrays live.
@@ -333,7 +340,7 @@ def make_trainer_of(
     """
     devices = devices if devices is not None else jax.devices()
     mesh = make_mesh(mesh_sizes(config, len(devices), num_slices(devices)), devices)
-    check_backend(config.model.attention_backend, mesh.devices.flat[0].platform)
+    check_backends(config, mesh.devices.flat[0].platform)
     model, lora = config.model, config.lora
     specs = adapter_specs(model, lora) if lora else weights
     layout = Layout.of(mesh, TRAIN_RULES)

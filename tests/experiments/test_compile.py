@@ -321,10 +321,11 @@ def rl_config(tmp_path):
 @pytest.mark.slow
 def test_the_programs_of_reinforcement_learning_compile(rl_config, capsys):
     require_libtpu()
-    assert main(["compile", f"--config={rl_config}", "--topology=v5e:2x2", "--json"]) == 0
+    judged = "--config.reward_model=x"
+    assert main(["compile", f"--config={rl_config}", "--topology=v5e:2x2", "--json", judged]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["fits"]
-    assert list(report["programs"]) == ["hand_over", "decode", "score", "update"]
+    assert list(report["programs"]) == ["hand_over", "decode", "score", "update", "judge"]
     # Whoever decodes has half of each weight, by tensor; a quarter of them was there before: float32, 4 bytes.
     half = 4 * (2 * (2 * 64 * (64 + 32) + 3 * 64 * 96) + 2 * 64 * 512) // 2
     assert half <= report["planned_bytes_per_device"]["weights of the sampler"] <= 1.02 * half  # norms are whole
@@ -379,6 +380,23 @@ def test_a_teacher_stands_beside_all_but_the_update(rl_config, monkeypatch):
     }
     size = taught["planned_bytes_per_device"]["teacher"]
     assert more == {"hand_over": size, "decode": size, "score": size, "update": 0}
+
+
+def test_a_reward_model_stands_beside_all_but_what_judges(rl_config, monkeypatch):
+    told = {"memory": dict.fromkeys(("arguments", "outputs", "temporaries", "generated_code"), 1000) | {"aliased": 500}}
+    told |= {"mesh": {"data": 1, "fsdp": 2, "expert": 1, "tensor": 2}, "estimated_step_seconds": 2.0, "collectives": []}
+    monkeypatch.setattr(loam_compile, "run_alone", compiler_that_says(told))
+    alone, judged = (
+        compile_rl.compile_config(rl_config, words, topology_of("v5e:2x2")) for words in ([], ["--config.reward_model=x"])
+    )
+    beside = [{name: one["held_beside_bytes"] for name, one in report["programs"].items()} for report in (alone, judged)]
+    # A network of the policy's shape, and a row of weights for its head, which is scattered over fsdp.
+    size = alone["planned_bytes_per_device"]["parameters"] + 4 * 64 // 2
+    assert {name: more - beside[0].get(name, 0) for name, more in beside[1].items() if name != "judge"} == dict.fromkeys(
+        ("hand_over", "decode", "score", "update"), size
+    )
+    held = judged["planned_bytes_per_device"]
+    assert beside[1]["judge"] == sum(held[name] for name in compile_rl.HELD if name in held) - size
 
 
 def test_what_stands_beside_a_program_counts(rl_config, monkeypatch, capsys):

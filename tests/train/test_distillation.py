@@ -13,7 +13,9 @@ from jax.extend.core import jaxprs_in_params
 from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.loader import Batches
 from data.prepare import prepare
+from experiments.inspect import describe_plan
 from inference.request import Token
+from model.chips import topology_of
 from model.config import LoraConfig, ModelConfig
 from model.transformer import forward, unembed
 from tests.networks import random_params
@@ -332,6 +334,18 @@ def test_a_teacher_that_does_not_divide_over_the_mesh_is_refused(tmp_path):
     wide = job(tmp_path, distillation=DistillationConfig("x", uneven), mesh=MeshConfig(1, fsdp=8), batch_size=8)
     with pytest.raises(ValueError, match=r"teacher.*d_model|teacher.*36"):
         mesh_sizes(wide, 8)
+
+
+def test_a_teacher_that_attends_by_a_backend_for_other_devices_is_refused(tmp_path):
+    """Before data is prepared, and before a job is sent to a slice."""
+    flash, cudnn = (
+        job(tmp_path, distillation=DistillationConfig("x", dataclasses.replace(TAUGHT_BY, head_dim=8, **changes)))
+        for changes in ({"attention_backend": "flash"}, {"attention_backend": "cudnn", "dtype": "bfloat16"})
+    )
+    with pytest.raises(ValueError, match=r"distillation\.model\.attention_backend='flash' is not for 'cpu'"):
+        loop.make_trainer(flash, jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"distillation\.model\.attention_backend='cudnn' is not for 'tpu'"):
+        describe_plan(cudnn, topology_of("v5e:2x2"))
 
 
 def test_rows_of_odd_length_are_refused_with_cudnn_of_policy_or_teacher():
