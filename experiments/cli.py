@@ -89,7 +89,8 @@ def parse(words: list[str]) -> argparse.Namespace:
             place.add_argument("--processes", type=int, metavar="N", help="how many there are; 1 ignores the environment")
             place.add_argument("--process-id", type=int, metavar="I", help="which one this is, 0 to N-1")
     model_help = (
-        "directory of a run, such as runs/quickstart, or of a Hugging Face checkpoint; a .gguf file; a name of `loam models`"
+        "directory of a run, such as runs/quickstart, of a Hugging Face checkpoint, or of adapters of peft; a .gguf file; a "
+        "name of `loam models`"
     )
     sample = commands.add_parser("sample", help="continue a prompt with a run's checkpoint, or another model")
     sample.add_argument("source", metavar="MODEL", help=model_help)
@@ -132,6 +133,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     convert.add_argument("target", help="directory to write, new or empty; or a file that ends in .gguf")
     convert.add_argument("--type", choices=["F32", "F16", "Q8_0"], help="of the matrices of a .gguf file; default F16")
     convert.add_argument("--family", help="model_type to write, such as llama; default the first that can express the model")
+    adapters_help = "of a run with lora: write its adapters alone, as peft has them"
+    convert.add_argument("--adapters", action="store_true", help=adapters_help)
     convert.add_argument("--step", type=int, default=-1, help="of the checkpoint; default the newest")
     pull = commands.add_parser("pull", help="take a model into the store")
     pull.add_argument("source", metavar="NAME", help="smollm2-135m-instruct, a path, gs://…, or owner/name of the hub")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,10 @@ from inference.sampling import Sampling
 from model.attention import runs_on
 from model.config import DType, ModelConfig
 from model.convert import gguf, huggingface
+from model.convert.families import family_of
 from model.convert.gguf_file import read_gguf
+from model.convert.peft import CONFIG as ADAPTER_CONFIG
+from model.convert.peft import holds_adapters, save_adapters
 from model.lora import adapter_specs
 from model.params import Params, abstract_params, dimensions, param_shardings, param_specs, unstack_layers
 from model.quantize import Bits, quantize
@@ -43,6 +47,12 @@ def open_run(run_dir: Path, step: int) -> tuple[TrainConfig | RLConfig, Tokenize
     Raises:
       ValueError, FileNotFoundError: the directory is not that of a run, or has no such checkpoint.
     """
+    config, tokenizer, params = _restore(run_dir, step)
+    return config, tokenizer, _merged(params, config) if config.lora else params
+
+
+def _restore(run_dir: Path, step: int) -> tuple[TrainConfig | RLConfig, Tokenizer, Params]:
+    """What `open_run` gives, but the adapters alone of a run that has some."""
     if not (run_dir / "config.json").is_file():
         raise FileNotFoundError(f"{run_dir} is not the directory of a run (it has no config.json): give one under runs/")
     config, there = _config_of(run_dir), json.loads((run_dir / "config.json").read_text())
@@ -59,8 +69,7 @@ def open_run(run_dir: Path, step: int) -> tuple[TrainConfig | RLConfig, Tokenize
         if restored is None:
             raise FileNotFoundError(f"{run_dir} has no checkpoint yet: wait for the first, or run its config")
         state = restored[0]
-    params = of_checkpoint(there, state)
-    return config, tokenizer, _merged(params, config) if config.lora else params
+    return config, tokenizer, of_checkpoint(there, state)
 
 
 def _config_of(run_dir: Path) -> TrainConfig | RLConfig:
@@ -92,7 +101,8 @@ def open_any(source: str, step: int = -1, dtype: DType | None = None, tensor: in
       ValueError, FileNotFoundError: see `open_run`, `open_model`, `tensor_shardings` and `quantize`.
     """
     if not is_run(source):
-        if Path(source).is_dir() and not (Path(source) / "config.json").is_file() and not [*Path(source).glob("*.gguf")]:
+        known = ("config.json", ADAPTER_CONFIG, "*.gguf")
+        if Path(source).is_dir() and not any(file for name in known for file in Path(source).glob(name)):
             raise FileNotFoundError(
                 f"{source} is not the directory of a run, nor of a checkpoint (it has no config.json): give one under runs/, a "
                 "model's directory, or a .gguf file"
@@ -103,10 +113,7 @@ def open_any(source: str, step: int = -1, dtype: DType | None = None, tensor: in
             source, dtype=kind, param_dtype=kind, place=lambda config: tensor_shardings(config, tensor), bits=bits
         )
     config, tokenizer, params = open_run(Path(source), step)
-    stop_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
-    template = load_chat_template(Path(source) / "tokenizer") or None
-    if template is not None:
-        stop_ids = ChatEncoder(tokenizer, template).stop_ids
+    template, stop_ids = _chat_of_run(Path(source), tokenizer)
     # A run of a TPU is opened elsewhere too.
     own = runs_on(config.model.attention_backend, jax.devices()[0].platform)
     model = config.model if own else dataclasses.replace(config.model, attention_backend="xla")
@@ -119,6 +126,14 @@ def open_any(source: str, step: int = -1, dtype: DType | None = None, tensor: in
         params, model = unstack_layers(params, model)
         params, model = quantize(params, model, bits)
     return LoadedModel(params, model, tokenizer, template, stop_ids, Path(source).resolve().name)
+
+
+def _chat_of_run(run_dir: Path, tokenizer: Tokenizer) -> tuple[str | None, frozenset[int]]:
+    """The chat template of a run, and the tokens that end an answer."""
+    template = load_chat_template(run_dir / "tokenizer") or None
+    if template is not None:
+        return template, ChatEncoder(tokenizer, template).stop_ids
+    return None, frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
 
 
 def tensor_shardings(config: ModelConfig, tensor: int) -> Params | None:
@@ -182,15 +197,20 @@ def _tokenizer_of(source: str) -> Tokenizer:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """Writes a model as a Hugging Face checkpoint or, where the target ends so, as a .gguf file.
+    """Writes a model as a Hugging Face checkpoint or, where the target ends so, as a .gguf file; or a run's adapters for peft.
 
     Raises:
-      ValueError, FileNotFoundError: as `open_any`, or no family has words for the model, or the target is not empty.
+      ValueError, FileNotFoundError: as `open_any`, or no family has words for the model, or the target is not empty; or there
+        are no adapters, or none that peft has words for.
     """
     target = Path(arguments.target)
     to_gguf = target.suffix == ".gguf"
     check(to_gguf or not arguments.type, f"--type is for GGUF, and {target} is none: let its name end in .gguf")
     check(not (to_gguf and arguments.family), "--family is for Hugging Face checkpoints: a GGUF file finds its own")
+    if arguments.adapters:
+        check(not to_gguf, f"--adapters are for peft, and {target} is a GGUF file: name a directory")
+        _convert_adapters(arguments.source, target, arguments.family, arguments.step)
+        return
     loaded = open_any(arguments.source, arguments.step)
     if to_gguf:
         gguf.save(
@@ -198,11 +218,33 @@ def convert(arguments: argparse.Namespace) -> None:
         )
         return
     with tempfile.TemporaryDirectory() as scratch:
-        if not is_run(arguments.source) and (path := locate(arguments.source)).is_dir():
+        if not is_run(arguments.source) and (path := locate(arguments.source)).is_dir() and not holds_adapters(path):
             huggingface.save(target, loaded.params, loaded.config, arguments.family, path)
         else:
-            special = _write_tokenizer(Path(scratch), loaded)
+            special = _write_tokenizer(Path(scratch), loaded.tokenizer, loaded.chat_template, loaded.stop_ids)
             huggingface.save(target, loaded.params, loaded.config, arguments.family, scratch, special)
+
+
+def _convert_adapters(source: str, target: Path, family: str | None, step: int) -> None:
+    check(is_run(source), f"--adapters is for runs with lora, and {source} is none: leave it out")
+    lora = _config_of(Path(source)).lora
+    check(lora is not None, f"{source} was trained without lora and has no adapters: leave --adapters out")
+    config, tokenizer, adapters = _restore(Path(source), step)
+    assert lora is not None
+    base, chosen = config.initial_weights, family_of(config.model, family) if family else None
+    path = Path(base).expanduser()
+    if is_run(base) or (path.is_dir() and holds_adapters(path)):
+        print(
+            f"the base of these adapters is {base}, which peft does not open: `loam convert {shlex.quote(base)} DIRECTORY` "
+            f"writes it; then name DIRECTORY in {target / ADAPTER_CONFIG}, as base_model_name_or_path"
+        )
+        base = ""
+    else:
+        chosen = chosen or describe_model(base).family
+        base = str(path.resolve()) if path.exists() else base
+    with tempfile.TemporaryDirectory() as scratch:
+        _write_tokenizer(Path(scratch), tokenizer, *_chat_of_run(Path(source), tokenizer))
+        save_adapters(target, adapters, config.model, lora, base, chosen, scratch)
 
 
 def _gguf_keys(source: str, loaded: LoadedModel) -> dict[str, Any]:
@@ -212,24 +254,26 @@ def _gguf_keys(source: str, loaded: LoadedModel) -> dict[str, Any]:
     return metadata_of(loaded.tokenizer, loaded.config.vocab_size, loaded.chat_template, loaded.stop_ids)
 
 
-def _write_tokenizer(directory: Path, loaded: LoadedModel) -> dict[str, Any]:
+def _write_tokenizer(
+    directory: Path, tokenizer: Tokenizer, chat_template: str | None, stop_ids: frozenset[int]
+) -> dict[str, Any]:
     """What transformers reads of a tokenizer beside a checkpoint; returns the keys for its config.json."""
-    ends = sorted(loaded.stop_ids, key=lambda token: (token != loaded.tokenizer.eos_id, token))
-    special = {"bos_token_id": loaded.tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    ends = sorted(stop_ids, key=lambda token: (token != tokenizer.eos_id, token))
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
     (directory / "config.json").write_text("{}")
     (directory / "generation_config.json").write_text(json.dumps(special, indent=2))
-    if loaded.chat_template:
-        (directory / "chat_template.jinja").write_text(loaded.chat_template)
+    if chat_template:
+        (directory / "chat_template.jinja").write_text(chat_template)
     try:
-        tokenizer = as_huggingface(loaded.tokenizer)
+        theirs = as_huggingface(tokenizer)
     except ValueError as error:
         print(f"written without a tokenizer: {error}")
         return special
-    texts = {i: text for text, i in tokenizer.special_tokens.items()}
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": tokenizer.adds_bos}
-    named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    texts = {i: text for text, i in theirs.special_tokens.items()}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": theirs.adds_bos}
+    named = {"bos_token": theirs.bos_id, "eos_token": theirs.eos_id}
     config |= {name: texts[i] for name, i in named.items() if i is not None and i in texts}
-    (directory / "tokenizer.json").write_bytes(tokenizer.model)
+    (directory / "tokenizer.json").write_bytes(theirs.model)
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     return special
 

@@ -28,7 +28,8 @@ from pathlib import Path
 
 _DESCRIPTION = "loam_model.json"
 _WEIGHTS = "model*.safetensors"
-_WANTED: tuple[str, ...] = (_WEIGHTS, "*.json", "*.jinja", "tokenizer.model", "merges.txt")
+_ADAPTERS = "adapter_model.safetensors"
+_WANTED: tuple[str, ...] = (_WEIGHTS, _ADAPTERS, "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 _NAME = r"[A-Za-z0-9][\w.-]*"
 
 
@@ -306,7 +307,8 @@ def _describe(directory: Path, name: str, source: str) -> Entry:
     from model.convert.families import read_config
     from model.convert.gguf import read_config as read_gguf_config
     from model.convert.gguf_file import read_gguf
-    from model.convert.safetensors import read_headers
+    from model.convert.peft import holds_adapters, read_adapter_config
+    from model.convert.safetensors import read_header, read_headers
 
     path = weights_of(directory)
     if path.is_file():
@@ -317,10 +319,11 @@ def _describe(directory: Path, name: str, source: str) -> Entry:
             sizes[tensor.kind.name] += tensor.num_bytes
         kind, stored = f"gguf {sizes.most_common(1)[0][0]}", file.tensors.values()
     else:
-        read_config(directory)
-        tensors = read_headers(directory)
+        adapters = holds_adapters(directory)
+        (read_adapter_config if adapters else read_config)(directory)  # the base of adapters may come later
+        tensors = read_header(directory / _ADAPTERS) if adapters else read_headers(directory)
         dtypes = Counter(tensor.dtype for tensor in tensors.values())
-        kind, stored = f"safetensors {dtypes.most_common(1)[0][0]}", tensors.values()
+        kind, stored = f"{'adapters' if adapters else 'safetensors'} {dtypes.most_common(1)[0][0]}", tensors.values()
     parameters = sum(math.prod(tensor.shape) for tensor in stored)
     size = sum(path.stat().st_size for path in directory.iterdir())
     return Entry(name, parameters, kind, size, source)

@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -269,34 +270,49 @@ def save(
     Raises:
       ValueError: no family has words for this network, or the directory is not empty.
     """
-    directory = Path(directory)
     chosen = family_of(config, family)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists and is not an empty directory: choose another, or remove it")
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     tensors = file_tensors(config, chosen)
     dtypes = {tensor.name: np.dtype(leaves[tensor.parts[0].path].dtype) for tensor in tensors}
-    special = dict.fromkeys(CARRIED) | (_special_tokens(Path(source)) if source else {}) | dict(settings or {})
-    values = write_config(config, chosen) | special | {"dtype": config.param_dtype, "torch_dtype": config.param_dtype}
 
     def arrays() -> Iterator[np.ndarray]:
         for tensor in tensors:
             yield tensor.join([np.asarray(leaves[part.path][part.lead]) for part in tensor.parts])
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        temporary.chmod(0o755)
+    with new_directory(Path(directory)) as temporary:
+        special = dict.fromkeys(CARRIED) | (_special_tokens(Path(source)) if source else {}) | dict(settings or {})
+        values = write_config(config, chosen) | special | {"dtype": config.param_dtype, "torch_dtype": config.param_dtype}
         shards = plan_shards(((tensor.name, tensor.shape, dtypes[tensor.name]) for tensor in tensors), max_shard_bytes)
         write_shards(temporary, shards, arrays())
         write_json(temporary / "config.json", values)
         if source:
-            for path in (Path(source) / name for name in TOKENIZER_FILES):
-                if path.is_file():
-                    shutil.copyfile(path, temporary / path.name)
+            copy_tokenizer(Path(source), temporary)
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `directory` when it is complete.
+
+    Raises:
+      ValueError: there is one that is not empty.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not an empty directory: choose another, or remove it")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
         os.replace(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Takes over the files of TOKENIZER_FILES that are there."""
+    for path in (source / name for name in TOKENIZER_FILES):
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
 
 
 def _special_tokens(source: Path) -> dict[str, Any]:
