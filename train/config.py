@@ -305,8 +305,8 @@ class TrainConfig:
       cpu_devices: how many devices the CPU is split into; 0 is one per core, up to what divides the batch, which is faster for
         models so small that their operations do not fill the cores. Ignored on TPUs and GPUs.
       initial_weights: what to begin with: the directory of a run (its newest checkpoint, its moving average if it keeps one) or
-        of a Hugging Face checkpoint, a .gguf file, or a name of `loam models`. Its tokenizer and chat template come along,
-        unless `data` names its own. Empty draws new weights.
+        of a Hugging Face checkpoint or of adapters of peft, a .gguf file, or a name of `loam models`. Its tokenizer and chat
+        template come along, unless `data` names its own. Empty draws new weights.
       lora: trains adapters of the initial weights instead of the weights; None is off.
       objective: what is learned of pairs or of labelled answers; None learns to write what is read. The reference of DPO and
         KTO is the initial weights, with `lora` what the adapters adapt.

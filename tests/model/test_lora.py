@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from model.config import LoraConfig
 from model.convert.huggingface import save
@@ -114,16 +114,79 @@ def test_files_of_peft_hold_the_products_and_come_back(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back, adapters)
 
 
+# Keys of peft 0.21's LoraConfig, and one of a version to come, with values that change what is computed, and others.
+REFUSED = [
+    ("peft_type", "IA3"),
+    ("use_dora", True),
+    ("modules_to_save", ["lm_head"]),
+    ("bias", "lora_only"),
+    ("lora_bias", True),
+    ("rank_pattern", {"q_proj": 4}),
+    ("alpha_pattern", {"q_proj": 4}),
+    ("layer_replication", [[0, 1], [0, 2]]),
+    ("trainable_token_indices", [3]),
+    ("target_parameters", ["mlp.experts.down_proj"]),
+    ("alora_invocation_tokens", [5]),
+    ("use_qalora", True),
+    *((f"{name}_config", {"of": "it"}) for name in ("monteclora", "velora", "arrow", "kasa", "megatron")),
+    ("use_bdlora", {"nblocks": 2}),
+    ("use_what_comes_next", True),
+    *(("init_lora_weights", name) for name in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "next")),
+    ("r", 0),
+    ("r", "3"),
+    ("lora_alpha", None),
+    ("base_model_name_or_path", 3),
+]
+HARMLESS = [
+    *(("init_lora_weights", name) for name in (True, False, "gaussian", "eva", "orthogonal", "mica")),
+    ("fan_in_fan_out", True),
+    ("exclude_modules", ["lm_head"]),
+    ("target_modules", "all-linear"),
+    ("layers_to_transform", [0, 1]),
+    ("layers_pattern", "layers"),
+    ("lora_dropout", 0.1),
+    ("auto_mapping", {"base_model_class": "It"}),
+    ("eva_config", {"rho": 1.0}),
+    ("megatron_core", "megatron.core"),
+    ("qalora_group_size", 16),
+    ("rank_pattern", {}),
+    ("layer_replication", None),
+]
+LORA_OF_FILE = dataclasses.replace(LORA, targets=tuple(sorted(LORA.targets)))
+
+
 def test_adapters_that_are_not_ours_are_refused(tmp_path):
     adapters = random_adapters(CONFIG, LORA)
     save_adapters(tmp_path, adapters, CONFIG, LORA)
     path = tmp_path / "adapter_config.json"
     described = json.loads(path.read_text())
-    for key, value in (("use_dora", True), ("peft_type", "IA3"), ("modules_to_save", ["lm_head"])):
+    for key, value in REFUSED:
         path.write_text(json.dumps(described | {key: value}))
-        with pytest.raises(ValueError, match=f"{key}=.* is not implemented"):
+        with pytest.raises(ValueError, match=f"{key}=.* (is not implemented|changes the base|must be)"):
             load_adapters(tmp_path, CONFIG)
+    for key, value in HARMLESS:
+        path.write_text(json.dumps(described | {key: value}))
+        assert load_adapters(tmp_path, CONFIG)[1] == LORA_OF_FILE
+    path.write_text(json.dumps(described | {"use_rslora": True}))
+    assert load_adapters(tmp_path, CONFIG)[1].alpha == pytest.approx(6.0 * 3**0.5)
     path.write_text(json.dumps(described))
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    a = tensors[f"{module}.lora_A.weight"]
+    for changed, complaint in (
+        ({f"{module}.lora_A.weight": np.ascontiguousarray(a.T)}, "the network wants"),
+        ({f"{module}.lora_B.bias": a[0]}, "q_proj.lora_B.bias, for which"),
+        ({f"{module}.lora_magnitude_vector": a[0]}, "q_proj.lora_magnitude_vector, for which"),
+        ({"base_model.model.lm_head.lora_A.weight": a}, "lm_head.lora_A.weight, for which"),
+    ):
+        save_file(tensors | changed, weights)
+        with pytest.raises(ValueError, match=complaint):
+            load_adapters(tmp_path, CONFIG)
+    save_file({name: array for name, array in tensors.items() if name != f"{module}.lora_A.weight"}, weights)
+    with pytest.raises(ValueError, match=f"has not both lora_A and lora_B of {module.removeprefix('base_model.model.')}"):
+        load_adapters(tmp_path, CONFIG)
+    save_file(tensors, weights)
     with pytest.raises(ValueError, match="the network wants"):
         load_adapters(tmp_path, dataclasses.replace(CONFIG, d_ff=32))
     with pytest.raises(ValueError, match="no adapter_config.json"):
