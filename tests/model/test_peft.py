@@ -164,8 +164,8 @@ def test_adapters_that_begin_with_a_part_of_the_base_are_read_once_peft_has_put_
 
 def test_a_layout_with_inputs_first_has_the_same_adapters(tmp_path):
     """GPT-2's, where peft sets fan_in_fan_out; what it keeps together with others is refused."""
-    gpt2 = dataclasses.replace(preset("gpt2"), vocab_size=64, num_layers=2, d_model=32, num_heads=4, num_kv_heads=4, d_ff=48)
-    gpt2 = dataclasses.replace(gpt2, max_seq_len=32, dtype="float32", param_dtype="float32", scan_layers=False, remat="none")
+    sizes = {"vocab_size": 64, "num_layers": 2, "max_seq_len": 32, "dtype": "float32", "param_dtype": "float32"}
+    gpt2 = dataclasses.replace(preset("tiny-gpt2"), **sizes)
     params, lora = random_params(gpt2), LoraConfig(2, 3.0, ("down", "out", "up"))
     save(tmp_path / "base", params, gpt2)
     adapters = random_adapters(gpt2, lora)

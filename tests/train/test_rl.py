@@ -18,10 +18,13 @@ from data.config import DataConfig, SourceConfig, TaskConfig, TokenizerConfig
 from data.tasks.reverse import Reverse
 from data.tasks.task import Example
 from data.tokenizer import load_tokenizer, train_tokenizer
+from experiments.cli import parse
 from experiments.goodput import goodput
 from experiments.report import write_report
-from experiments.sampling import open_any
+from experiments.sampling import convert, open_any
 from model.config import LoraConfig
+from model.convert.peft import load_adapters
+from model.lora import adapt, merge
 from model.params import init_params, param_specs, unstack_layers
 from tests.train.rl_runs import EXPERTS, MODEL, ONE_DEVICE, TASK, StopAfter, job, records, run
 from train import collector, rl
@@ -486,6 +489,11 @@ def test_what_was_learned_by_rewards_is_gone_on_with_and_sampled_from(warm_start
     )
     for found in (opened, open_any(str(tmp_path / "first")).params):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), jax.device_get(found), last[0])
+    if lora is not None:
+        convert(parse(["convert", str(tmp_path / "first"), str(tmp_path / "adapters"), "--adapters"]))
+        adapted = adapt(open_any(str(warm_start)).params, *load_adapters(tmp_path / "adapters", MODEL))
+        merged = merge(adapted, param_specs(MODEL))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), jax.device_get(merged), last[0])
     assert run(job(tmp_path / "first", tmp_path / "second", steps=1))
 
 
