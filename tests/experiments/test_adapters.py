@@ -124,6 +124,7 @@ def test_the_adapters_of_a_run_are_written_and_are_the_run(trained, written, tmp
     assert capsys.readouterr().out.startswith("--- 'the fox'\nthe fox")
     run, opened = open_any(config.run_dir), open_any(str(written))
     assert (opened.stop_ids, opened.chat_template, opened.name) == (run.stop_ids, run.chat_template, "written")
+    assert opened.chat_template is not None
     assert "generation" in opened.chat_template
     assert opened.tokenizer.token_bytes == run.tokenizer.token_bytes
     assert_same(opened.params, run.params, atol=1e-6)
@@ -135,7 +136,9 @@ def test_adapters_are_merged_wherever_a_model_is_opened(trained, written):
     assert_same(open_model(written, place=lambda config: tensor_shardings(config, 2)).params, expected, atol=1e-6)
     half = open_model(written, param_dtype="bfloat16")
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
-    assert_same(half.params["blocks"][1]["mlp"]["down"], expected["blocks"][1]["mlp"]["down"].astype("bfloat16"), atol=2e-3)
+    begun = open_any(str(trained[0] / "base")).params["blocks"][1]["mlp"]["down"]
+    wanted = begun.astype("bfloat16").astype("float32") + (expected["blocks"][1]["mlp"]["down"] - begun)  # rounded once more
+    assert np.mean(half.params["blocks"][1]["mlp"]["down"] == wanted.astype("bfloat16")) > 0.99
     rounded = open_model(written, bits=8)
     assert_same(rounded.params, quantize(expected, describe_model(written).config, 8)[0], atol=1e-6)
     stacked = dataclasses.replace(MODEL, scan_layers=True)
