@@ -5,9 +5,10 @@ A job there sees the checkout of its image, as its working directory, and `--sto
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from model.config import check
@@ -31,6 +32,12 @@ def paths_there(config: TrainConfig, is_in_checkout: Callable[[str], bool]) -> d
 
     found = {}
     for key, (kind, path) in paths_of(config).items():
+        if kind == "model" and (base := base_of(path)):
+            check(
+                is_in_checkout(base) or PurePosixPath(base).is_relative_to(MOUNT),
+                f"{key}={path} adapts {base}, which is not there for the job: name what `loam convert {path} DIR` writes, a "
+                "model of its own",
+            )
         if kind == "written":
             problem, fix = "would be lost with the machine", "choose one"
         elif is_in_checkout(path):
@@ -50,6 +57,18 @@ def paths_there(config: TrainConfig, is_in_checkout: Callable[[str], bool]) -> d
         )
         found[key] = str(there)
     return found
+
+
+def base_of(path: str) -> str:
+    """The model that the adapters of a run, or of a directory as peft has it, are for; "" where none are here."""
+    for name, key in (("config.json", "initial_weights"), ("adapter_config.json", "base_model_name_or_path")):
+        try:
+            described = json.loads((Path(path) / name).read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(described, dict) and (described.get("lora") or name == "adapter_config.json"):
+            return str(described.get(key) or "")
+    return ""
 
 
 def is_in_checkout(path: str) -> bool:

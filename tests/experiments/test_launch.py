@@ -689,6 +689,31 @@ def test_what_is_read_lies_on_the_storage_or_in_the_checkout(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "described"),
+    [
+        ("config.json", '{{"lora": {{"rank": 8}}, "initial_weights": "{base}"}}'),
+        ("adapter_config.json", '{{"base_model_name_or_path": "{base}"}}'),
+    ],
+    ids=["a run", "peft"],
+)
+def test_adapters_of_a_model_that_is_not_there_are_refused(tmp_path, monkeypatch, name, described):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(load_train_config(str(ROOT / SFT), list(FITS)), initial_weights="runs/a")
+    (tmp_path / "runs/a").mkdir(parents=True)
+
+    def found(base):
+        (tmp_path / "runs/a" / name).write_text(described.format(base=base))
+        return paths_there(config, lambda path: path == "models/here")["initial_weights"]
+
+    for base in ("runs/before", "/home/models/base", "smollm2-135m-instruct"):
+        with pytest.raises(ValueError, match=rf"runs/a adapts {base}, which is not there.*loam convert runs/a DIR"):
+            found(base)
+    assert found("models/here") == found("/mnt/loam/base") == "/mnt/loam/runs/a"
+    (tmp_path / "runs/a" / name).write_text("{}")
+    assert paths_there(config, lambda path: False)["initial_weights"] == "/mnt/loam/runs/a"
+
+
 @pytest.mark.parametrize("config", [SFT, "configs/dpo_reverse.py", "configs/sft_synthesized_reverse.py", DISTILLED])
 def test_a_job_finds_what_other_runs_made(config):
     """What the job's own command line says is where `--storage` has what the config names."""
