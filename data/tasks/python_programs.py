@@ -75,8 +75,12 @@ class PythonPrograms(Task):
             raise ValueError(
                 "PythonPrograms.answer_format must be 'bare': the program is the fenced block, or the whole completion"
             )
+        if not isinstance(self.limits, Limits):
+            raise ValueError(f"PythonPrograms.limits={self.limits!r} must be of type Limits (data/sandbox.py)")
         _read(self.path)
-        run("")
+        empty = run("", self.limits)
+        if empty.outcome != "passed":
+            raise ValueError(f"PythonPrograms.limits: not even an empty program ends within {self.limits}: {empty.reason}")
 
     def files(self) -> tuple[str, ...]:
         return (self.path,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -66,14 +67,37 @@ def make_form(name: str, **options: Any) -> Form:
 def _make(what: str, kinds: Mapping[str, type[T]], name: str, options: Mapping[str, Any]) -> T:
     if name not in kinds:
         raise ValueError(f"no {what} is called {name!r}{_nearest(name, list(kinds))}")
-    fields = {field.name: field for field in dataclasses.fields(kinds[name])}  # pyright: ignore[reportArgumentType]
+    return _build(f"{what} {name!r}", kinds[name], options)
+
+
+def _build(what: str, kind: type[T], options: Mapping[str, Any]) -> T:
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     for option in options:
         if option not in fields:
-            raise ValueError(f"{what} {name!r} has no field {option!r}{_nearest(option, list(fields))}")
-    missing = [field for field in fields if fields[field].default is dataclasses.MISSING and field not in options]
+            raise ValueError(f"{what} has no field {option!r}{_nearest(option, list(fields))}")
+    missing = [name for name, field in fields.items() if _is_required(field) and name not in options]
     if missing:
-        raise ValueError(f"{what} {name!r} needs a value of {', '.join(missing)}")
-    return kinds[name](**options)
+        raise ValueError(f"{what} needs a value of {', '.join(missing)}")
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _value(f"{name} of {what}", hints[name], value) for name, value in options.items()})
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _value(what: str, kind: Any, value: Any) -> Any:
+    """`value` as a field holds it: JSON and a command line have lists for tuples, and objects for dataclasses."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
+        try:
+            return _build(what, kind, value)
+        except TypeError as error:  # it compares a number with what is none
+            raise ValueError(f"{what}={dict(value)!r}: {error}") from None
+    return _tuples(value) if typing.get_origin(kind) is tuple else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _nearest(name: str, names: list[str]) -> str:

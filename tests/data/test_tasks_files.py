@@ -1,15 +1,17 @@
 """Tasks that read local files, and the one that reads a package: GSM8K, Python programs, reasoning-gym."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
 
+from data.config import TaskConfig
 from data.sandbox import Limits, SandboxUnavailable
 from data.tasks.gsm8k import Gsm8k
 from data.tasks.python_programs import PythonPrograms, run_tests, split_assertion
 from data.tasks.reasoning_gym import ReasoningGym
-from data.tasks.registry import make_task
+from data.tasks.registry import TASKS, make_task
 
 
 def write_jsonl(path, rows):
@@ -228,6 +230,54 @@ def test_where_no_program_can_be_run_the_config_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr("data.sandbox._CHILD", broken)
     with pytest.raises(SandboxUnavailable, match="no seccomp here"):
         PythonPrograms(path=write_jsonl(tmp_path / "rows.jsonl", [DOUBLE]))
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"cpu_second": 2}, "limits of task 'python_programs' has no field 'cpu_second'; did you mean 'cpu_seconds'"),
+        ({"cpu_seconds": 0}, "cpu_seconds=0 must be a whole number"),
+        ({"wall_seconds": "2"}, "limits of task 'python_programs'={'wall_seconds': '2'}"),
+        (2, "limits=2 must be of type Limits"),
+        ({"wall_seconds": 1e-6}, "not even an empty program ends within Limits"),
+    ],
+)
+def test_limits_that_will_not_do_are_named(tmp_path, limits, message):
+    path = write_jsonl(tmp_path / "rows.jsonl", [DOUBLE])
+    programs(path)
+    with pytest.raises(ValueError, match=message):
+        TaskConfig("python_programs", (("path", path), ("limits", limits)))
+
+
+# Every task as a config gives it
+
+OPTIONS = {"constraints": {"words": ["one", "two"]}, "reasoning_gym": {"dataset": "chain_sum", "options": [["max_terms", 3]]}}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_made_of_what_a_config_can_say_and_asks_and_scores(name, tmp_path):
+    """The config as it is kept in a run's config.json, where tuples are lists and dataclasses objects."""
+    files = {
+        "gsm8k": {"train_path": write_jsonl(tmp_path / "gsm8k.jsonl", [question(1)])},
+        "python_programs": {"path": write_jsonl(tmp_path / "programs.jsonl", [DOUBLE]), "limits": QUICK},
+    }
+    if name == "reasoning_gym":
+        pytest.importorskip("reasoning_gym", reason="the extra `rl` is not installed")
+    try:
+        config = TaskConfig(name, tuple((OPTIONS | files).get(name, {}).items()))
+        kept = json.loads(json.dumps(dataclasses.asdict(config)))
+        task = TaskConfig(name, tuple((field, value) for field, value in kept["options"])).make()
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    assert task == config.make()
+    example = task.example(0, seed=0)
+    assert task.score(task.solution(example), example).reward == 1.0
+
+
+def test_a_task_of_programs_needs_no_limits(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [DOUBLE])
+    programs(path)
+    assert TaskConfig("python_programs", (("path", path),)).make() == PythonPrograms(path=path)
 
 
 # reasoning-gym
