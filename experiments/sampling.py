@@ -34,7 +34,7 @@ from model.quantize import Bits, quantize
 from model.sharding import DECODE_RULES, MESH_AXES, Layout, Rules, indivisible, make_mesh
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, check
-from train.initial import in_checkpoint, merged_weights, of_checkpoint
+from train.initial import base_weights, in_checkpoint, merged_weights, of_checkpoint
 from train.rl_config import RLConfig
 
 
@@ -45,10 +45,11 @@ def open_run(run_dir: Path, step: int) -> tuple[TrainConfig | RLConfig, Tokenize
       step: of the checkpoint; below 0 the newest.
 
     Raises:
-      ValueError, FileNotFoundError: the directory is not that of a run, or has no such checkpoint.
+      ValueError, FileNotFoundError: the directory is not that of a run, or has no such checkpoint; or its adapters were trained
+        on other weights than `initial_weights` of its config holds now.
     """
     config, tokenizer, params = _restore(run_dir, step)
-    return config, tokenizer, _merged(params, config) if config.lora else params
+    return config, tokenizer, _merged(run_dir, params, config) if config.lora else params
 
 
 def _restore(run_dir: Path, step: int) -> tuple[TrainConfig | RLConfig, Tokenizer, Params]:
@@ -77,12 +78,15 @@ def _config_of(run_dir: Path) -> TrainConfig | RLConfig:
     return build(RLConfig if "task" in there else TrainConfig, there)
 
 
-def _merged(adapters: Params, config: TrainConfig | RLConfig) -> Params:
+def _merged(run_dir: Path, adapters: Params, config: TrainConfig | RLConfig) -> Params:
     """The initial weights of a run with its adapters in them."""
     assert config.lora is not None
-    weights, here = param_specs(config.model), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_params(weights))
-    return merged_weights(config.model, config.lora, config.initial_weights, adapters, abstract)
+    return merged_weights(run_dir, config.model, config.lora, config.initial_weights, adapters, _on_one_device(config.model))
+
+
+def _on_one_device(model: ModelConfig) -> Params:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_params(param_specs(model)))
 
 
 def is_run(source: str) -> bool:
@@ -232,6 +236,7 @@ def _convert_adapters(source: str, target: Path, family: str | None, step: int) 
     config, tokenizer, adapters = _restore(Path(source), step)
     assert lora is not None
     base, chosen = config.initial_weights, family_of(config.model, family) if family else None
+    base_weights(Path(source), config.model, base, _on_one_device(config.model))  # are those that they were trained on
     path = Path(base).expanduser()
     if is_run(base) or (path.is_dir() and holds_adapters(path)):
         print(

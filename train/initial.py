@@ -33,11 +33,13 @@ class InitialModel:
     """Attributes:
     chat_template: "" where it has none.
     load: abstract parameters, with shardings -> parameters.
+    merged: `load` puts adapters into them, which other devices round otherwise; else they are the same to the bit anywhere.
     """
 
     tokenizer: Tokenizer
     chat_template: str
     load: Callable[[Params], Params]
+    merged: bool = False
 
 
 def open_initial(source: str, config: ModelConfig) -> InitialModel:
@@ -64,7 +66,7 @@ def open_initial(source: str, config: ModelConfig) -> InitialModel:
     def load(abstract: Params) -> Params:
         return described.load(config, jax.tree.map(lambda leaf: leaf.sharding, abstract))
 
-    return InitialModel(described.tokenizer, described.chat_template or "", load)
+    return InitialModel(described.tokenizer, described.chat_template or "", load, described.adapters is not None)
 
 
 def in_checkpoint(run: Mapping[str, Any], weights: Params) -> Params:
@@ -106,22 +108,51 @@ def _open_run(directory: Path, config: ModelConfig) -> InitialModel:
     def load_merged(abstract: Params) -> Params:
         assert lora is not None
         adapters = load(_anywhere(abstract_params(adapter_specs(config, lora)), abstract))
-        return merged_weights(config, lora, there["initial_weights"], adapters, abstract)
+        return merged_weights(directory, config, lora, there["initial_weights"], adapters, abstract)
 
     lora = LoraConfig(**there["lora"] | {"targets": tuple(there["lora"]["targets"])}) if there.get("lora") else None
     tokenizer = directory / "tokenizer"
-    return InitialModel(load_tokenizer(tokenizer), load_chat_template(tokenizer), load_merged if lora else load)
+    return InitialModel(
+        load_tokenizer(tokenizer), load_chat_template(tokenizer), load_merged if lora else load, lora is not None
+    )
 
 
-def merged_weights(model: ModelConfig, lora: LoraConfig, source: str, adapters: Params, abstract: Params) -> Params:
-    """The weights of `source`, that such adapters were trained on, with these in them; they live where `abstract` says."""
-    base = open_initial(source, model).load(abstract)
+def merged_weights(
+    run_dir: Path, model: ModelConfig, lora: LoraConfig, source: str, adapters: Params, abstract: Params
+) -> Params:
+    """The weights of `source` with the adapters of a run in them; they live where `abstract` says.
+
+    Raises:
+      ValueError, FileNotFoundError: see `base_weights`.
+    """
+    base = base_weights(run_dir, model, source, abstract)
     specs = param_specs(model)
     of_weights = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     whole = jax.jit(
         lambda base, adapters: merge(adapt(frozen_base(base, model, lora)[0], adapters, lora), specs), out_shardings=of_weights
     )
     return whole(base, adapters)
+
+
+def base_weights(run_dir: Path, model: ModelConfig, source: str, abstract: Params) -> Params:
+    """The weights of `source`, which the adapters of the run in `run_dir` belong to.
+
+    Of a source that has adapters merged into it differing bits may be another device's rounding, so these are only told.
+
+    Raises:
+      ValueError, FileNotFoundError: see `open_initial`; or they are not those that the run began with.
+    """
+    initial = open_initial(source, model)
+    weights, path = initial.load(abstract), run_dir / "initial_weights.json"
+    if path.exists() and json.loads(path.read_text())["digest"] != _digest(weights):
+        told = f"{source} no longer holds the weights that the adapters of {run_dir} were trained on"
+        check(initial.merged, f"{told}: bring them back, or train adapters of what is there now")
+        print(f"warning: {told}, or adapters are merged into it in another rounding than where that run began")
+    return weights
+
+
+def _digest(weights: Params) -> str:
+    return hashlib.sha256(json.dumps(digests(flatten(weights)[0]), sort_keys=True).encode()).hexdigest()
 
 
 def _anywhere(abstract: Params, beside: Params) -> Params:
@@ -150,8 +181,7 @@ def compare_initial(run_dir: Path, name: str, source: str, weights: Params, begu
     Raises:
       ValueError: these are others.
     """
-    found = hashlib.sha256(json.dumps(digests(flatten(weights)[0]), sort_keys=True).encode()).hexdigest()
-    _compare(run_dir, name, source, "weights", found, begun, group)
+    _compare(run_dir, name, source, "weights", _digest(weights), begun, group)
 
 
 def compare_task(run_dir: Path, task: Task, begun: bool) -> None:

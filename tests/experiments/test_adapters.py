@@ -225,3 +225,33 @@ def test_what_has_no_adapters_that_peft_knows_is_told(trained, written, tmp_path
         {name.replace("layers.1", "layers.2"): array for name, array in tensors.items()}, written / "adapter_model.safetensors"
     )
     assert "layers.2.mlp.down_proj.lora_A.weight" in refused(["sample", written], capsys)
+
+
+def test_adapters_are_not_merged_into_other_weights_than_they_were_trained_on(trained, tmp_path, capsys):
+    root, config = trained
+    moved = shutil.copytree(root / "base", tmp_path / "base")
+    run = shutil.copytree(config.run_dir, tmp_path / "run")
+    there = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(there | {"initial_weights": str(moved)}))
+    abstract = make_trainer(dataclasses.replace(config, lora=None, initial_weights=""), devices=jax.devices()[:1])
+    open_any(str(run))  # the same weights elsewhere
+    open_initial(str(run), MODEL).load(abstract.abstract_weights)
+    tensors = load_file(moved / "model.safetensors")
+    tensors["model.norm.weight"][3] += np.float32(1e-6)
+    save_file(tensors, moved / "model.safetensors")
+    for words in (["sample", run], ["convert", run, tmp_path / "out"], ["convert", run, tmp_path / "out", "--adapters"]):
+        assert f"{moved} no longer holds the weights that the adapters of {run} were trained on" in refused(words, capsys)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=f"{moved} no longer holds .* the adapters of {run}"):
+        open_initial(str(run), MODEL).load(abstract.abstract_weights)
+    (run / "initial_weights.json").unlink()  # of a run before there was such a file
+    open_any(str(run))
+
+
+def test_adapters_of_a_merged_base_are_opened_with_a_warning_where_its_bits_differ(trained, written, tmp_path, capsys):
+    """As they do between devices that round products otherwise."""
+    run = shutil.copytree(trained[1].run_dir, tmp_path / "run")
+    there = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(there | {"initial_weights": str(written)}))
+    open_any(str(run))
+    assert f"warning: {written} no longer holds the weights that the adapters of {run}" in capsys.readouterr().out
