@@ -10,9 +10,9 @@
                  in [0, 1], or null where nobody judged), as process reward models need them (arXiv:2305.20050).
   prompts        `prompt`, `messages`, `conversations` or `instruction`; every other column goes along for the verifier.
 
-A prompt or answer is a text or a list of messages. An assistant's message of `weight` 0 in a conversation is read only. What
-could only teach nonsense raises BadExample, whose `reason` is one of a few that can be counted: data of millions of rows always
-has some, and neither a crash nor silence is an answer to them.
+A prompt or answer is a text or a list of messages. Of a conversation the assistant's messages are learned, but for those in a
+prompt and those of `weight` 0, which are read only. What could only teach nonsense raises BadExample, whose `reason` is one of
+a few that can be counted: data of millions of rows always has some, and neither a crash nor silence is an answer to them.
 """
 
 from __future__ import annotations
@@ -173,9 +173,13 @@ def _conversation(row: Mapping[str, Any]) -> list[Message]:
             return _messages(row[name])
     if "instruction" in row:
         _require(row, "output")
-        return [*_prompt(row), *_texts_or_messages(row["output"], "assistant")]
+        return [*_read_only(_prompt(row)), *_texts_or_messages(row["output"], "assistant")]
     _require(row, "prompt", "completion")
-    return [*_texts_or_messages(row["prompt"], "user"), *_texts_or_messages(row["completion"], "assistant")]
+    return [*_read_only(_texts_or_messages(row["prompt"], "user")), *_texts_or_messages(row["completion"], "assistant")]
+
+
+def _read_only(prompt: list[Message]) -> list[Message]:
+    return [message | {"weight": 0} if message["role"] == "assistant" else message for message in prompt]
 
 
 def _prompt(row: Mapping[str, Any]) -> list[Message]:

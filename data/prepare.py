@@ -38,7 +38,7 @@ from data.sources import Document, RowText, check_source, identity, read_documen
 from data.storage import JUDGED, PackedRows, Split, write_documents, write_index
 from data.tokenizer import Tokenizer, load_tokenizer, split_text, train_tokenizer
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 _MAX_ENCODE_CHARACTERS = 1 << 20
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)

@@ -152,6 +152,32 @@ def test_an_answer_of_weight_0_is_read_only(name, weights):
     assert written(encoder, encoded) == expected
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": CHAT[:3], "completion": CHAT[3:]},
+        {"prompt": CHAT[:3], "completion": CHAT[3]["content"]},
+        {"prompt": [CHAT[0], CHAT[1] | {"weight": 1}, CHAT[2]], "completion": CHAT[3:]},
+        {"prompt": CHAT[:3], "instruction": "to do what the prompt says", "output": CHAT[3]["content"]},
+    ],
+    ids=["messages", "text", "weight", "output"],
+)
+def test_answers_within_a_prompt_are_read_only(row):
+    question, answer, last = (CHAT[i]["content"].encode() for i in (0, 1, 3))
+    encoded = ChatEncoder(train_tokenizer(TokenizerConfig("bytes"), ["x"])).encode(import_row(row, "conversations").messages)
+    assert bytes(encoded.ids[5 + 1 : 5 + 1 + len(question)].tolist()) == question
+    assert answer in bytes(token for token in encoded.ids.tolist() if token < 256)
+    assert encoded.ids[encoded.trained].tolist() == [*last, 257]
+    assert encoded.trained[-len(last) - 1 :].all()
+
+
+def test_answers_of_a_completion_of_several_turns_are_learned_all():
+    encoder = ChatEncoder(train_tokenizer(TokenizerConfig("bytes"), ["x"]))
+    encoded = encoder.encode(import_row({"prompt": CHAT[:1], "completion": CHAT[1:]}, "conversations").messages)
+    answers = [CHAT[i]["content"].encode() for i in (1, 3)]
+    assert encoded.ids[encoded.trained].tolist() == [*answers[0], 257, *answers[1], 257]
+
+
 @pytest.mark.parametrize("template", [CHATML_MARKED, MISTRAL], ids=["chatml", "mistral"])
 @pytest.mark.parametrize("messages", [CHAT, WITH_TOOL], ids=["two turns", "tool"])
 def test_agrees_with_transformers(template, messages):
