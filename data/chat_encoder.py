@@ -25,7 +25,7 @@ import numpy as np
 
 from data.chat import BadExample, Message, is_learned
 from data.chat_template import GENERATION_BEGINS, GENERATION_ENDS, RESERVED, encode_guarded, render_guarded, special_pattern
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, UnknownCharacter
 
 # For tokenizers of ours, which have <bos> and <eos>: every message is a document, which begins with who speaks.
 DEFAULT_TEMPLATE = """{%- for message in messages %}
@@ -78,7 +78,8 @@ class ChatEncoder:
           first: answers before this message are read only.
 
         Raises:
-          BadExample: the template refuses the conversation, or its answers cannot be told from the rest.
+          BadExample: the template refuses the conversation, or its answers cannot be told from the rest; or the tokenizer has
+            no id for a character of it.
         """
         return self._encode(*self._render_answers(messages, tools), messages, first)
 
@@ -86,7 +87,7 @@ class ChatEncoder:
         """int32 ids of a conversation up to where the assistant is to answer.
 
         Raises:
-          BadExample: the template refuses the conversation.
+          BadExample: the template refuses the conversation, or the tokenizer has no id for a character of it.
         """
         text, spans = self._render_answers(messages, tools, prompt=True)
         return np.array(self._split_at(text, [begin for begin, _ in spans])[0], np.int32)
@@ -179,18 +180,24 @@ class ChatEncoder:
         kept_ids: list[int] = []
         kept_starts: list[int] = []
         cut = 0
-        ids, starts = encode_guarded(self.tokenizer, text)
+        ids, starts = self._encode_text(text)
         for boundary in boundaries:
-            alone, places = encode_guarded(self.tokenizer, text[cut:boundary])
+            alone, places = self._encode_text(text[cut:boundary])
             if ids[: len(alone)] == alone and all(start >= boundary - cut for start in starts[len(alone) : len(alone) + 1]):
                 continue
-            rest, rest_starts = encode_guarded(self.tokenizer, text[boundary:])
+            rest, rest_starts = self._encode_text(text[boundary:])
             if self.tokenizer.decode_bytes(alone + rest) != self.tokenizer.decode_bytes(ids):
                 raise BadExample("no token boundary", "the tokenizer writes an answer otherwise apart from its prompt")
             kept_ids += alone
             kept_starts += [cut + place for place in places]
             cut, ids, starts = boundary, rest, rest_starts
         return kept_ids + ids, kept_starts + [cut + start for start in starts]
+
+    def _encode_text(self, text: str) -> tuple[list[int], list[int]]:
+        try:
+            return encode_guarded(self.tokenizer, text)
+        except UnknownCharacter as error:
+            raise BadExample("unknown character", str(error)) from error
 
     def _probe(self) -> int:
         """The token that ends an answer, found by a conversation of two words."""

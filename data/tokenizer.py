@@ -43,7 +43,7 @@ from data.config import TokenizerConfig, TokenizerKind
 # GPT-4's split (tiktoken cl100k_base).
 GPT4_SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPM_SPACE = "\u2581"
-_NO_TEXT = "\ufffd".encode()
+NO_TEXT = "\ufffd"
 _DESCRIPTION_FILE = "loam_tokenizer.json"
 
 
@@ -126,7 +126,7 @@ class Tokenizer(abc.ABC):
         """Text of what a model wrote, with U+FFFD in place of each token that is no text: a special one, or one outside of
         [0, vocab_size). So an answer with such a token within is not taken for the text around it."""
         known = (self.token_bytes[token] if 0 <= token < self.vocab_size else b"" for token in map(int, ids))
-        return b"".join(token or _NO_TEXT for token in known).decode("utf-8", errors="replace")
+        return b"".join(token or NO_TEXT.encode() for token in known).decode("utf-8", errors="replace")
 
     def save(self, directory: str | Path) -> None:
         """Writes the model and a description into `directory`, which is created."""
@@ -154,6 +154,10 @@ class ByteTokenizer(Tokenizer):
         return [list(text.encode()) for text in texts]
 
 
+class UnknownCharacter(ValueError):
+    """A text holds a character that a tokenizer of characters has no id for."""
+
+
 class CharTokenizer(Tokenizer):
     """Ids are the positions in a sorted string of characters."""
 
@@ -168,7 +172,7 @@ class CharTokenizer(Tokenizer):
             return [[self._ids[character] for character in text] for text in texts]
         except KeyError as error:
             character = error.args[0]
-            raise ValueError(
+            raise UnknownCharacter(
                 f"the chars tokenizer has never seen {character!r} (U+{ord(character):04X}): it can only write the "
                 f"{len(self._ids)} characters of its training text; use kind='byte_bpe' or 'bytes' for open text"
             ) from None

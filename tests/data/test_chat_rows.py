@@ -227,6 +227,19 @@ def test_bad_examples_are_left_out_named_and_counted(tmp_path):
         assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("content", ["conversations", "prompts"])
+def test_a_character_that_the_tokenizer_does_not_know_leaves_its_example_out(tmp_path, content):
+    """And not the whole file: characters are those of what is trained on, and something else is held out."""
+    tokenizer = train_tokenizer(TokenizerConfig("chars"), ["user assistant\nq0123456789"])
+    tokenizer.save(tmp_path / "tokenizer")
+    rows = [{"prompt": f"q{i}", "completion": "42"} for i in range(40)] + [{"prompt": "q€", "completion": "42"}]
+    source = SourceConfig("chats", "files", path=str(tmp_path / "chats.jsonl"), held_out_fraction=0.2)
+    options = {"sources": (source,), "tokenizer": TokenizerConfig("chars", path=str(tmp_path / "tokenizer"))}
+    prepared, _, lines = job(tmp_path, content, rows, **options)
+    assert prepared.manifest["sources"]["chats"]["refused"] == {"unknown character": 1}
+    assert "U+20AC" in "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("content", "rows", "complaint"),
     [

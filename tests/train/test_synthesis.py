@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import string
 import types
 
 import numpy as np
@@ -65,8 +66,8 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
 # --- Best of n ------------------------------------------------------------------------------------------------------------
 
 ANSWERS = [Answer("a", True), Answer("b", True), Answer("a", True), Answer("cut", False), Answer(" ", True), Answer("c", True),
-           Answer("d", True)]  # fmt: skip
-SCORES = [0.5, 1.0, 0.9, 2.0, 2.0, math.nan, 1.0]
+           Answer("d", True), Answer("\ufffde", True), Answer("\ufffdcut", False)]  # fmt: skip
+SCORES = [0.5, 1.0, 0.9, 2.0, 2.0, math.nan, 1.0, 2.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -90,8 +91,8 @@ def test_what_is_kept_of_answers(config, kept):
     else:
         assert [row["completion"] for row in rows] == kept
         assert [row["score"] for row in rows] == [dict(zip("bda", (1.0, 1.0, 0.5), strict=True))[text] for text in kept]
-    left_out = {name: counts[name] for name in ("answers", "truncated", "empty", "unjudged", "duplicate")}
-    assert left_out == {"answers": 7, "truncated": 1, "empty": 1, "unjudged": 1, "duplicate": 1}
+    left_out = {name: counts[name] for name in ("answers", "truncated", "no_text", "empty", "unjudged", "duplicate")}
+    assert left_out == {"answers": 9, "truncated": 2, "no_text": 1, "empty": 1, "unjudged": 1, "duplicate": 1}
     for row in rows:
         import_row(row, "pairs" if config.keep == "pairs" else "conversations")
 
@@ -103,7 +104,14 @@ def test_special_tokens_within_an_answer_are_seen_in_its_text():
     writer = types.SimpleNamespace(tokenizer=tokenizer)
     found = [Writer._answer(writer, drawn(ids)) for ids in ([a, b, eos], [bos, a, bos, b, eos], [eos, a, b, eos])]
     assert [answer.text for answer in found] == ["ab", "\ufffda\ufffdb", "\ufffdab"]
+    assert [answer.no_text for answer in found] == [False, True, True]
     assert Writer._answer(writer, drawn([a, bos], "length")).text == "a\ufffd"
+
+
+def test_bytes_that_are_no_text_are_seen_in_an_answer():
+    writer = types.SimpleNamespace(tokenizer=train_tokenizer(TokenizerConfig("bytes"), ["x"]))
+    for text, no_text in (("né".encode(), False), ("né".encode()[:-1], True), (b"\xffok", True), (b"", False)):
+        assert Writer._answer(writer, drawn([*text, 257])).no_text is no_text
 
 
 def test_answers_that_are_equally_good_are_no_pair():
@@ -179,6 +187,17 @@ def test_without_preferences_the_revision_is_chosen():
     assert counts == {"prompts": 2, "too_long": 1, "revision_preferred": 1}
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_answer_critique_or_revision_that_is_no_text_leaves_its_prompt_out(stage):
+    def write(conversations, at, numbers):
+        return [Answer(f"{at} \ufffd" if at == stage and number == 1 else f"{at}", True) for number in numbers]
+
+    prompts = [[{"role": "user", "content": "q"}]] * 2
+    rows, counts = criticise(CritiqueConfig(PRINCIPLES, min_preference=0), prompts, 0, 0, write, None)
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("2", "0")]
+    assert counts == {"prompts": 2, "no_text": 1, "revision_preferred": 1}
+
+
 # --- Instructions ---------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +268,18 @@ def test_an_instruction_that_was_cut_off_is_none_and_one_before_the_cut_is():
     assert counts == {"written": 4, "truncated": 2}
 
 
+def test_instructions_and_answers_that_are_no_text_are_not_kept():
+    """What comes after the line of an instruction is not used, and may be anything."""
+    written = ["Sing a song of \ufffd now", "Cut the grass and trees\n\ufffd", "Count all the sheep here"]
+
+    def write(conversations, stage, numbers):
+        return [Answer(written[number] if stage == 0 else "a\ufffd" * (number == 2) or "yes", True) for number in numbers]
+
+    rows, counts = write_instructions(InstructionConfig(9), ["Seed one is here"], [], 0, 3, 0, write)
+    assert rows == [{"prompt": "Cut the grass and trees", "completion": "yes"}]
+    assert counts == {"written": 3, "no_text": 2}
+
+
 # --- Whole jobs -----------------------------------------------------------------------------------------------------------
 
 
@@ -310,12 +341,14 @@ def run(config, stop_after=99, monkeypatch=None):
 
 
 def short_answers(monkeypatch):
-    """A model that ends: what it drew, up to the eighth token, and then a stop."""
+    """A model that ends: what it drew, up to the eighth token, and then a stop. Its bytes stand for letters: as it is hardly
+    trained they are seldom text, and nothing would be kept."""
     real = Writer._answer
 
     def answer(self, tokens):
         tokens = [*tokens[:8]]
-        return dataclasses.replace(real(self, tokens), complete=True)
+        text = "".join(string.ascii_lowercase[token.token % 26] for token in tokens)
+        return dataclasses.replace(real(self, tokens), text=text, complete=True)
 
     monkeypatch.setattr(Writer, "_answer", answer)
 

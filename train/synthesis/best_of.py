@@ -16,8 +16,8 @@ def select(
 ) -> tuple[list[dict[str, Any]], collections.Counter[str]]:
     """Rows of a data set, and how many answers were left out for what.
 
-    An answer that was cut off teaches not to end, and is never kept; nor is one whose score is not finite, nor the same text
-    twice. Of equal scores the first counts.
+    An answer that was cut off teaches not to end, and is never kept; nor is one with tokens that are no text, or whose score is
+    not finite, nor the same text twice. Of equal scores the first counts.
 
     Args:
       prompt: as it is to stand in the rows.
@@ -28,6 +28,8 @@ def select(
     for answer, score in zip(answers, scores, strict=True):
         if not answer.complete:
             counts["truncated"] += 1
+        elif answer.no_text:
+            counts["no_text"] += 1
         elif not answer.text.strip():
             counts["empty"] += 1
         elif not math.isfinite(score):

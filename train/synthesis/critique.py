@@ -15,7 +15,7 @@ import numpy as np
 
 from data.chat import Message
 from train.synthesis.config import CritiqueConfig, Principle
-from train.synthesis.writer import Weigh, Write
+from train.synthesis.writer import Answer, Weigh, Write
 
 _REPLIES = ("A", "B")
 
@@ -32,15 +32,12 @@ def criticise(
     open_ones = dict(enumerate(prompts))  # by place, while nothing went wrong
 
     def answered(conversations: dict[int, list[Message]], stage: int) -> dict[int, str]:
-        """Complete answers; the others are counted, and their prompts left out."""
+        """Complete answers of text; the others are counted, and their prompts left out."""
         answers = write(list(conversations.values()), stage, [first + place for place in conversations])
         kept = {}
         for place, answer in zip(conversations, answers, strict=True):
-            why = (
-                "too_long" if answer is None else "truncated" if not answer.complete else "" if answer.text.strip() else "empty"
-            )
-            if answer is None or why:
-                counts[why] += 1
+            if answer is None or (why := _fault(answer)):
+                counts["too_long" if answer is None else why] += 1
                 del open_ones[place]
             else:
                 kept[place] = answer.text
@@ -78,6 +75,13 @@ def criticise(
             row = {"prompt": list(prompt), "chosen": chosen, "rejected": rejected}
             rows.append(row | {"score_chosen": max(p, 1 - p), "score_rejected": min(p, 1 - p)})
     return rows, counts
+
+
+def _fault(answer: Answer) -> str:
+    """Why an answer cannot be used; "" if it can."""
+    if not answer.complete:
+        return "truncated"
+    return "no_text" if answer.no_text else "" if answer.text.strip() else "empty"
 
 
 def _preferences(

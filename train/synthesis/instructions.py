@@ -15,6 +15,7 @@ from typing import Any
 
 from data.chat import Message
 from data.overlap import rouge_l, words
+from data.tokenizer import NO_TEXT
 from train.synthesis.config import InstructionConfig
 from train.synthesis.writer import Answer, Write
 
@@ -55,6 +56,8 @@ def write_instructions(
     for text, answer in zip(accepted.values(), answers, strict=True):
         if answer is None or not answer.complete or not answer.text.strip():
             counts["unanswered"] += 1
+        elif answer.no_text:
+            counts["no_text"] += 1
         else:
             rows.append({"prompt": text, "completion": answer.text})
     return rows, counts
@@ -83,6 +86,8 @@ def refusal(config: InstructionConfig, text: str, known: Sequence[Sequence[str]]
     Args:
       known: the words of the instructions that there are.
     """
+    if NO_TEXT in text:
+        return "no_text"
     found = words(text)
     if not config.min_words <= len(found) <= config.max_words:
         return "too_few_words" if len(found) < config.min_words else "too_many_words"

@@ -10,6 +10,7 @@ import numpy as np
 
 from data.chat import BadExample, Message
 from data.chat_encoder import ChatEncoder
+from data.tokenizer import NO_TEXT
 from inference.config import EngineConfig
 from inference.engine import Engine
 from inference.request import Request, Token
@@ -33,6 +34,11 @@ class Answer:
     text: str
     complete: bool
     tokens: Sequence[Token] = ()
+
+    @property
+    def no_text(self) -> bool:
+        """Whether it holds tokens that are no text. (Or U+FFFD itself, which is seldom meant either.)"""
+        return NO_TEXT in self.text
 
 
 # (conversations, stage, number of each) -> an answer to each, or None where it is too long to be read.
