@@ -1,11 +1,15 @@
 """Write a Python function that meets assertions, which are run in the sandbox. Reads MBPP's layout (Austin et al. 2021,
-arXiv:2108.07732): `prompt`, `code`, `test_imports`, `test_list`.
+arXiv:2108.07732): `prompt`, `code`, `test_imports`, `test_list`; in the whole of it `text` and `test_setup_code`, which is run
+between the program and its tests, since it may use what the program defines.
 
 That a program ends well says nothing: it may leave before the assertions, or return an object that is equal to everything. So
 an assertion `assert f(2) == 4` is not run as it stands. The sandbox computes `f(2)` and sends it out as plain data; the 4 never
 enters, and the comparison is made here. A program can print what it likes, but has to know the answer. Assertions of another
 form (`assert math.isclose(f(2), 4)`; one in seventeen of the sanitised MBPP) are computed inside, and here it is only seen
 whether the value is true: those a program that goes about it can deceive.
+
+A program that fails is no proof that it is wrong: what the problem itself brings may fail. That is then run apart, where no
+program can pretend it.
 """
 
 from __future__ import annotations
@@ -90,30 +94,48 @@ class PythonPrograms(Task):
 
     def example(self, index: int, seed: int, split: Split = "train") -> Example:
         check_place(index, split)
-        rows = [row for row in _read(self.path) if split_of(row["prompt"]) == split]
-        if not rows:
+        problems = [problem for problem in _read(self.path) if split_of(problem.prompt) == split]
+        if not problems:
             raise ValueError(f"{self.path} has no problem that belongs to split {split!r}")
-        epoch, position = divmod(index, len(rows))
-        row = rows[int(permute(np.array([position]), len(rows), f"programs/{seed}/{epoch}")[0])]
-        metadata = {"tests": row["test_list"], "setup": "\n".join(row.get("test_imports", []))}
-        prompt = self.template.format(prompt=row["prompt"], tests="\n".join(row["test_list"]))
-        return Example(prompt, row.get("code", ""), row["prompt"], metadata)
+        epoch, position = divmod(index, len(problems))
+        problem = problems[int(permute(np.array([position]), len(problems), f"programs/{seed}/{epoch}")[0])]
+        metadata = {"tests": list(problem.tests), "setup": problem.setup, "test_setup": problem.test_setup}
+        prompt = self.template.format(prompt=problem.prompt, tests="\n".join(problem.tests))
+        return Example(prompt, problem.solution, problem.prompt, metadata)
 
     def judge(self, answer: str, example: Example) -> Score:
         """
         Raises:
           SandboxUnavailable: no program can be run on this machine; that is no fault of the answer.
+          BrokenProblem: nor is that what the problem brings does not run.
         """
         blocks = _FENCE.findall(answer + "\n")
         if len(blocks) > 1:
             return Score(0.0, "two answers")
         if not blocks and "```" in answer:
             return Score(0.0, "unclosed answer")
-        return run_tests(blocks[0] if blocks else answer, example.metadata["setup"], example.metadata["tests"], self.limits)
+        score = run_tests(
+            blocks[0] if blocks else answer,
+            example.metadata["setup"],
+            example.metadata["tests"],
+            self.limits,
+            example.metadata["test_setup"],
+        )
+        if score not in (RIGHT, WRONG):
+            _check_problem(example.metadata["setup"], example.answer, example.metadata["test_setup"], self.limits)
+        return score
 
 
-def run_tests(program: str, setup: str, tests: list[str], limits: Limits) -> Score:
-    """1 if `program` meets all `tests` (assert statements) after `setup`, otherwise 0 and why.
+class BrokenProblem(RuntimeError):
+    """What a problem brings does not run, so that nothing is known of an answer to it."""
+
+
+def run_tests(program: str, setup: str, tests: list[str], limits: Limits, test_setup: str = "") -> Score:
+    """1 if `program` meets all `tests` (assert statements), otherwise 0 and why.
+
+    Args:
+      setup: runs before it.
+      test_setup: runs after it.
 
     Raises:
       ValueError: a test is not one assert statement.
@@ -121,7 +143,7 @@ def run_tests(program: str, setup: str, tests: list[str], limits: Limits) -> Sco
     """
     expressions, expected = zip(*(split_assertion(test) for test in tests), strict=True)
     mark = secrets.token_hex(16)  # not to be guessed, so that what the program prints is not taken for the values
-    source = f"{_HARNESS}\nvalues = compute({[setup, program]!r}, {list(expressions)!r})\n"
+    source = f"{_HARNESS}\nvalues = compute({[setup, program, test_setup]!r}, {list(expressions)!r})\n"
     result = run(f"{source}sys.__stdout__.write('\\n{mark}' + json.dumps(values))\n", limits)
     if result.outcome != "passed":
         reason = {"failed": "program failed", "timed_out": "program timed out", "killed": "program killed"}[result.outcome]
@@ -137,6 +159,17 @@ def run_tests(program: str, setup: str, tests: list[str], limits: Limits) -> Sco
         return Score(0.0, "program left before the tests")
     met = all(bool(value) if want is None else value == want.value for value, want in zip(values, expected, strict=True))
     return RIGHT if met else WRONG
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_problem(setup: str, solution: str, test_setup: str, limits: Limits) -> None:
+    """Raises BrokenProblem unless the setup runs: that of the tests after the solution, where there is one."""
+    sources = [setup, solution, test_setup] if solution and test_setup else [setup]
+    if any(sources):
+        result = run(f"{_HARNESS}\ncompute({sources!r}, [])\n", limits)
+        if result.outcome != "passed":
+            what = "test_setup_code after its code" if len(sources) > 1 else "test_imports"
+            raise BrokenProblem(f"a problem's own {what} does not run: {result.reason}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +218,17 @@ def _value(item: Any) -> Any:
     return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](map(_value, content))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    prompt: str
+    solution: str
+    setup: str
+    test_setup: str
+    tests: tuple[str, ...]
+
+
 @functools.lru_cache(maxsize=4)
-def _read(path: str) -> tuple[dict[str, Any], ...]:
+def _read(path: str) -> tuple[_Problem, ...]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"PythonPrograms: {path} is not there; get it from {_ORIGIN}")
     text = Path(path).read_text(encoding="utf-8")
@@ -198,14 +240,25 @@ def _read(path: str) -> tuple[dict[str, Any], ...]:
         )
     except ValueError as error:
         raise ValueError(f"{path}: neither a JSON array nor JSONL: {error}") from None
-    for number, row in enumerate(rows):
-        if not (isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("test_list"), list)):
-            raise ValueError(f'{path}: problem {number} needs a "prompt" and a "test_list"')
-        if not row["test_list"]:
-            raise ValueError(f"{path}: problem {number} has no tests: anything would pass")
-        for test in row["test_list"]:
-            try:
-                split_assertion(test)
-            except ValueError as error:
-                raise ValueError(f"{path}: problem {number}: {error}") from None
-    return tuple(rows)
+    return tuple(_problem(row, f"{path}: problem {number}") for number, row in enumerate(rows))
+
+
+def _problem(row: Any, where: str) -> _Problem:
+    row = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    prompt, tests, imports = row.get("prompt", row.get("text")), row.get("test_list"), row.get("test_imports", [])
+    if not (isinstance(prompt, str) and isinstance(tests, list)):
+        raise ValueError(f'{where} needs a "prompt" (or "text") and a "test_list"')
+    for name, value in (("test_list", tests), ("test_imports", imports)):
+        if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise ValueError(f'{where}: "{name}" must be a list of texts, not {value!r:.100}')
+    for name in ("code", "test_setup_code"):
+        if not isinstance(row.get(name, ""), str):
+            raise ValueError(f'{where}: "{name}" must be a text, not {row[name]!r:.100}')
+    if not tests:
+        raise ValueError(f"{where} has no tests: anything would pass")
+    for test in tests:
+        try:
+            split_assertion(test)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    return _Problem(prompt, row.get("code", ""), "\n".join(imports), row.get("test_setup_code", ""), tuple(tests))

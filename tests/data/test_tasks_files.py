@@ -9,7 +9,7 @@ import pytest
 from data.config import TaskConfig
 from data.sandbox import Limits, SandboxUnavailable
 from data.tasks.gsm8k import Gsm8k
-from data.tasks.python_programs import PythonPrograms, run_tests, split_assertion
+from data.tasks.python_programs import BrokenProblem, PythonPrograms, run_tests, split_assertion
 from data.tasks.reasoning_gym import ReasoningGym
 from data.tasks.registry import TASKS, make_task
 
@@ -207,7 +207,13 @@ def test_programs_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "x"}, 'needs a "prompt" and a "test_list"'),
+        ({"prompt": "x"}, r'problem 1 needs a "prompt" \(or "text"\) and a "test_list"'),
+        (["x"], 'needs a "prompt"'),
+        (DOUBLE | {"test_list": [1]}, '"test_list" must be a list of texts'),
+        (DOUBLE | {"test_imports": "import math"}, "\"test_imports\" must be a list of texts, not 'import math'"),
+        (DOUBLE | {"test_imports": [None]}, '"test_imports" must be a list of texts'),
+        (DOUBLE | {"code": ["x"]}, '"code" must be a text'),
+        (DOUBLE | {"test_setup_code": ["x"]}, '"test_setup_code" must be a text'),
         ({"prompt": "x", "test_list": []}, "anything would pass"),
         ({"prompt": "x", "test_list": ["check(f)"]}, "one assert statement"),
     ],
@@ -215,6 +221,43 @@ def test_programs_from_a_file(tmp_path):
 def test_program_files_that_will_not_do_are_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         PythonPrograms(path=write_jsonl(tmp_path / "rows.jsonl", [DOUBLE, row]))
+
+
+WRONG_ANSWERS = ("def double(x): return 1 / 0", "def", "raise SystemExit", "import os; os._exit(0)")
+
+
+@pytest.mark.parametrize("imports", [["import no_such_module"], ["x ="]])
+def test_a_setup_that_does_not_run_is_no_wrong_answer(tmp_path, imports):
+    """Of the problem, that is; and one that runs lets no answer get away."""
+    broken = programs(write_jsonl(tmp_path / "broken.jsonl", [DOUBLE | {"test_imports": imports}]))
+    sound = programs(write_jsonl(tmp_path / "sound.jsonl", [DOUBLE]))
+    for answer in (DOUBLE["code"], WRONG_ANSWERS[0]):
+        with pytest.raises(BrokenProblem, match="test_imports does not run: "):
+            broken.score(answer, broken.example(0, 0))
+    for answer in WRONG_ANSWERS:
+        assert sound.score(answer, sound.example(0, 0)).reward == 0
+
+
+def test_the_setup_of_tests_runs_after_the_program_and_its_faults_are_told_from_the_programs(tmp_path):
+    """As in the whole of MBPP, where the prompt is called text and what is not there may be null."""
+    row = {
+        "text": "Write a class Node(value).",
+        "code": "class Node:\n    def __init__(self, value): self.value = value",
+        "test_setup_code": "root = Node(1)\nleaf = Node(2)",
+        "test_list": ["assert root.value == 1", "assert leaf.value == 2"],
+        "test_imports": None,
+    }
+    task = programs(write_jsonl(tmp_path / "rows.jsonl", [row]))
+    example = task.example(0, 0)
+    assert "Write a class" in example.prompt
+    assert task.score(task.solution(example), example).reward == 1
+    for answer in ("class Node: pass", "def node(): pass", "class Node:\n    def __init__(self, value): self.value = 1"):
+        assert task.score(answer, example).reward == 0
+    task = programs(write_jsonl(tmp_path / "broken.jsonl", [row | {"test_setup_code": "root = Noed(1)"}]))
+    with pytest.raises(BrokenProblem, match="test_setup_code after its code does not run: .*Noed"):
+        task.score(row["code"], task.example(0, 0))
+    task = programs(write_jsonl(tmp_path / "no code.jsonl", [row | {"code": None}]))
+    assert task.score("class Node: pass", task.example(0, 0)).reward == 0
 
 
 def test_a_program_file_that_is_not_there_is_named(tmp_path):
