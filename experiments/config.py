@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import threading
 import traceback
 import types
 import typing
@@ -105,9 +106,15 @@ def _chosen_fields(node: Any) -> dict[str, Any]:
     return {field.name: getattr(node, field.name) for field in dataclasses.fields(node) if not derived(field)}
 
 
+# CPython 3.11 counts the depth of what `ast` builds for all threads together, and raises SystemError where they meet; the
+# threads of a study read configurations.
+_LITERALS = threading.Lock()
+
+
 def _parse(text: str, kind: Any) -> Any:
     try:
-        value = ast.literal_eval(text)
+        with _LITERALS:
+            value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
         value = {"true": True, "false": False}.get(text.lower(), text)
     return text if kind is str and not isinstance(value, str) else value

@@ -63,9 +63,9 @@ def plan_sampler(config: RLConfig, mesh: Mapping[str, int]) -> dict[str, int]:
     heads = 1 if model.mla else model.num_kv_heads
     parts = 1 if heads % mesh["tensor"] else mesh["tensor"]
     parameters, _ = _state_bytes(config.model, config.lora, config.optimizer, tuple(mesh.items()))
-    return {
+    judge = {"reward model": _weight_bytes(config.model, mesh, TRAIN_RULES, reward_model_specs)} if config.reward_model else {}
+    return judge | {
         "reference": parameters if config.policy.kl.needs_reference else 0,
-        "reward model": _weight_bytes(config.model, mesh, TRAIN_RULES, reward_model_specs) if config.reward_model else 0,
         "weights of the sampler": _weight_bytes(model, mesh, DECODE_RULES),
         "pages of the sampler": sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)) // parts,
     }

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import statistics
-import threading
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -23,9 +22,6 @@ STUDIES = {
     study.name: study
     for study in (rl_curves.STUDY, famous_bugs.STUDY, reward_frontier.STUDY, over_optimisation.STUDY, smollm2_curve.STUDY)
 }
-# A study's threads start processes, each of which reads its own configuration; here they read them in one process,
-# and CPython 3.11 counts the depth of what `ast.parse` builds for all threads together (SystemError, once in many runs).
-PARSING = threading.Lock()
 every_study = pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
 
 
@@ -45,8 +41,7 @@ class FakeLoam:
         self.asked, self.fails = [], fails
 
     def __call__(self, words, core, log):
-        with PARSING:
-            config = load_run_config(parse(list(words)).config, parse(list(words)).overrides)
+        config = load_run_config(parse(list(words)).config, parse(list(words)).overrides)
         directory = Path(config.run_dir)
         name = directory.name.rsplit("_", 2)[0]
         self.asked.append((name, config.seed))
