@@ -32,6 +32,7 @@ CLEAN = PolicyConfig(zero_variance="drop", kl=KLConfig(loss_coefficient=0.1, los
 SHORT = ("--config.steps=100", "--config.rollouts.prompts=16", "--config.checkpoint.every=100", "--config.eval.every=25",
          "--config.eval.prompts=256", "--config.eval.samples=2")  # fmt: skip
 LAST = 10  # steps whose KL is averaged
+KL = "KL from the reference, nats an answer"
 
 
 def with_bug(bug: Bug, **changes: Any) -> str:
@@ -72,9 +73,7 @@ def summarise(done: list[Run], root: pathlib.Path) -> dict[str, Any]:
             "pass@1": mean_and_error(list(passes[name].values())),
             "length": mean_and_error(lengths),
             **({"pass@1 against its control": mean_and_error(lost)} if lost else {}),
-            "KL from the reference, nats an answer": mean_and_error(
-                [statistics.fmean(curve(run, root, ["reference_kl"])["reference_kl"][-LAST:]) for run in group]
-            ),
+            KL: mean_and_error([statistics.fmean(curve(run, root, ["reference_kl"])["reference_kl"][-LAST:]) for run in group]),
         }
     curves = {name: [{"seed": run.seed, **curve(run, root, [PASS])} for run in group] for name, group in groups.items()}
     return {"summary": summary, "curves": curves}
@@ -83,10 +82,9 @@ def summarise(done: list[Run], root: pathlib.Path) -> dict[str, Any]:
 def plot(content: dict[str, Any], directory: pathlib.Path) -> None:
     """A dot for each seed, a bar for the mean."""
     summary = content["summary"]
-    kl = "KL from the reference, nats an answer"
     panels = (
         ("pass@1 on unseen prompts", [(name, of["pass@1"]) for name, of in summary.items()]),
-        (kl, [(name, of[kl]) for name, of in summary.items()]),
+        (KL, [(name, of[KL]) for name, of in summary.items()]),
     )
     with figure(directory / "famous_bugs.svg", panels=2) as axes:
         for axis, (label, values) in zip(axes, panels, strict=True):

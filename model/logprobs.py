@@ -119,6 +119,7 @@ def _wide(hidden: jax.Array) -> jnp.dtype:
 
 
 def head_logits(cap: float, head: Head, hidden: jax.Array) -> jax.Array:
+    """float32 [B, T, V] (float64 where the hidden states [B, T, D] are), soft-capped where `cap` is not 0."""
     B, T, D = hidden.shape
     dtype = _wide(hidden)
     logits = jnp.matmul(hidden.reshape(B * T, D), head.matrix.astype(hidden.dtype), preferred_element_type=dtype)

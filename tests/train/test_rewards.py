@@ -204,7 +204,7 @@ def test_workers_that_hang_end_with_who_asked():
 
 def starts_others(completion, example):
     """A child that tells its number into the file that the example names and stays; then what the completion says."""
-    command = [sys.executable, "-c", "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"]
+    command = [sys.executable, "-c", "import os, signal; print(os.getpid(), flush=True); signal.pause()"]
     with Path(example.answer).open("w") as file:
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file)
     while not Path(example.answer).read_text().endswith("\n"):
