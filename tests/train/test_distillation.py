@@ -183,9 +183,8 @@ CUTS = pytest.mark.parametrize(
         ({"accumulation": 4}, 1),
         ({"mesh": MeshConfig(8)}, 8),
         ({"mesh": MeshConfig(2, 4)}, 8),
-        ({"mesh": MeshConfig(2, 2, 2)}, 8),
     ],
-    ids=["micro-batches", "eight devices", "eight devices, sharded", "tensor parallel"],
+    ids=["micro-batches", "eight devices", "eight devices, sharded"],
 )
 
 
